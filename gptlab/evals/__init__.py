@@ -1,0 +1,1 @@
+"""Measurements of a checkpoint: perplexity, n-gram baselines, preference, diversity."""

@@ -1,0 +1,1 @@
+"""The network: transformer, heads, presets, sharding rules, decoding."""

@@ -1,0 +1,1 @@
+"""Those who judge: people and, always marked as such, simulated labellers."""

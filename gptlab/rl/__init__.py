@@ -1,0 +1,1 @@
+"""What the policy-gradient loop computes: rollouts, advantages, KL, rewards."""

@@ -1,0 +1,1 @@
+"""What every program shares: command line, artifacts, metrics, progress, errors."""

@@ -1,0 +1,1 @@
+"""What every training loop shares: mesh, state, optimizer, step, losses, checkpoints."""
