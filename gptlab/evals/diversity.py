@@ -37,13 +37,13 @@ def distinct_ngrams(replies: Sequence[Sequence[int]], n: int, num_tokens: int) -
         for start in range(len(tokens) - n + 1):
             seen.add(tuple(tokens[start : start + n]))
             total += 1
-    return len(seen) / total if total else float('nan')
+    return len(seen) / total if total else float("nan")
 
 
 def most_common_reply(replies: Sequence[str]) -> tuple[str, float]:
     """The reply given most often and its share, regardless of case and white space."""
     if not replies:
-        return '', float('nan')
-    counts = collections.Counter(' '.join(reply.casefold().split()) for reply in replies)
+        return "", float("nan")
+    counts = collections.Counter(" ".join(reply.casefold().split()) for reply in replies)
     reply, count = counts.most_common(1)[0]
     return reply, count / len(replies)

@@ -39,7 +39,7 @@ class Bootstrap:
           float64 [R, P]; each row sums to 1.
         """
         if num_prompts < 1:
-            raise ValueError('a bootstrap over prompts needs at least one prompt')
+            raise ValueError("a bootstrap over prompts needs at least one prompt")
         rng = np.random.default_rng(self.seed)
         uniform = np.full(num_prompts, 1.0 / num_prompts)
         return rng.multinomial(num_prompts, uniform, size=self.resamples) / num_prompts
@@ -202,7 +202,7 @@ def strict_accuracy(margins: np.ndarray) -> float:
     Not a number when there is no pair.
     """
     margins = np.asarray(margins)
-    return float((margins > 0).mean()) if margins.size else float('nan')
+    return float((margins > 0).mean()) if margins.size else float("nan")
 
 
 def reliability(margins: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
@@ -239,9 +239,9 @@ def reliability(margins: np.ndarray, num_bins: int = 10) -> list[dict[str, float
 
 def expected_calibration_error(rows: list[dict[str, float]]) -> float:
     """Mean |confidence - accuracy| over the pairs of a reliability table (Naeini et al. 2015)."""
-    total = sum(row['count'] for row in rows)
-    gap = sum(row['count'] * abs(row['confidence'] - row['accuracy']) for row in rows)
-    return gap / total if total else float('nan')
+    total = sum(row["count"] for row in rows)
+    gap = sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
+    return gap / total if total else float("nan")
 
 
 # Best of n.
@@ -274,7 +274,7 @@ def best_of_n(proxy: np.ndarray, gold: np.ndarray, n: int) -> np.ndarray:
     proxy, gold = np.asarray(proxy, np.float64), np.asarray(gold, np.float64)
     num_samples = proxy.shape[1]
     if not 1 <= n <= num_samples:
-        raise ValueError(f'best of {n} needs between 1 and {num_samples} samples a prompt')
+        raise ValueError(f"best of {n} needs between 1 and {num_samples} samples a prompt")
     order = np.argsort(proxy, axis=1)
     proxy, gold = np.take_along_axis(proxy, order, 1), np.take_along_axis(gold, order, 1)
     position = np.arange(1, num_samples + 1)

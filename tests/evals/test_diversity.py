@@ -24,7 +24,7 @@ def test_repeating_one_varied_reply_is_not_diverse():
 
 
 def test_equal_token_count_is_the_least_total():
-    systems = {'a': [[1, 2], [3]], 'b': [[1, 2, 3, 4]], 'c': [[], [1, 2, 3, 4, 5]]}
+    systems = {"a": [[1, 2], [3]], "b": [[1, 2, 3, 4]], "c": [[], [1, 2, 3, 4, 5]]}
     assert diversity.equal_token_count(systems) == 3
 
 
@@ -33,6 +33,6 @@ def test_no_pairs_is_not_a_number():
 
 
 def test_most_common_reply_ignores_case_and_space():
-    replies = ['Great!', ' great! ', 'fine', 'GREAT!', 'no']
-    assert diversity.most_common_reply(replies) == ('great!', 3 / 5)
+    replies = ["Great!", " great! ", "fine", "GREAT!", "no"]
+    assert diversity.most_common_reply(replies) == ("great!", 3 / 5)
     assert math.isnan(diversity.most_common_reply([])[1])

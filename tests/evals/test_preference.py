@@ -65,7 +65,7 @@ def test_length_control_removes_a_preference_for_length():
     rng = np.random.default_rng(0)
     difference = rng.normal(5.0, 5.0, size=2000)
     # The judge looks only at length; the first system is merely longer.
-    outcomes = (rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std()))))
+    outcomes = rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std())))
     raw = preference.mean_interval(outcomes, BOOTSTRAP)
     controlled = preference.length_controlled_win_rate(
         outcomes, 20 + difference, np.full(2000, 20), BOOTSTRAP
@@ -83,7 +83,7 @@ def test_length_control_keeps_what_is_not_length():
     assert controlled.mean == pytest.approx(outcomes.mean(), abs=0.01)
 
 
-@pytest.mark.parametrize('outcome', [0.0, 1.0])
+@pytest.mark.parametrize("outcome", [0.0, 1.0])
 def test_length_control_is_finite_for_a_clean_sweep_and_equal_lengths(outcome):
     controlled = preference.length_controlled_win_rate(
         np.full(30, outcome), np.full(30, 9), np.full(30, 9), BOOTSTRAP
@@ -131,15 +131,15 @@ def test_reliability_of_a_calibrated_and_an_overconfident_model():
     margins = np.where(won, truth, -truth)
     calibrated = preference.reliability(margins)
     assert preference.expected_calibration_error(calibrated) < 0.015
-    assert sum(row['count'] for row in calibrated) == 20_000
-    assert all(row['low'] <= row['confidence'] <= row['high'] for row in calibrated)
+    assert sum(row["count"] for row in calibrated) == 20_000
+    assert all(row["low"] <= row["confidence"] <= row["high"] for row in calibrated)
     overconfident = preference.expected_calibration_error(preference.reliability(margins * 4))
     assert overconfident > 0.1
 
 
 def test_reliability_of_equal_rewards_is_half():
     assert preference.reliability(np.zeros(7)) == [
-        {'low': 0.5, 'high': 0.55, 'count': 7, 'confidence': 0.5, 'accuracy': 0.5}
+        {"low": 0.5, "high": 0.55, "count": 7, "confidence": 0.5, "accuracy": 0.5}
     ]
 
 
@@ -148,10 +148,12 @@ def test_best_of_n_equals_the_mean_over_all_subsets():
     proxy, gold = rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
     for n in range(1, 7):
         slow = [
-            np.mean([
-                gold[row, max(subset, key=lambda i, row=row: proxy[row, i])]
-                for subset in itertools.combinations(range(6), n)
-            ])
+            np.mean(
+                [
+                    gold[row, max(subset, key=lambda i, row=row: proxy[row, i])]
+                    for subset in itertools.combinations(range(6), n)
+                ]
+            )
             for row in range(3)
         ]
         np.testing.assert_allclose(preference.best_of_n(proxy, gold, n), slow)
@@ -171,13 +173,13 @@ def test_best_of_n_kl_bound():
 
 
 def test_best_of_n_refuses_more_than_there_is():
-    with pytest.raises(ValueError, match='between 1 and 4'):
+    with pytest.raises(ValueError, match="between 1 and 4"):
         preference.best_of_n(np.zeros((1, 4)), np.zeros((1, 4)), 5)
 
 
 def test_to_json_unpacks_intervals():
-    figures = {'a': preference.Interval(1.0, 0.5, 1.5), 'b': {'c': preference.Interval(0, 0, 0)}}
+    figures = {"a": preference.Interval(1.0, 0.5, 1.5), "b": {"c": preference.Interval(0, 0, 0)}}
     assert preference.to_json(figures) == {
-        'a': {'mean': 1.0, 'low': 0.5, 'high': 1.5},
-        'b': {'c': {'mean': 0, 'low': 0, 'high': 0}},
+        "a": {"mean": 1.0, "low": 0.5, "high": 1.5},
+        "b": {"c": {"mean": 0, "low": 0, "high": 0}},
     }
