@@ -1,0 +1,100 @@
+"""Attention and rotary position embeddings, as pure functions.
+
+Training and decoding call the same `attention`: only the mask and the length of the keys differ.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a query with nothing to attend to (padding) gives numbers, not NaN.
+_MASKED = -1e30
+
+
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotation angles.
+
+    Args:
+        positions: int32 [B, T].
+        head_dim: K, even.
+        theta: the base of the geometric sequence of wavelengths.
+
+    Returns:
+        Two float32 arrays [B, T, K/2]. (Su et al. 2021, arXiv 2104.09864, eq. 15.)
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + K/2) of x [B, T, H, K]: the half-rotated form of Llama and Qwen."""
+    cos, sin = (table[:, :, None, :] for table in tables)  # [B, T, 1, K/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def causal_mask(segment_ids: jax.Array | None, length: int) -> jax.Array:
+    """What each position of a packed row may see: earlier, of its own segment, and not padding.
+
+    Args:
+        segment_ids: int [B, T], 0 on padding; None when rows hold one unpadded sequence each.
+        length: T.
+
+    Returns:
+        bool [B or 1, T, T], query by key.
+    """
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is None:
+        return causal
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return causal & same & (segment_ids > 0)[:, None, :]
+
+
+def cache_mask(positions: jax.Array, slots: int) -> jax.Array:
+    """bool [B, T, S]: the query at position p sees cache slots 0..p (slot = position)."""
+    return jnp.arange(slots) <= positions[:, :, None]
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention with grouped queries; softmax in float32.
+
+    Query head h reads key head h // (H / Hkv): key heads are *repeated*, not tiled. They are never
+    copied: the H / Hkv queries of one key head are rows of one product.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, Hkv, S, K], heads first, as the cache keeps it.
+        v: [B, Hkv, S, K].
+        mask: bool [B or 1, T, S], True where attended.
+
+    Returns:
+        [B, T, H, K] in q's dtype.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    scores = jnp.einsum("btngk,bnsk->bngts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, T, S]
+    out = jnp.einsum("bngts,bnsk->btngk", weights, v)
+    return out.reshape(batch, length, heads, head_dim)
+
+
+def write_cache(
+    cache: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Puts T new keys and values of each row into its slots start[b] .. start[b] + T - 1.
+
+    Args:
+        cache: keys and values, each [B, Hkv, S, K].
+        k: [B, Hkv, T, K].
+        v: [B, Hkv, T, K].
+        start: int32 [B], with start + T <= S (a larger start would be moved back to fit).
+
+    Returns:
+        The updated cache, written in place by XLA when its buffers are donated or carried by a loop.
+    """
+    write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice(slots, new, (0, at, 0)))
+    keys, values = cache
+    return write(keys, k.astype(keys.dtype), start), write(values, v.astype(values.dtype), start)

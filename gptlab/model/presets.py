@@ -1,0 +1,82 @@
+"""Architectures by name. A preset is a plain dict: override any field, then `ModelConfig.build`.
+
+Sources: GPT-2 (Radford et al. 2019, table 2), Llama 3 (arXiv 2407.21783, table 3), Qwen3 (arXiv
+2505.09388), nanoGPT's README for the CPU recipe.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def _gpt2(num_layers: int, d_model: int, num_heads: int, **overrides: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 50257,
+        "num_layers": num_layers,
+        "d_model": d_model,
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": d_model // num_heads,
+        "d_ff": 4 * d_model,
+        "max_len": 1024,
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "position": "learned",
+        "rope_theta": 1e4,
+        "activation": "gelu_tanh",
+        "use_bias": True,
+        "qkv_bias": True,
+        "tie_embeddings": True,
+        "qk_norm": "none",
+    } | overrides
+
+
+def _llama(
+    num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, **overrides: Any
+) -> dict[str, Any]:
+    return {
+        "vocab_size": 128256,
+        "num_layers": num_layers,
+        "d_model": d_model,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": d_model // num_heads,
+        "d_ff": d_ff,
+        "max_len": 8192,
+        "norm": "rmsnorm",
+        "norm_eps": 1e-5,
+        "position": "rope",
+        "rope_theta": 5e5,
+        "activation": "swiglu",
+        "use_bias": False,
+        "qkv_bias": False,
+        "tie_embeddings": False,
+        "qk_norm": "none",
+    } | overrides
+
+
+_SMALL = {"vocab_size": 2048, "tie_embeddings": True, "rope_theta": 1e4}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # For tests: two layers, every part present (grouped queries included), compiled in a second.
+    "tiny": _llama(2, 32, 4, 2, 64, max_len=128, **_SMALL | {"vocab_size": 512}),
+    "tiny_gpt2": _gpt2(2, 32, 4, vocab_size=512, max_len=128),
+    "tiny_qwen3": _llama(
+        2, 32, 4, 2, 64, max_len=128, qk_norm="before_rope", **_SMALL | {"vocab_size": 512}
+    ),
+    # About 1M parameters: what two CPU cores train in minutes.
+    "quickstart": _llama(4, 128, 4, 4, 384, max_len=512, **_SMALL),
+    # nanoGPT's CPU recipe on tinyshakespeare characters.
+    "nano_shakespeare": _gpt2(
+        4, 128, 4, vocab_size=65, max_len=64, use_bias=False, qkv_bias=False
+    ),
+    "gpt2_124m": _gpt2(12, 768, 12),
+    "gpt2_350m": _gpt2(24, 1024, 16),
+    "gpt2_774m": _gpt2(36, 1280, 20),
+    "gpt2_1.5b": _gpt2(48, 1600, 25),
+    "llama3_8b": _llama(32, 4096, 32, 8, 14336),
+    "llama3_70b": _llama(80, 8192, 64, 8, 28672),
+    "qwen3_0.6b": _llama(
+        28, 1024, 16, 8, 3072, vocab_size=151936, head_dim=128, max_len=40960, norm_eps=1e-6,
+        rope_theta=1e6, tie_embeddings=True, qk_norm="before_rope",
+    ),
+}  # fmt: skip

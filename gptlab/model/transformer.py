@@ -1,0 +1,407 @@
+"""One decoder-only transformer for the GPT-2 and the Llama/Qwen families.
+
+Functional linen: parameters are a plain tree of float32 arrays, layers are stacked on a leading L
+and scanned. `Block` is the only layer there is: training runs it under `nn.scan`, decoding runs the
+same class layer by layer with a KV cache (model/decode.py).
+
+Dimensions: B batch, T tokens, D model, H heads, K head dim, F ff, V vocabulary, L layers, S slots.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gptlab.model import attention as attn
+from gptlab.model.sharding import constrain
+from gptlab.run.errors import UserError
+
+_CHOICES = {
+    "norm": ("layernorm", "rmsnorm"),
+    "position": ("learned", "rope"),
+    "activation": ("gelu_tanh", "gelu", "swiglu"),
+    "qk_norm": ("none", "before_rope", "after_rope"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "remat": ("none", "full", "dots"),
+    "attention": ("xla",),
+}
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+INIT_STD = 0.02  # GPT-2: embeddings and linears; residual projections are divided by sqrt(2L)
+POSITION_STD = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that defines the network; hashable, so it can be static under jit."""
+
+    # Architecture: what the parameters mean.
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_len: int  # the context window; learned positions have this many rows
+    norm: str  # layernorm | rmsnorm
+    norm_eps: float
+    position: str  # learned | rope
+    rope_theta: float
+    activation: str  # gelu_tanh | gelu | swiglu
+    use_bias: bool  # of linears and norms, except the query, key and value projections
+    qkv_bias: bool
+    tie_embeddings: bool
+    qk_norm: str  # none | before_rope (Qwen3) | after_rope (nanochat)
+    # Compute: how it is evaluated.
+    dtype: str
+    remat: str  # none | full (keep nothing) | dots (keep the products of weights)
+    unroll: int  # layers per iteration of the scan
+    dropout: float  # of embeddings and of each residual branch
+    attention: str  # xla
+
+    @classmethod
+    def build(cls, architecture: Mapping[str, Any], compute: Mapping[str, Any]) -> "ModelConfig":
+        """Puts the two config subtrees together.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value is not one of the choices.
+        """
+        fields = [f.name for f in dataclasses.fields(cls)]
+        names = {"model": fields[: fields.index("dtype")], "compute": fields[fields.index("dtype") :]}
+        for part, given in (("model", architecture), ("compute", compute)):
+            for key in given:
+                if key not in names[part]:
+                    near = difflib.get_close_matches(key, names[part], 1)
+                    hint = f"; did you mean {near[0]!r}?" if near else f": one of {names[part]}"
+                    raise UserError(f"unknown key config.{part}.{key}{hint}")
+            missing = [name for name in names[part] if name not in given]
+            if missing:
+                raise UserError(f"config.{part} lacks {', '.join(missing)}")
+        config = cls(**dict(architecture), **dict(compute))
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Refuses values that no model can be built from, naming the key (UserError)."""
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
+        positive = "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff max_len unroll"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even with position='rope'")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be in [0, 1)")
+
+    @property
+    def d_attn(self) -> int:
+        """Width of all query heads together (H K; equals D in GPT-2 and Llama)."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def d_kv(self) -> int:
+        """Width of all key heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    def num_params(self) -> int:
+        """Exact number of parameters (RLHF.md section 1 'Counts' for both families)."""
+        d, f, a, kv = self.d_model, self.d_ff, self.d_attn, self.d_kv
+        norm = d * (2 if self.norm == "layernorm" and self.use_bias else 1)
+        layer = d * a + 2 * d * kv + a * d + (a + 2 * kv) * self.qkv_bias + d * self.use_bias
+        layer += 3 * d * f if self.activation == "swiglu" else 2 * d * f
+        if self.use_bias:
+            layer += d + (2 * f if self.activation == "swiglu" else f)
+        layer += 2 * norm + (2 * self.head_dim if self.qk_norm != "none" else 0)
+        total = self.num_layers * layer + norm
+        total += self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return total + (self.max_len * d if self.position == "learned" else 0)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs (forward and backward) per token at length T: 6 N + 12 L (H K) T.
+
+        N leaves position embeddings out; attention is counted in full, as if not causal (PaLM,
+        arXiv 2204.02311, appendix B). 855,166,464 for GPT-2 small at T = 1,024.
+        """
+        positions = self.max_len * self.d_model if self.position == "learned" else 0
+        params = self.num_params() - positions
+        return 6 * params + 12 * self.num_layers * self.d_attn * seq_len
+
+
+class Dense(nn.Module):
+    """x [..., I] @ kernel [I, O] (+ bias [O]).
+
+    The one dense layer: it declares its kernel in full with logical axes. (nn.DenseGeneral flattens
+    its kernel first, which breaks logical partitioning under `jax.set_mesh`.)
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    std: float
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., I] -> [..., O] in `dtype`."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            y += self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, in float32 whatever the compute dtype."""
+
+    kind: str
+    eps: float
+    use_bias: bool
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] in x's dtype."""
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * _last(scale, y)
+        if self.kind == "layernorm" and self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
+            y = y + _last(self.param("bias", zeros, (x.shape[-1],), jnp.float32), y)
+        return y.astype(x.dtype)
+
+
+def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """[D] -> [1, ..., D] with as many axes as `like`: no implicit rank promotion."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, over this row or over a KV cache."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, mask, rope, cache=None, start=None):
+        """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], the cache with T more slots filled)."""
+        c = self.config
+        q = self._heads(x, "query", c.num_heads, "heads")  # [B, T, H, K]
+        k = self._heads(x, "key", c.num_kv_heads, "kv_heads")  # [B, T, Hkv, K]
+        v = self._heads(x, "value", c.num_kv_heads, "kv_heads")
+        norms = None
+        if c.qk_norm != "none":
+            norms = [Norm("rmsnorm", c.norm_eps, False, None, name=f"{n}_norm") for n in ("query", "key")]
+        if c.qk_norm == "before_rope":
+            q, k = norms[0](q), norms[1](k)
+        if c.position == "rope":
+            q, k = attn.apply_rope(q, rope), attn.apply_rope(k, rope)
+        if c.qk_norm == "after_rope":
+            q, k = norms[0](q), norms[1](k)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, Hkv, T, K]
+        if cache is not None:
+            cache = attn.write_cache(cache, k, v, start)
+            k, v = cache
+        q = constrain(q, "batch", "length", "act_heads", None)
+        k = constrain(k, "batch", "act_heads", "kv_length", None)
+        v = constrain(v, "batch", "act_heads", "kv_length", None)
+        out = attn.attention(q, k, v, mask)  # [B, T, H, K]
+        out = out.reshape(*x.shape[:2], c.d_attn)
+        std = INIT_STD * (2 * c.num_layers) ** -0.5
+        out = Dense(c.d_model, ("heads", "embed"), std, c.use_bias, c.dtype, name="out")(out)
+        return out, cache
+
+    def _heads(self, x, name, heads, axis):
+        c = self.config
+        y = Dense(heads * c.head_dim, ("embed", axis), INIT_STD, c.qkv_bias, c.dtype, name=name)(x)
+        return y.reshape(*x.shape[:2], heads, c.head_dim)
+
+
+class FeedForward(nn.Module):
+    """GELU or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        c = self.config
+        hidden = Dense(c.d_ff, ("embed", "ff"), INIT_STD, c.use_bias, c.dtype, name="up")(x)
+        hidden = constrain(hidden, "batch", "length", "act_ff")  # [B, T, F]
+        if c.activation == "swiglu":
+            gate = Dense(c.d_ff, ("embed", "ff"), INIT_STD, c.use_bias, c.dtype, name="gate")(x)
+            hidden = nn.silu(constrain(gate, "batch", "length", "act_ff")) * hidden
+        else:
+            hidden = nn.gelu(hidden, approximate=c.activation == "gelu_tanh")
+        std = INIT_STD * (2 * c.num_layers) ** -0.5
+        return Dense(c.d_model, ("ff", "embed"), std, c.use_bias, c.dtype, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    config: ModelConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x, mask, rope, cache=None, start=None):
+        """x [B, T, D] -> (x, cache). Cache: (k, v), each [B, Hkv, S, K], or None when training."""
+        c = self.config
+        branch = Norm(c.norm, c.norm_eps, c.use_bias, name="attention_norm")(x)
+        branch, cache = Attention(c, name="attention")(branch, mask, rope, cache, start)
+        x = x + self._dropout(branch)
+        x = constrain(x, "batch", "length", "act_embed")
+        branch = Norm(c.norm, c.norm_eps, c.use_bias, name="feed_forward_norm")(x)
+        x = x + self._dropout(FeedForward(c, name="feed_forward")(branch))
+        return constrain(x, "batch", "length", "act_embed"), cache
+
+    def _dropout(self, x: jax.Array) -> jax.Array:
+        return nn.Dropout(self.config.dropout, deterministic=self.deterministic)(x)
+
+
+class Backbone(nn.Module):
+    """Embeddings, layers and the final norm; with `unembed`, also the way back to logits."""
+
+    config: ModelConfig
+    unembed: bool = True
+
+    def setup(self) -> None:
+        """Declares embeddings and norm; the layers are declared by `__call__`."""
+        c = self.config
+        table = nn.with_logical_partitioning(nn.initializers.normal(INIT_STD), ("vocab", "embed"))
+        self.embedding = self.param("embedding", table, (c.vocab_size, c.d_model), jnp.float32)
+        if c.position == "learned":
+            init = nn.initializers.normal(POSITION_STD)
+            init = nn.with_logical_partitioning(init, (None, "embed"))
+            self.positions = self.param("positions", init, (c.max_len, c.d_model), jnp.float32)
+        if self.unembed and not c.tie_embeddings:
+            self.unembedding = self.param(
+                "unembedding", table, (c.vocab_size, c.d_model), jnp.float32
+            )
+        self.final_norm = Norm(c.norm, c.norm_eps, c.use_bias)
+
+    @nn.compact
+    def __call__(self, tokens, positions=None, segment_ids=None, deterministic=True) -> jax.Array:
+        """Tokens int32 [B, T] -> the final norm's output [B, T, D]."""
+        batch, length = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        x, rope = self.embed(tokens, positions)
+        x = nn.Dropout(self.config.dropout, deterministic=deterministic)(x)
+        mask = attn.causal_mask(segment_ids, length)
+        x, _ = self._layers(deterministic)(x, mask, rope)
+        return self.final_norm(x)
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+        """Int32 [B, T] twice -> what the first layer reads: x [B, T, D] and the RoPE tables or None."""
+        c = self.config
+        if tokens.shape[1] > c.max_len:
+            raise UserError(f"{tokens.shape[1]} tokens do not fit the context window: {c.max_len=}")
+        table = constrain(self.embedding.astype(c.dtype), "vocab", None)
+        x = jnp.take(table, tokens, axis=0)
+        rope = None
+        if c.position == "learned":
+            x = x + jnp.take(self.positions.astype(c.dtype), positions, axis=0)
+        else:
+            rope = attn.rope_tables(positions, c.head_dim, c.rope_theta)
+        return constrain(x, "batch", "length", "act_embed"), rope
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final-norm output [B, T, D] -> float32 [B, T, V]."""
+        c = self.config
+        table = self.embedding if c.tie_embeddings else self.unembedding  # [V, D]
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            hidden.astype(c.dtype),
+            table.astype(c.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return constrain(logits, "batch", "length", "act_vocab")
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """The final norm: output of the last layer [B, T, D] -> [B, T, D]."""
+        return self.final_norm(x)
+
+    def _layers(self, deterministic: bool) -> nn.Module:
+        c = self.config
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[c.remat], prevent_cse=False)
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=min(c.unroll, c.num_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return stack(c, deterministic, name="layers")
+
+
+class LanguageModel(nn.Module):
+    """Next-token logits. `init` gives {'backbone': ...} boxed in logical axes (see sharding.py)."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        """The backbone is all there is."""
+        self.backbone = Backbone(self.config)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits of the token that follows each token.
+
+        Args:
+            tokens: int32 [B, T].
+            positions: int32 [B, T], from 0 in each segment; None: 0..T-1 in each row.
+            segment_ids: int32 [B, T], 0 on padding; None: every row is one unpadded segment.
+            deterministic: True switches dropout off; False needs the rng collection 'dropout'.
+
+        Returns:
+            float32 [B, T, V].
+
+        Raises:
+            UserError: T exceeds max_len.
+        """
+        return self.logits(self.hidden(tokens, positions, segment_ids, deterministic))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """As `__call__`, before the unembedding: [B, T, D] in the compute dtype."""
+        return self.backbone(tokens, positions, segment_ids, deterministic)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Unembedding: [B, T, D] -> float32 [B, T, V]."""
+        return self.backbone.logits(hidden)
+
+
+def init_params(model: nn.Module, key: jax.Array) -> dict[str, Any]:
+    """Float32 parameters still boxed in their logical axes; `nn.unbox` inside jit gives arrays."""
+    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
