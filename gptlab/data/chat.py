@@ -1,0 +1,110 @@
+"""The chat format: how messages become tokens, and which of them are learnt.
+
+    system     [system] content [end]
+    user       [user] content [end]      or, with a context:  [user] content [context] context [end]
+    assistant  [assistant] content [end]
+
+Every bracket is one control token that no content can produce (see tokenizer.py). A conversation
+is the concatenation of its messages, so a prefix of messages is a prefix of tokens. The loss mask
+is 1 on the assistant's content and on its [end], 0 elsewhere: the model learns to reply and to
+stop, not to speak for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gptlab.data.records import Message
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.run.errors import UserError
+
+
+def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], list[int]]:
+    """Token ids of one message and their loss mask (0/1), two lists of equal length."""
+    headers = {
+        "system": tokenizer.system_id,
+        "user": tokenizer.user_id,
+        "assistant": tokenizer.assistant_id,
+    }
+    ids = [headers[message.role], *tokenizer.encode(message.content)]
+    if message.context is not None:
+        ids += [tokenizer.context_id, *tokenizer.encode(message.context)]
+    ids.append(tokenizer.end_id)
+    learnt = int(message.role == "assistant")
+    return ids, [0] + [learnt] * (len(ids) - 1)
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Iterable[Message]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [n] and loss mask uint8 [n] of a conversation, message after message."""
+    tokens: list[int] = []
+    mask: list[int] = []
+    for message in messages:
+        message_ids, message_mask = encode_message(tokenizer, message)
+        tokens += message_ids
+        mask += message_mask
+    return np.array(tokens, np.int32), np.array(mask, np.uint8)
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> list[int]:
+    """Ids, at most max_tokens, that ask for the assistant's next message: they end with its header.
+
+    To fit, the oldest turns are dropped (the system message never; what is left begins with a
+    user's turn where there is one), and only if the last message alone is too long, it is trimmed:
+    the end of its context first, then the beginning of its content. UserError when the system
+    message leaves it no room.
+    """
+    if not messages:
+        raise ValueError("a prompt needs at least one message")
+    has_system = messages[0].role == "system" and len(messages) > 1
+    system = encode_message(tokenizer, messages[0])[0] if has_system else []
+    turns = list(messages[1:] if has_system else messages)
+    room = max_tokens - len(system) - 1  # 1 for the assistant's header
+    if room < 3:
+        raise UserError(
+            f"a prompt of at most {max_tokens} tokens has no room for a message beside the system "
+            f"message ({len(system)} tokens)"
+        )
+    # From the newest turn back, as far as they fit: an old, long conversation is not encoded whole.
+    kept: list[list[int]] = []
+    for message in reversed(turns):
+        ids = encode_message(tokenizer, message)[0]
+        if len(ids) > room:
+            break
+        kept.insert(0, ids)
+        room -= len(ids)
+    if not kept:
+        kept = [_trim(tokenizer, turns[-1], room)]
+    elif len(kept) < len(turns):
+        while len(kept) > 1 and kept[0][0] != tokenizer.user_id:
+            kept.pop(0)
+    return [*system, *(i for ids in kept for i in ids), tokenizer.assistant_id]
+
+
+def encode_reply(tokenizer: Tokenizer, text: str, finished: bool = True) -> list[int]:
+    """Ids of a reply, to follow encode_prompt; with [end] unless it was cut off unfinished."""
+    ids = tokenizer.encode(text)
+    return [*ids, tokenizer.end_id] if finished else ids
+
+
+def _trim(tokenizer: Tokenizer, message: Message, room: int) -> list[int]:
+    """One message in at most `room` tokens (at least 3), in the message layout."""
+    header = encode_message(tokenizer, message)[0][0]
+    content = tokenizer.encode(message.content)
+    room -= 2  # header and end
+    context: list[int] = []
+    if message.context is not None and room - len(content) > 1:
+        context = [tokenizer.context_id, *tokenizer.encode(message.context)][: room - len(content)]
+    content = content[-room:]
+    while content and _continues(tokenizer, content[0]):
+        content = content[1:]
+    return [header, *content, *context, tokenizer.end_id]
+
+
+def _continues(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether a token starts in the middle of a UTF-8 character (a byte token 10xxxxxx)."""
+    data = tokenizer.decode_bytes([token])
+    return bool(data) and data[0] & 0xC0 == 0x80

@@ -1,0 +1,218 @@
+"""The vocabulary: SentencePiece with byte fallback, made exact for every string.
+
+Two properties hold for any text, checked by property tests and again on the whole corpus by
+train_tokenizer:
+
+1. decode(encode(text)) == text, byte for byte. Normalisation is off, unknown characters fall back
+   to their UTF-8 bytes, and U+2581 (which SentencePiece uses for the blank, so that it would come
+   back as a blank) is written as its three byte tokens.
+2. encode never produces a control token. They are SentencePiece *control symbols*, which its
+   matcher does not contain at all: a text that spells out a control token is ordinary text.
+
+This file is free of TensorFlow; gptlab.data.tasks wraps the class as a seqio Vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from gptlab.run.errors import UserError
+
+MODEL_FILE = "vocabulary.model"
+PAD, EOS, UNK, BOS = "<|pad|>", "<|eos|>", "<|unk|>", "<|bos|>"
+CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|context|>", "<|end|>")
+_BLANK = "\u2581"
+_BLANK_BYTES = _BLANK.encode()
+# SentencePiece's trainer drops every sentence in which one of these occurs.
+_RESERVED = re.compile("[\0\t\u2581\u2585]")
+_SENTENCE_CHARS = 500  # so at most 2 kB of UTF-8
+
+
+class Tokenizer:
+    """Text <-> token ids.
+
+    Ids 0-3 are pad, eos, unk, bos; 4-8 the chat format's control tokens; 9-264 the 256 bytes.
+    """
+
+    def __init__(self, model: bytes, name: str = "vocabulary"):
+        """Takes a serialised model; UserError (which says `name`) when it is none of ours."""
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise UserError(f"{name}: not a SentencePiece model: {error}") from None
+        expected = (PAD, EOS, UNK, BOS, *CONTROLS)
+        size = self._processor.get_piece_size()
+        pieces = [self._processor.id_to_piece(i) for i in range(size)]
+        if tuple(pieces[: len(expected)]) != expected:
+            raise UserError(
+                f"{name}: its first tokens are {pieces[: len(expected)]}, not {list(expected)}; "
+                "train it with gptlab.train_tokenizer"
+            )
+        self.vocab_size: int = size
+        self.pad_id, self.eos_id, self.unk_id, self.bos_id = 0, 1, 2, 3
+        self.system_id, self.user_id, self.assistant_id, self.context_id, self.end_id = range(4, 9)
+        self._bytes = [self._piece_bytes(i, piece) for i, piece in enumerate(pieces)]
+        self._blank_ids = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in _BLANK_BYTES]
+        self.token_bytes = np.array(
+            [len(b) for b in self._bytes], np.int32
+        )  # [V], 0 for control tokens
+
+    @classmethod
+    def load(cls, path: os.PathLike | str) -> Tokenizer:
+        """Loads a train_tokenizer workdir or a model file; UserError when there is none."""
+        path = epath.Path(path)
+        if path.is_dir():
+            path = path / MODEL_FILE
+        if not path.exists():
+            raise UserError(f"{path}: no vocabulary here; run gptlab.train_tokenizer first")
+        return cls(path.read_bytes(), str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of any text, never a control id. Lone surrogates (no text) become U+FFFD."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """encode() of many texts in one call into C++."""
+        if all(_plain(text) for text in texts):
+            return self._processor.encode(list(texts), num_threads=num_threads)
+        # The text between U+2581s is encoded by SentencePiece, each U+2581 by its byte tokens.
+        parts = [_valid(text).split(_BLANK) for text in texts]
+        flat = self._processor.encode([p for ps in parts for p in ps], num_threads=num_threads)
+        encoded = iter(flat)
+        rows = []
+        for pieces in parts:
+            row = list(next(encoded))
+            for _ in pieces[1:]:
+                row += self._blank_ids
+                row += next(encoded)
+            rows.append(row)
+        return rows
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, control tokens dropped; a prefix of ids gives a prefix of bytes."""
+        table = self._bytes
+        return b"".join([table[i] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, control tokens dropped; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """UTF-8 bytes of each id, int32, the shape of `ids`."""
+        return self.token_bytes[np.asarray(ids, np.int32)]
+
+    def piece(self, token: int) -> str:
+        """A token as people read it: its text, a control token's name, or `<0x0A>` for a byte."""
+        return self._processor.id_to_piece(int(token)).replace(_BLANK, " ")
+
+    def __reduce__(self):
+        return (Tokenizer, (self.model,))
+
+    def _piece_bytes(self, token: int, piece: str) -> bytes:
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_BLANK, " ").encode()
+
+
+def train(
+    texts: Iterable[str],
+    out_path: os.PathLike | str,
+    *,
+    vocab_size: int,
+    model_type: str,
+    character_coverage: float,
+    max_sentences: int,
+    num_threads: int,
+    seed: int,
+) -> Tokenizer:
+    """Trains a vocabulary on `texts` and writes it to `out_path`.
+
+    model_type is 'bpe' or 'unigram'. With max_sentences > 0 that many stretches of text (about 2
+    kB each) are drawn by reservoir sampling under `seed`; 0 takes everything. The model is a pure
+    function of the arguments: num_threads is one of them, because unigram's expectations are
+    summed thread by thread. UserError when the texts are too few for vocab_size.
+    """
+    if model_type not in ("bpe", "unigram"):
+        raise UserError(f"config.model_type is {model_type!r}; use 'bpe' or 'unigram'")
+    sentencepiece.SetRandomGeneratorSeed(seed)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=sentences(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=3,
+            pad_piece=PAD,
+            eos_piece=EOS,
+            unk_piece=UNK,
+            bos_piece=BOS,
+            control_symbols=list(CONTROLS),
+            input_sentence_size=max_sentences,
+            shuffle_input_sentence=max_sentences > 0,
+            max_sentence_length=4 * _SENTENCE_CHARS,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot train a vocabulary of {vocab_size} tokens on these texts ({reason}); "
+            "change config.vocab_size or give more text"
+        ) from None
+    out_path = epath.Path(out_path)
+    out_path.write_bytes(model.getvalue())
+    return Tokenizer(model.getvalue(), str(out_path))
+
+
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Cuts texts into the trainer's sentences: at most 2 kB, without the characters it refuses.
+
+    A cut falls before a line break where there is one: the trainer strips them from the end of a
+    sentence, and line breaks should be learnt.
+    """
+    for text in texts:
+        for part in _RESERVED.split(_valid(text)):
+            start = 0
+            while start < len(part):
+                stop = start + _SENTENCE_CHARS
+                if stop < len(part):
+                    breaks = (part.rfind(mark, start + 1, stop) for mark in "\n ")
+                    stop = next((b for b in breaks if b > 0), stop)
+                yield part[start:stop]
+                start = stop
+
+
+def _plain(text: str) -> bool:
+    """Whether SentencePiece itself round-trips this text."""
+    return text.isascii() or (_BLANK not in text and _valid(text) is text)
+
+
+def _valid(text: str) -> str:
+    """`text` itself if it is valid Unicode, else with its lone surrogates replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
