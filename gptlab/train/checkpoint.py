@@ -1,0 +1,332 @@
+"""Durable training state: Orbax checkpoints, asynchronous and atomic, one directory a step.
+
+`<workdir>/checkpoints/<step>/` holds one Orbax item for each part of the state (`params`,
+`opt_state`, and whatever else a loop has), so that a later stage reads the parameters without the
+optimiser, and `meta` (JSON: schema version, step, metrics and what the loop adds). A directory
+appears under its final name only when everything in it is written.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gptlab.run import files, processes
+from gptlab.run.errors import UserError
+from gptlab.train import state as state_lib
+
+SCHEMA_VERSION = 1
+DIRECTORY = "checkpoints"
+_SET_ASIDE = "checkpoints.corrupt"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Close it (or use `with`): a save goes on in the background."""
+
+    def __init__(self, workdir: epath.PathLike, config: ConfigDict):
+        """`config`: every_steps, keep (newest), best_metric (None = none), best_mode min | max."""
+        self._workdir = epath.Path(workdir)
+        self._config = config
+        self._policy = _LatestAndBest(config.keep, config.best_metric, config.best_mode)
+        for step in checkpoint_steps(workdir):
+            try:
+                self._policy.metrics[step] = read_meta(workdir, step)["metrics"]
+            except UserError as error:  # a restore will say so, and set the checkpoint aside
+                logging.warning("%s", error)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy, cleanup_tmp_directories=True
+        )
+        directory = self._workdir / DIRECTORY
+        directory.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(directory, options=options)
+
+    def due(self, step: int) -> bool:
+        """Whether the config wants a checkpoint after this step."""
+        return step % self._config.every_steps == 0
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts saving in the background; waits first for a save that is still going on.
+
+        Args:
+            step: number of the checkpoint; one that exists already is left as it is.
+            items: name -> pytree of arrays.
+            meta: JSON values to be handed back by a restore.
+            metrics: what `best_metric` is looked up in.
+
+        Raises:
+            UserError: the disk is full (in this save or, found out now, in the one before).
+        """
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        record = {"schema": SCHEMA_VERSION, "step": step, "metrics": values, **meta}
+        composite = ocp.args.Composite(meta=ocp.args.JsonSave(record), **args)
+
+        def start() -> None:
+            self._manager.wait_until_finished()
+            if step not in self._manager.all_steps():
+                self._policy.metrics[step] = values
+                self._manager.save(step, args=composite, force=True)
+
+        self._disk(start)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UserError when the disk is full."""
+        self._disk(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits, and frees Orbax's threads."""
+        self._disk(self._manager.close)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        try:  # what is being written may be worth keeping, but `error` is the one to tell
+            self._manager.close()
+        except Exception as second:
+            logging.warning("closing checkpoints: %s", second)
+
+    def restore_latest(
+        self, abstract_items: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The newest checkpoint that can be read, or None if there is none at all.
+
+        A checkpoint that cannot be read is reported, set aside in `checkpoints.corrupt/`, and the
+        one before it is tried.
+
+        Args:
+            abstract_items: name -> pytree of ShapeDtypeStruct with shardings (any mesh).
+
+        Returns:
+            (step, items, meta).
+
+        Raises:
+            UserError: checkpoints exist, but none can be read; or gptlab is too old for one.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                meta = self._manager.restore(
+                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+                ).meta
+                _check_schema(meta, self._workdir)
+                args = {k: ocp.args.StandardRestore(v) for k, v in abstract_items.items()}
+                items = self._manager.restore(step, args=ocp.args.Composite(**args))
+                return step, {name: items[name] for name in abstract_items}, meta
+            except UserError:
+                raise
+            except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
+                _say(f"checkpoint {step} of {self._workdir} cannot be read ({_first_line(error)})")
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"{self._workdir}: none of the checkpoints {sorted(steps)} can be read; they are "
+                f"in {_SET_ASIDE}/. Start again with an empty --workdir"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a bad checkpoint, so that the step can be saved again and nothing is deleted."""
+        self._manager.close()
+        processes.barrier(f"set aside checkpoint {step}")
+        if processes.is_first():
+            target = self._workdir / _SET_ASIDE
+            target.mkdir(exist_ok=True)
+            number = len(list(target.iterdir()))
+            (self._workdir / DIRECTORY / str(step)).rename(target / f"{step}.{number}")
+        processes.barrier(f"checkpoint {step} is set aside")
+        self._manager = self._open()
+
+    def _disk(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            message = files.explain(error, self._workdir / DIRECTORY)
+            if message is None:
+                raise
+            raise UserError(message) from error
+
+
+class _LatestAndBest:
+    """Orbax preservation policy: the newest `keep` checkpoints and the best one by a metric."""
+
+    def __init__(self, keep: int, metric: str | None, mode: str):
+        if keep < 1:
+            raise UserError(f"config.checkpoint.keep={keep} must be at least 1")
+        if mode not in ("min", "max"):
+            raise UserError(f"config.checkpoint.best_mode={mode!r} must be 'min' or 'max'")
+        self._keep, self._metric, self._mode = keep, metric, mode
+        self.metrics: dict[int, Mapping[str, float]] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        metrics = {info.step: self.metrics.get(info.step, {}) for info in checkpoints}
+        best = best_step(metrics, self._metric, self._mode) if self._metric else None
+        newest = {info.step for info in checkpoints[-self._keep :]}
+        return [info.step in newest or info.step == best for info in checkpoints]
+
+
+def best_step(metrics: Mapping[int, Mapping[str, float]], name: str, mode: str) -> int | None:
+    """The step with the smallest (largest) metric, the earliest of equals; None if no step has it.
+
+    NaN is never best.
+    """
+    sign = {"min": 1.0, "max": -1.0}[mode]
+    values = {s: sign * m[name] for s, m in metrics.items() if name in m}
+    values = {step: value for step, value in values.items() if value == value}
+    return min(sorted(values), key=values.__getitem__) if values else None
+
+
+def checkpoint_steps(workdir: epath.PathLike) -> list[int]:
+    """The finished checkpoints of a workdir, ascending."""
+    directory = epath.Path(workdir) / DIRECTORY
+    if not directory.exists():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
+    """The `meta` of one checkpoint."""
+    path = epath.Path(workdir) / DIRECTORY / str(step) / "meta" / "metadata"
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: this checkpoint is damaged ({_first_line(error)})") from error
+    _check_schema(meta, epath.Path(workdir))
+    return meta
+
+
+def find_step(workdir: epath.PathLike, which: str) -> int:
+    """The step of the 'best' or 'latest' checkpoint of a workdir.
+
+    'best' follows the best_metric of that run's own config, and means the latest where it has none.
+    """
+    if which not in ("best", "latest"):
+        raise UserError(f"which checkpoint? {which!r} is unknown: use 'best' or 'latest'")
+    steps = checkpoint_steps(workdir)
+    if not steps:
+        raise UserError(f"{workdir}: there is no checkpoint here; has this run finished?")
+    config = _read_config(workdir)["checkpoint"]
+    if which == "best" and config["best_metric"]:
+        metrics = {step: read_meta(workdir, step)["metrics"] for step in steps}
+        best = best_step(metrics, config["best_metric"], config["best_mode"])
+        if best is not None:
+            return best
+    return steps[-1]
+
+
+def load_params(
+    workdir: epath.PathLike,
+    mesh: Mesh,
+    init_fn: Callable[[jax.Array], Any],
+    which: str = "best",
+    item: str = "params",
+) -> Any:
+    """The parameters of a finished stage, laid out on this stage's mesh. Nothing else is read.
+
+    Args:
+        workdir: of the run that trained them.
+        mesh: any mesh; not necessarily the one they were trained on.
+        init_fn: key -> parameters of the model they belong to (only its shapes are used).
+        which: 'best' (by that run's best_metric) or 'latest'.
+        item: their name in the checkpoint.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, or one of another model.
+    """
+    step = find_step(workdir, which)
+    path = (epath.Path(workdir) / DIRECTORY / str(step)).absolute()
+    if not (path / item).exists():
+        held = sorted(p.name for p in path.iterdir() if p.is_dir())
+        raise UserError(f"{path} holds no {item!r}; it holds {', '.join(held)}")
+    read_meta(workdir, step)
+    abstract = state_lib.abstract(*state_lib.param_shardings(init_fn, mesh))
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        _check_shapes(handler.metadata(path / item).tree, abstract, path / item)
+        return handler.restore(path / item, args=ocp.args.StandardRestore(abstract))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path / item} cannot be read ({_first_line(error)})") from error
+    finally:
+        handler.close()
+
+
+def load_model_config(workdir: epath.PathLike) -> dict[str, Any]:
+    """The architecture of the model that a stage trained, from its config.json.
+
+    Only pretraining declares a model; a later stage has the one of its `inputs.init`.
+    """
+    config = _read_config(workdir)
+    if "model" in config:
+        return config["model"]
+    if not config.get("inputs", {}).get("init"):
+        raise UserError(
+            f"{workdir}/config.json has neither `model` nor `inputs.init`: no model here"
+        )
+    return load_model_config(config["inputs"]["init"])
+
+
+def _read_config(workdir: epath.PathLike) -> dict[str, Any]:
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir}: no config.json, so this is not the workdir of a run")
+    return json.loads(path.read_text())
+
+
+def _check_shapes(saved: Any, wanted: Any, path: epath.Path) -> None:
+    """Orbax would pad or cut an array of another shape: a wrong model must be an error."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {
+            "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in keys): tuple(x.shape)
+            for keys, x in leaves
+        }
+
+    have, want = shapes(saved), shapes(nn.unbox(wanted))
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise UserError(
+                f"{path} is of another model: {name} is {have.get(name, 'absent')} there and "
+                f"{want.get(name, 'absent')} here"
+            )
+
+
+def _check_schema(meta: Mapping[str, Any], workdir: epath.Path) -> None:
+    if meta["schema"] > SCHEMA_VERSION:
+        raise UserError(
+            f"{workdir}: its checkpoints have schema {meta['schema']}, this gptlab reads up to "
+            f"{SCHEMA_VERSION}; update gptlab"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+
+
+def _say(line: str) -> None:
+    """A line for the user, not for a debugging log."""
+    if processes.is_first():
+        print(line, flush=True)

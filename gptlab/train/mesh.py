@@ -1,0 +1,100 @@
+"""The device mesh, and batches laid out on it.
+
+One path serves a laptop's single CPU and a pod: five named axes, each 1 unless the config says
+otherwise, `tensor` innermost so that it lands on the fastest links. Batches are split over the
+three data axes; the parameters' layout is model/sharding.py's business.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptlab.model.sharding import MESH_AXES as AXES
+from gptlab.model.sharding import RULES, batch_spec
+from gptlab.run.errors import UserError
+
+DATA_AXES = tuple(RULES["batch"] or ())
+
+
+def make_mesh(config: Mapping[str, int]) -> Mesh:
+    """The mesh over all devices of all processes.
+
+    Args:
+      config: size of each of the five axes; one of them may be -1, to be inferred.
+
+    Raises:
+      UserError: an axis is no positive number, or the sizes do not multiply to the device count.
+    """
+    sizes = [int(config[axis]) for axis in AXES]
+    devices = jax.device_count()
+    shape = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"config.mesh ({shape}): sizes are positive, and at most one may be -1")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"config.mesh ({shape}) asks for {known} devices or a multiple of them, but "
+            f"there are {devices}: set one axis to -1 or change a size"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def data_size(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises UserError unless every microbatch divides evenly over the data axes."""
+    parts = data_size(mesh) * accumulation_steps
+    if batch_size < 1 or accumulation_steps < 1 or batch_size % parts:
+        raise UserError(
+            f"config.{name}={batch_size} does not divide into {accumulation_steps} "
+            f"microbatches over {data_size(mesh)} data-parallel parts of the mesh: "
+            f"use a multiple of {parts}"
+        )
+
+
+def process_block(mesh: Mesh) -> tuple[int, int]:
+    """(index, count) of the block of batch rows that this process has to read.
+
+    Processes that the `context` or `tensor` axis joins read the same rows, so there may be fewer
+    blocks than processes.
+    """
+    parts = data_size(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXES))
+    owned: dict[int, set[int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((parts,)).items():
+        owned.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
+    blocks = sorted({tuple(sorted(rows)) for rows in owned.values()})
+    return blocks.index(tuple(sorted(owned[jax.process_index()]))), len(blocks)
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Rows over the data axes; the tokens of a [B, T] array over `context` if it divides them."""
+    if not shape:
+        return NamedSharding(mesh, PartitionSpec())
+    if len(shape) == 2 and shape[1] % mesh.shape["context"]:  # [B, N] candidates, say
+        return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+    return NamedSharding(mesh, batch_spec(len(shape)))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a batch (numpy, any pytree) as global arrays on the mesh."""
+    _, blocks = process_block(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        sharding = batch_sharding(mesh, x.shape)
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        shape = (x.shape[0] * blocks, *x.shape[1:]) if x.ndim else ()
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,142 @@
+"""The optimiser that a config fragment describes: clip, Adam moments, decoupled decay, schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from gptlab.run.errors import UserError
+
+# Scanned layers are stored stacked, with a leading layer axis, below this name.
+STACKED = "layers"
+# Gains and biases by name: a head-shaped bias [H, K] has two axes and still is a bias.
+NEVER_DECAYED = ("bias", "scale")
+
+Schedule = Callable[[Any], Any]
+
+
+def make_optimizer(
+    config: ConfigDict, total_steps: int
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """AdamW (arXiv 1711.05101) as one optax transformation, and its learning-rate schedule.
+
+    Args:
+      config: name, lr, betas, eps, adam_eps_style, weight_decay, clip_norm (None = no clipping),
+        schedule, warmup_steps, final_fraction, decay_fraction (wsd only).
+      total_steps: the step at which the schedule ends.
+
+    Raises:
+      UserError: a value that is unknown or has no meaning beside another one.
+    """
+    if config.name != "adamw":
+        raise UserError(f"config.optimizer.name={config.name!r} is unknown: use 'adamw'")
+    schedule = make_schedule(config, total_steps)
+    b1, b2 = config.betas
+    if config.adam_eps_style == "torch":
+        moments = optax.scale_by_adam(b1, b2, config.eps)
+    elif config.adam_eps_style == "tensorflow":
+        moments = scale_by_tensorflow_adam(b1, b2, config.eps)
+    else:
+        raise UserError(
+            f"config.optimizer.adam_eps_style={config.adam_eps_style!r} is unknown: "
+            "use 'torch' or 'tensorflow'"
+        )
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    parts.append(moments)
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask))
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
+
+
+def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:
+    """Learning rate of the update that follows `step` finished ones.
+
+    Warm-up is linear and reaches lr at update number warmup_steps (the first update is never zero).
+    Then 'constant'; 'linear' or 'cosine' to final_fraction * lr at the last update; or 'wsd'
+    (warm-up, stable, decay; arXiv 2404.06395): constant, and linear over the last decay_fraction.
+    """
+    name, lr, warmup = config.schedule, config.lr, config.warmup_steps
+    if name not in ("constant", "linear", "cosine", "wsd"):
+        raise UserError(
+            f"config.optimizer.schedule={name!r} is unknown: "
+            "use 'constant', 'linear', 'cosine' or 'wsd'"
+        )
+    if name == "constant" and config.final_fraction != 1:
+        raise UserError(
+            f"config.optimizer.final_fraction={config.final_fraction} has no meaning with "
+            "schedule 'constant': set it to 1.0"
+        )
+    if (name == "wsd") != (config.decay_fraction is not None):
+        raise UserError(
+            "config.optimizer.decay_fraction belongs to schedule 'wsd' alone: set both or "
+            f"neither (schedule={name!r}, decay_fraction={config.decay_fraction})"
+        )
+    if not 0 <= warmup <= total_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps={warmup} does not fit into the "
+            f"{total_steps} steps of this run"
+        )
+    end = config.final_fraction
+    decay = (
+        total_steps - warmup
+        if name != "wsd"
+        else min(round(config.decay_fraction * total_steps), total_steps - warmup)
+    )
+    start = total_steps - decay
+
+    def schedule(step: Any) -> jax.Array:
+        update = jnp.asarray(step, jnp.float32) + 1
+        ramp = jnp.minimum(1.0, update / max(warmup, 1))
+        fraction = jnp.clip((update - start) / max(decay, 1), 0.0, 1.0)
+        if name == "constant":
+            shape = jnp.ones((), jnp.float32)
+        elif name == "cosine":
+            shape = end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * fraction))
+        else:
+            shape = 1 - (1 - end) * fraction
+        return lr * ramp * shape
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the tensors that weight decay applies to: matrices, as one layer sees them.
+
+    The layer axis of stacked layers does not count: a stacked bias [L, D] is no matrix.
+    """
+
+    def decayed(path: tuple[Any, ...], x: Any) -> bool:
+        names = [str(getattr(key, "key", key)) for key in path]
+        return names[-1] not in NEVER_DECAYED and x.ndim - (STACKED in names) >= 2
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def scale_by_tensorflow_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with epsilon added to the *uncorrected* sqrt(v), as TensorFlow's Adam does.
+
+    u = sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps): the formulation just before section 2.1
+    of arXiv 1412.6980. It equals torch's with eps / sqrt(1 - b2^t), so in the first steps epsilon
+    weighs up to 1 / sqrt(1 - b2) times as much.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(
+            jnp.zeros((), jnp.int32), zeros, optax.tree.zeros_like(params)
+        )
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        t = count.astype(jnp.float32)
+        scale = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        updates = jax.tree.map(lambda m, v: scale * m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)

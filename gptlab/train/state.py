@@ -1,0 +1,91 @@
+"""The training state, sharded from birth: no device ever holds a full copy of a large model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gptlab.model import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that an optimiser step changes."""
+
+    step: Any  # int32 [], finished optimiser steps
+    params: Any  # float32 pytree
+    opt_state: Any
+
+
+def param_shardings(init_fn: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, Any]:
+    """(abstract parameters, their shardings) of `init_fn(key)`, without computing anything."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shardings = sharding.logical_to_sharding(mesh, jax.eval_shape(init_fn, key))
+    abstract = jax.eval_shape(lambda key: nn.unbox(init_fn(key)), key)
+    return abstract, shardings
+
+
+def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Moments lie as their parameters lie; counters are replicated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        tx,
+        lambda _, s: s,
+        jax.eval_shape(tx.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+def init_state(
+    init_fn: Callable[[jax.Array], Any],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    key: jax.Array,
+) -> tuple[TrainState, TrainState]:
+    """A fresh state.
+
+    Args:
+      init_fn: key -> parameters, boxed with their logical axes.
+      tx: the optimiser.
+      mesh: where the state lives.
+      key: of the initialisation.
+
+    Returns:
+      (state, its shardings as a TrainState of NamedShardings).
+    """
+    params, shardings = param_shardings(init_fn, mesh)
+    shardings = TrainState(
+        NamedSharding(mesh, PartitionSpec()), shardings, opt_shardings(tx, params, shardings, mesh)
+    )
+
+    def create(key: jax.Array) -> TrainState:
+        params = nn.unbox(init_fn(key))
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    return jax.jit(create, out_shardings=shardings)(key), shardings
+
+
+def state_from_params(
+    params: Any, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """A fresh state around parameters that already lie on the mesh; returned as by init_state."""
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    shardings = TrainState(
+        NamedSharding(mesh, PartitionSpec()), shardings, opt_shardings(tx, params, shardings, mesh)
+    )
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(step, params, opt_state), shardings
+
+
+def abstract(state: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and shardings of a state or a part of it: what a restore has to produce."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )

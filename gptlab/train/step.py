@@ -1,0 +1,101 @@
+"""What one optimiser step is made of: accumulated gradients, and their application."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptlab.train.state import TrainState
+
+# (params, microbatch, rng) -> (loss sum, (weight, sums of metrics))
+LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
+
+
+def accumulate(
+    loss_fn: LossFn, params: Any, batch: Any, accumulation_steps: int, rng: jax.Array
+) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+    """Gradients, loss and metrics of a batch, computed in microbatches one after the other.
+
+    loss = sum of losses / sum of weights over the *whole* batch, so the result does not depend on
+    how many microbatches there are, even when the mask leaves them unequal weights.
+
+    Args:
+      loss_fn: gives sums and their weight; a metric is divided by the same weight as the loss.
+      params: any pytree of float32 arrays.
+      batch: pytree of arrays [B, ...]; B must be a multiple of accumulation_steps.
+      accumulation_steps: number of microbatches.
+      rng: key; microbatch i gets fold_in(rng, i).
+
+    Returns:
+      (gradients like params, loss, metrics).
+    """
+
+    def sums(microbatch: Any, key: jax.Array) -> Any:
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, microbatch, key)
+        return grads, loss, *aux
+
+    if accumulation_steps == 1:
+        grads, loss, weight, metrics = sums(batch, jax.random.fold_in(rng, 0))
+    else:
+        microbatches = jax.tree.map(lambda x: _split(x, accumulation_steps), batch)
+
+        def body(total: Any, inputs: Any) -> tuple[Any, None]:
+            index, microbatch = inputs
+            return jax.tree.map(
+                jnp.add, total, sums(microbatch, jax.random.fold_in(rng, index))
+            ), None
+
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        shapes = jax.eval_shape(sums, first, rng)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, loss, weight, metrics), _ = jax.lax.scan(
+            body, zeros, (jnp.arange(accumulation_steps), microbatches)
+        )
+    scale = 1.0 / jnp.maximum(weight, 1e-8)  # a batch without a single weighted token: loss 0
+    return (
+        jax.tree.map(lambda g: g * scale, grads),
+        loss * scale,
+        jax.tree.map(lambda m: m * scale, metrics),
+    )
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B/parts, ...]; microbatch i takes rows i, i + parts, ...
+
+    A device holds a contiguous block of rows. Taking every parts-th row gives each microbatch a
+    share of every device's rows, so nothing moves between devices.
+    """
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def apply_updates(
+    state: TrainState, grads: Any, tx: optax.GradientTransformation, on_nonfinite: str
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step.
+
+    Args:
+      state: the state before the step.
+      grads: like state.params.
+      tx: the optimiser.
+      on_nonfinite: 'skip' leaves parameters and optimiser as they were when a gradient is not
+        finite (the step still counts); 'stop' applies it: the loop then stops by the loss.
+
+    Returns:
+      (state, {train/grad_norm, train/param_norm, and with 'skip' train/skipped 0 or 1}).
+    """
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"train/grad_norm": grad_norm}
+    if on_nonfinite == "skip":
+        finite = jnp.isfinite(grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        metrics["train/skipped"] = 1.0 - finite.astype(jnp.float32)
+    metrics["train/param_norm"] = optax.tree.norm(params)
+    return TrainState(state.step + 1, params, opt_state), metrics
