@@ -1,0 +1,503 @@
+"""A run is an artifact: a directory that knows what it is, what it was made from, and by what.
+
+WORKDIR holds config.json, manifest.json, metrics.jsonl, TensorBoard events, samples.jsonl and what
+the stage adds (checkpoints/, records/, report.md). Its identity is a hash of the config (without
+paths and without keys that can't change the outcome) and of its inputs' identities, so equal
+identities mean the same experiment, and one can walk from any artifact back to the documents.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+import gptlab
+from gptlab.run import files, processes, signals
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.run.goodput import Goodput
+from gptlab.run.metrics import MetricWriter
+from gptlab.run.progress import Progress
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
+
+# How often a run looks at itself: no part of its identity, and free to change at any time.
+CADENCE = (
+    "log_every_steps",
+    "eval_every_steps",
+    "eval_batches",
+    "sample_every_steps",
+    "checkpoint",
+    "profile",
+)
+# Part of the identity, yet a run may go on under another value; the manifest then says so.
+RESUMABLE = ("total_steps", "total_tokens", "total_epochs", "mesh")
+
+_PACKAGES = (
+    "jax jaxlib flax optax orbax-checkpoint grain array_record numpy sentencepiece seqio "
+    "tensorflow apache-beam"
+).split()
+_SHOWN_DIFFERENCES = 5
+
+
+class Run:
+    """One run of one stage in one workdir; a context manager made by `open_run`.
+
+    Leaving the with block by `Interrupted` marks the manifest 'interrupted', by another exception
+    'failed' with its message; only `complete` marks it 'done'. A killed run stays 'running'.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, stage: str, manifest: dict[str, Any],
+        finished: bool, lock: int | None,
+    ):  # fmt: skip
+        self.config = config
+        self.workdir = epath.Path(workdir)
+        self.stage = stage
+        self.identity: str = manifest["identity"]
+        self.finished = finished
+        self.goodput = Goodput()
+        self._manifest = manifest
+        self._lock = lock
+        self._stop = signals.StopRequest()
+        self._stop_agreed = False
+        self._writes = processes.is_first()
+        self.metrics = MetricWriter(workdir, enabled=self._writes and not finished)
+
+    def __enter__(self) -> "Run":
+        self._stop.install()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if not self.finished:
+                self._record_end(error)
+        finally:
+            self._stop.uninstall()
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _record_end(self, error: BaseException | None) -> None:
+        # The first failure is the one to report: a full disk makes these writes fail as well.
+        with contextlib.suppress(UserError) if error is not None else contextlib.nullcontext():
+            self.metrics.close()
+            if isinstance(error, Interrupted | KeyboardInterrupt):
+                self._manifest["status"] = "interrupted"
+            elif error is not None:
+                self._manifest["status"] = "failed"
+                self._manifest["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            self._manifest["starts"][-1]["goodput"] = {
+                name: round(value, 3) for name, value in self.goodput.summary().items()
+            }
+            self._write_manifest()
+
+    def progress(
+        self, total: int | None, desc: str, initial: int = 0, unit: str = "step"
+    ) -> Progress:
+        """A progress bar on process 0; silent on the others. Use it in a with statement."""
+        return Progress(total, desc, initial, unit, enabled=self._writes)
+
+    def stop_requested(self) -> bool:
+        """Whether SIGTERM or SIGINT has arrived, here or in any other process of this run.
+
+        Every process must call it once per step, so that all of them stop at the same one. The
+        caller then saves its state and raises `Interrupted`.
+        """
+        if not self._stop_agreed:
+            self._stop_agreed = processes.any_process(self._stop.signal is not None)
+        return self._stop_agreed
+
+    def results(self, **figures: Any) -> None:
+        """Merges figures (JSON values, NumPy and JAX scalars) into the manifest's `results`."""
+        self._manifest["results"].update({k: _plain(v, k) for k, v in figures.items()})
+        self._write_manifest()
+
+    def complete(self, digest: str | None = None) -> None:
+        """Marks the run done. `digest` is a hash of what it made (array values, record bytes).
+
+        To be called last, when everything the run made is on disk.
+        """
+        self.metrics.close()
+        self._manifest.update(status="done", digest=digest, finished_at=_now(), error=None)
+        self._write_manifest()
+        processes.barrier(f"complete {self.identity}")
+
+    def _write_manifest(self) -> None:
+        if self._writes:
+            _write_json(Path(self.workdir) / MANIFEST_FILE, self._manifest)
+
+
+def open_run(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    stage: str,
+    *,
+    files: Mapping[str, Iterable[str | os.PathLike[str]]] | None = None,
+) -> Run:
+    """Opens a new run in `workdir`, or goes on with the same run there.
+
+    Args:
+      config: the stage's config. `config.inputs`, if present, names the artifacts it reads.
+      workdir: a local (or mounted) directory; made if missing.
+      stage: the program's name, 'pretrain' say.
+      files: raw inputs by name; they count by their content.
+
+    Returns:
+      The run, to be used in a with statement. If `run.finished`, there is nothing left to do.
+
+    Raises:
+      UserError: an input is missing or unfinished; the workdir belongs to another run (with the
+        keys that differ), or is in use by another process.
+    """
+    directory = _local(workdir)
+    plain = _plain(config.to_dict(), "config")
+    inputs = _inputs(plain, directory)
+    raw = {name: _file_entry(paths) for name, paths in (files or {}).items()}
+    identities = _identities(inputs, raw)
+    if processes.is_first():
+        _make_directory(directory)
+    lock = _lock(directory) if processes.is_first() else None
+    try:
+        previous = _read_json(directory / MANIFEST_FILE)
+        continued = _continued(directory, previous, stage, plain, identities)
+        own = identity(stage, config, identities, continued)
+        finished = (
+            previous is not None and previous["status"] == "done" and previous["identity"] == own
+        )
+        if finished and previous is not None:
+            manifest = previous
+        else:
+            manifest = _new_manifest(stage, own, inputs, raw, previous)
+            manifest["continued"] = continued
+            if processes.is_first():
+                _write_json(directory / CONFIG_FILE, plain)
+                _write_json(directory / MANIFEST_FILE, manifest)
+        processes.barrier(f"open {own}")
+        return Run(config, directory, stage, manifest, finished, lock)
+    except BaseException:
+        if lock is not None:
+            os.close(lock)
+        raise
+
+
+def identity(
+    stage: str,
+    config: ConfigDict | Mapping[str, Any],
+    inputs: Mapping[str, str],
+    continued: Iterable[Mapping[str, Any]] = (),
+) -> str:
+    """The identity (12 hex digits) of what `stage` makes from `config` and `inputs`.
+
+    Args:
+      stage: the program's name.
+      config: as given to the stage. `inputs` (paths) and the CADENCE keys do not count.
+      inputs: identities of the inputs by name; raw files by their digest.
+      continued: earlier values of RESUMABLE keys under which the run spent some of its steps.
+    """
+    plain = _plain(config.to_dict() if isinstance(config, ConfigDict) else config, "config")
+    relevant = {k: v for k, v in plain.items() if k != "inputs" and k not in CADENCE}
+    content: dict[str, Any] = {"stage": stage, "config": relevant, "inputs": dict(inputs)}
+    if continued := list(continued):
+        content["continued"] = continued
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_manifest(
+    workdir: str | os.PathLike[str], allow_unfinished: bool = False
+) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises UserError if there is none, if a newer gptlab wrote it, or if the run isn't done (unless
+    `allow_unfinished`).
+    """
+    directory = _local(workdir)
+    manifest = _read_json(directory / MANIFEST_FILE)
+    if manifest is None:
+        raise UserError(
+            f"{directory} has no {MANIFEST_FILE}, so it is no artifact; "
+            "give the --workdir of an earlier stage"
+        )
+    if manifest["status"] != "done" and not allow_unfinished:
+        raise UserError(
+            f"{directory} is not finished ({manifest['stage']} is {manifest['status']}); "
+            f"let it finish first: {manifest['starts'][-1]['command']}"
+        )
+    return manifest
+
+
+def lineage(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything an artifact was made from, back to the raw files.
+
+    Returns:
+      {'path': str, 'manifest': dict, 'inputs': {name: the same for that input}}.
+
+    Raises:
+      UserError: an input is gone, or is no longer the artifact that was read.
+    """
+    directory = _local(workdir)
+    manifest = read_manifest(directory, allow_unfinished=True)
+    inputs = {}
+    for name, entry in manifest["inputs"].items():
+        inputs[name] = lineage(_find_input(directory, name, entry))
+    return {"path": str(directory), "manifest": manifest, "inputs": inputs}
+
+
+def _find_input(directory: Path, name: str, entry: Mapping[str, str]) -> Path:
+    """Where an input is now: a tree of artifacts may have been moved as a whole."""
+    found = None
+    for path in (directory / entry["relative"], Path(entry["path"])):
+        manifest = _read_json(path / MANIFEST_FILE)
+        if manifest is not None:
+            if manifest["identity"] == entry["identity"]:
+                return path.resolve()
+            found = manifest["identity"]
+    state = f"now holds {found}" if found else "is gone"
+    raise UserError(
+        f"{directory} was made from {entry['identity']} as its input {name}, but {entry['path']} "
+        f"{state}; restore that artifact, or run this stage again in a new workdir"
+    )
+
+
+def _inputs(config: Mapping[str, Any], directory: Path) -> dict[str, dict[str, Any]]:
+    """What `config.inputs` points at: {name: {path, relative, stage, identity, digest}}."""
+    entries = {}
+    for name, path in (config.get("inputs") or {}).items():
+        if path is None:
+            continue
+        try:
+            manifest = read_manifest(path)
+        except UserError as error:
+            raise UserError(f"config.inputs.{name}: {error}") from error
+        entries[name] = {
+            "path": str(Path(path).resolve()),
+            "relative": os.path.relpath(Path(path).resolve(), directory),
+            "stage": manifest["stage"],
+            "identity": manifest["identity"],
+            "digest": manifest["digest"],
+        }
+    return entries
+
+
+def _file_entry(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
+    listed = [os.fspath(path) for path in paths]
+    return {"paths": listed[:20], "count": len(listed), "digest": files.digest_files(listed)}
+
+
+def _identities(inputs: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, str]:
+    """One identity per input; raw files are told from artifacts by their prefix."""
+    artifacts = {name: entry["identity"] for name, entry in inputs.items()}
+    return artifacts | {f"files:{name}": entry["digest"] for name, entry in raw.items()}
+
+
+def _continued(
+    directory: Path,
+    previous: Mapping[str, Any] | None,
+    stage: str,
+    config: Mapping[str, Any],
+    identities: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """Checks that `directory` holds the same run, or none.
+
+    Returns the values of RESUMABLE keys under which the run was made so far, oldest first, if they
+    are different now.
+    """
+    if previous is None:
+        return []
+    if previous["stage"] != stage:
+        raise UserError(
+            f"{directory} holds a run of {previous['stage']}, not of {stage}; "
+            "choose another --workdir"
+        )
+    old = _read_json(directory / CONFIG_FILE) or {}
+    before = {k: v for k, v in old.items() if k not in ("inputs", *CADENCE)}
+    now = {k: v for k, v in config.items() if k not in ("inputs", *CADENCE)}
+    differences = _differences(
+        {k: v for k, v in before.items() if k not in RESUMABLE},
+        {k: v for k, v in now.items() if k not in RESUMABLE},
+        "config.",
+    ) + _differences(_identities(previous["inputs"], previous["files"]), identities, "inputs.")
+    if differences:
+        more = len(differences) - _SHOWN_DIFFERENCES
+        raise UserError(
+            f"{directory} holds another run of {stage}: "
+            + "; ".join(differences[:_SHOWN_DIFFERENCES])
+            + (f"; and {more} more" if more > 0 else "")
+            + ". Choose another --workdir, or change these back to go on with that run"
+        )
+    resumable = {k: before[k] for k in RESUMABLE if k in before}
+    changed = any(now.get(k) != v for k, v in resumable.items())
+    return [*previous["continued"], *([resumable] if changed else [])]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[str]:
+    """'config.optimizer.lr: 0.001 -> 0.002' for each leaf that is not the same."""
+    old, new = dict(_leaves(before, prefix)), dict(_leaves(now, prefix))
+    missing = "(absent)"
+    return [
+        f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(value, ensure_ascii=False)
+
+
+def _new_manifest(
+    stage: str,
+    own_identity: str,
+    inputs: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    previous: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A manifest of a run that starts now, or starts again."""
+    start = {
+        "time": _now(),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "commit": _git_commit(),
+        "versions": _versions(),
+        "host": socket.gethostname(),
+        "processes": processes.count(),
+    }
+    return {
+        "schema": SCHEMA_VERSION,
+        "stage": stage,
+        "identity": own_identity,
+        "status": "running",
+        "inputs": dict(inputs),
+        "files": dict(raw),
+        "created_at": previous["created_at"] if previous else _now(),
+        "finished_at": None,
+        "digest": None,
+        "error": None,
+        "results": dict(previous["results"]) if previous else {},
+        "starts": [*(previous["starts"] if previous else []), start],
+    }
+
+
+def _git_commit() -> str | None:
+    """The code's commit, with '+changes' if the checkout differs from it; None outside of git."""
+    root = Path(gptlab.__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True, text=True, timeout=20, check=True,
+        ).stdout.strip()  # fmt: skip
+
+    try:
+        # --no-optional-locks: looking must never get in the way of the user's own git command.
+        changes = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what decides the numbers; looked up without importing anything."""
+    versions = {"python": platform.python_version(), "gptlab": gptlab.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _local(workdir: str | os.PathLike[str]) -> Path:
+    text = os.fspath(workdir)
+    if "://" in text:
+        raise UserError(
+            f"{text}: workdirs are appended to, which object stores can't do; "
+            "mount the bucket (gcsfuse) and give the mounted path"
+        )
+    return Path(text).resolve()
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--workdir={directory} is a file; choose a directory") from error
+    except OSError as error:
+        raise UserError(f"cannot make --workdir={directory}: {error.strerror}") from error
+
+
+def _lock(directory: Path) -> int:
+    """Keeps other processes out of `directory` until closed; the system drops it at a kill."""
+    with files.disk_errors(directory / ".lock"):
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 100, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise UserError(
+            f"{directory} is in use by another run ({owner}); "
+            "wait for it, stop it, or choose another --workdir"
+        ) from error
+    except OSError:
+        return lock  # some network file systems have no locks
+    with files.disk_errors(directory / ".lock"):
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object written by this module, or None if there is no such file."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if path.name == MANIFEST_FILE and content["schema"] > SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema {content['schema']}, this gptlab reads up to {SCHEMA_VERSION}; "
+            "it was written by a newer gptlab: update this one"
+        )
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    files.atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON would give it back, so that what is compared later compares equal."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise UserError(f"{where}: {type(value).__name__} {value!r} can't be written as JSON")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,102 @@
+"""Writing files so that a kill or a full disk leaves the old content or the new, never half."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from gptlab.run.errors import UserError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Replaces `path` by `data` (str as UTF-8) in one step, durably.
+
+    Raises UserError when the disk is full; what was there before is still there then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns 'no space left', 'read-only' and 'permission denied' into a UserError naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        message = explain(error, path)
+        if message is None:
+            raise
+        raise UserError(message) from error
+
+
+def explain(error: BaseException, path: str | os.PathLike[str] | None = None) -> str | None:
+    """One line for an exception that is the disk's doing, or None if it is something else.
+
+    Looks through the exception's causes and also at messages, as Orbax and TensorStore report a
+    full disk as a ValueError that quotes the system's message.
+    """
+    where = f" while writing {path}" if path is not None else ""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in _DISK_FULL or os.strerror(errno.ENOSPC) in str(cause):
+            return (
+                f"the disk is full{where}{_free_space(path)}; free some space and run the same "
+                "command again: nothing that was finished is lost"
+            )
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS) and path is not None:
+            return f"{os.strerror(number)}{where}; choose a place that you may write to"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _free_space(path: str | os.PathLike[str] | None) -> str:
+    if path is None:
+        return ""
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB left)"
+    return ""
+
+
+def digest_files(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """Hash (16 hex digits) of the names and contents of files; directories count recursively.
+
+    A file counts by its name below the given path, so the same directory in another place, or the
+    same list in another order, has the same digest.
+
+    Raises UserError for a path that does not exist or can't be read.
+    """
+    entries = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file()]
+        else:
+            found = [(path.name, path)]
+        entries += [(name, _content_digest(file)) for name, file in found]
+    total = hashlib.sha256()
+    for name, content in sorted(entries):
+        total.update(f"{len(name)}:{name}:{content}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _content_digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error

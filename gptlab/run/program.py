@@ -1,0 +1,210 @@
+"""The command line that every program shares, and how every program ends.
+
+Exit codes: 0 done, 1 a defect (with a traceback), 2 a user's mistake (one line), 75 interrupted
+with everything saved: the same command goes on.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from gptlab.run import files, processes
+from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+
+RunFn = Callable[[ConfigDict, str], object]
+
+
+def main(run_fn: RunFn, stage: str) -> NoReturn:
+    """Parses the command line and calls `run_fn(config, workdir)`.
+
+    Flags: --config=FILE.py[:arg], --config.KEY=VALUE (a key that the file doesn't have is an
+    error), --workdir=DIR. The compilation cache is in $GPTLAB_CACHE (~/.cache/gptlab/xla).
+    """
+    config = config_flags.DEFINE_config_file(
+        "config", None, "The experiment: FILE.py or FILE.py:argument.", lock_config=True
+    )
+    workdir = flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
+
+    def parse(argv: Sequence[str]) -> Sequence[str]:
+        with _exit_codes(stage):
+            return _parse(argv)
+
+    def start(argv: Sequence[str]) -> None:
+        with _exit_codes(stage):
+            enable_compilation_cache()
+            processes.initialize()
+            run_fn(config.value, workdir.value)
+
+    app.run(start, flags_parser=parse)
+    raise AssertionError("app.run exits")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs between processes: a second start compiles nothing anew."""
+    directory = os.environ.get("GPTLAB_CACHE") or Path.home() / ".cache" / "gptlab" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class _exit_codes:  # noqa: N801  (used as a function)
+    """Ends the program with one line and the exit code that the exception stands for."""
+
+    def __init__(self, stage: str):
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if error is None or isinstance(error, SystemExit):
+            return
+        if isinstance(error, Interrupted):
+            self._exit(EXIT_INTERRUPTED, f"{error or 'interrupted'}; the same command goes on")
+        if isinstance(error, KeyboardInterrupt):
+            self._exit(130, "stopped")
+        if isinstance(error, UserError):
+            self._exit(EXIT_USER_ERROR, str(error))
+        if (line := files.explain(error) or _missing_config_key(error)) is not None:
+            self._exit(EXIT_USER_ERROR, line)
+        traceback.print_exception(error)
+        self._exit(1, f"failed: {type(error).__name__}: {_first_line(error)}")
+
+    def _exit(self, code: int, line: str) -> NoReturn:
+        sys.stdout.flush()
+        print(f"gptlab {self._stage}: {line}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+def load_config(path: str) -> ConfigDict:
+    """The locked config of 'FILE.py' or 'FILE.py:argument'.
+
+    Raises UserError naming the line in the file, if loading it fails.
+    """
+    name, *argument = path.split(":", 1)
+    file = Path(name)
+    if not file.is_file():
+        near = _nearest(file.name, (p.name for p in file.parent.glob("*.py")))
+        hint = f". Did you mean {file.parent / near}?" if near else ""
+        raise UserError(f"--config={path}: there is no file {file}{hint}")
+    spec = importlib.util.spec_from_file_location("gptlab_config", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*argument)
+    except Exception as error:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve() == file.resolve()
+        ]
+        line = f":{frames[-1].lineno}" if frames else ""
+        raise UserError(
+            f"--config={path}: {file}{line}: {type(error).__name__}: {error}"
+        ) from error
+    config.lock()
+    return config
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    """Parses the command line into absl's FLAGS; every mistake is a UserError."""
+    if any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv[1:]):
+        return flags.FLAGS(argv)
+    path = _flag_value(argv, "config")
+    if not path:
+        raise UserError("--config is missing; give --config=configs/FILE.py")
+    known = _keys(load_config(path))
+    for key in _overridden_keys(argv):
+        if key not in known:
+            near = _nearest_key(key, known)
+            hint = f". Did you mean --config.{near}?" if near else f"; there are: {_top(known)}"
+            raise UserError(f"--config.{key}: {path} has no such key{hint}")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        near = _nearest(error.flagname, ("config", "workdir", "help"))
+        hint = f". Did you mean --{near}?" if near else "; there are --config and --workdir"
+        raise UserError(f"there is no flag --{error.flagname}{hint}") from error
+    except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(str(error)) from error
+    if rest[1:]:
+        raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE or --workdir=DIR")
+    if not flags.FLAGS["workdir"].value:
+        raise UserError("--workdir is missing; give --workdir=DIR, where the run puts everything")
+    return rest
+
+
+def _flag_value(argv: Sequence[str], name: str) -> str | None:
+    """The value of --name=value or --name value, before anything is parsed."""
+    for arg, following in zip(argv[1:], [*argv[2:], None], strict=True):
+        flag, equals, value = arg.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            return value if equals else following
+    return None
+
+
+def _overridden_keys(argv: Sequence[str]) -> list[str]:
+    matches = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv[1:])
+    return [match.group(1) for match in matches if match]
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Every key with dots, subtrees included: optimizer, optimizer.lr, ..."""
+    found = []
+    for key in config:
+        found.append(prefix + key)
+        if config.get_type(key) is ConfigDict:
+            found += _keys(config[key], f"{prefix}{key}.")
+    return found
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The most similar full key; else a key that ends alike (--config.lr for optimizer.lr)."""
+    if near := _nearest(key, known):
+        return near
+    leaves = {other.rsplit(".", 1)[-1]: other for other in reversed(known)}
+    near = _nearest(key.rsplit(".", 1)[-1], leaves)
+    return leaves[near] if near else None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)), None)
+
+
+def _top(known: Sequence[str]) -> str:
+    return ", ".join(key for key in known if "." not in key)
+
+
+def _missing_config_key(error: BaseException) -> str | None:
+    """One line if a program asked its config for a key that it doesn't have, else None.
+
+    That is what a config of another stage looks like.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, AttributeError | KeyError) or not frames:
+        return None
+    if not frames[-1].filename.endswith("config_dict.py"):
+        return None
+    asked = next(f for f in reversed(frames) if not f.filename.endswith("config_dict.py"))
+    message = _first_line(error).strip("'\"\\").split("\\n")[0]
+    return (
+        f"the config has no key {message} ({Path(asked.filename).name}:{asked.lineno}: "
+        f"{asked.line}); is it the config of another stage?"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")

@@ -1,0 +1,61 @@
+"""Stopping on request: SIGTERM (a scheduler preempts us) and SIGINT (Ctrl-C).
+
+The first signal asks; the loop sees it at its next step, saves and raises `Interrupted`. Another
+signal insists: the process dies at once, and the next start resumes from the newest checkpoint.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+# `timeout`, process groups and job launchers deliver one request twice within milliseconds.
+_SAME_REQUEST_SECONDS = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While installed, notes SIGTERM and SIGINT instead of dying from them."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._time = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Takes over both signals; outside the main thread Python allows no handlers, so not."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Puts back whatever handled the signals before."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is not None:
+            if now - self._time > _SAME_REQUEST_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.note(signal.Signals(number), now)
+        # os.write, as print is not safe if the signal arrived inside another print.
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            f"\n{signal.Signals(number).name}: saving and stopping after this step; "
+            "send it again to stop at once\n".encode(),
+        )
+
+    def note(self, number: signal.Signals, now: float) -> None:
+        """Remembers the request, also in the enclosing run: `rounds` has a run around a stage's."""
+        self.signal, self._time = number, now
+        handler = self._previous.get(number)
+        outer = getattr(handler, "__self__", None)
+        if isinstance(outer, StopRequest):
+            outer.note(number, now)

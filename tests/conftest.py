@@ -1,0 +1,24 @@
+"""Every test runs on 8 virtual CPU devices, with implicit rank promotion forbidden."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before the first import of jax: it reads these once. Programs started by tests inherit them.
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("GPTLAB_CACHE", str(Path.home() / ".cache" / "gptlab" / "tests"))
+
+import jax
+
+from gptlab.run import program
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+program.enable_compilation_cache()
+
+# Fixtures that several folders share.
+if importlib.util.find_spec("tests.fixtures") is not None:
+    pytest_plugins = ["tests.fixtures"]
