@@ -22,7 +22,7 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
         Two float32 arrays [B, T, K/2]. (Su et al. 2021, arXiv 2104.09864, eq. 15.)
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -53,7 +53,7 @@ def causal_mask(segment_ids: jax.Array | None, length: int) -> jax.Array:
 
 def cache_mask(positions: jax.Array, slots: int) -> jax.Array:
     """bool [B, T, S]: the query at position p sees cache slots 0..p (slot = position)."""
-    return jnp.arange(slots) <= positions[:, :, None]
+    return jnp.arange(slots)[None, None] <= positions[:, :, None]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

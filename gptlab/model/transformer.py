@@ -161,7 +161,8 @@ class Dense(nn.Module):
         y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            y += self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
+            bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            y += _last(bias.astype(self.dtype), y)
         return y
 
 

@@ -1,0 +1,315 @@
+"""Sampling from a language model with a KV cache: one step, used by rollouts, collecting and chat.
+
+A row's cache slot *is* the position of its token, so right-padded prompts of any lengths share a
+batch: a reply is written directly after its own prompt, over the padding. The draw at a position
+uses the key `fold_in(request_key, position)`, so what a request receives depends neither on the
+other rows of its batch nor on how far its prompt was padded.
+
+The layers are the training `Block`s, run one by one over slices of the stacked parameters: each
+layer's cache is a buffer of its own, which XLA updates in place inside the loop.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gptlab.model import attention as attn
+from gptlab.model.transformer import Backbone, Block, LanguageModel, ModelConfig
+from gptlab.run.errors import UserError
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values [B, Hkv, S, K]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; hashable, so it is static under jit."""
+
+    temperature: float  # 0: the most likely token
+    top_k: int  # only the k most likely tokens; 0: off
+    top_p: float  # only the most likely tokens that hold this probability together; 1: off
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuses values without a meaning."""
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} must not be negative")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} must not be negative (0 switches it off)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+
+
+@flax.struct.dataclass
+class Generation:
+    """Replies to a batch of prompts. N = max_new_tokens."""
+
+    tokens: jax.Array  # int32 [B, N]; the stop token is included, pad_id after it
+    lengths: jax.Array  # int32 [B]; tokens before the padding
+    logprobs: jax.Array  # float32 [B, N]; of log softmax(logits / temperature), 0 on padding
+    finished: jax.Array  # bool [B]; a stop token was drawn
+
+
+def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as decoding reads them: `layers` a tuple of L trees, matrices in compute dtype.
+
+    `prefill` and `decode_step` take either form; this one saves them slicing and casting at every
+    call. Idempotent.
+    """
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(config.dtype) if x.ndim >= 2 else x
+
+    backbone = dict(params["backbone"])
+    layers = backbone.pop("layers")
+    if not isinstance(layers, tuple):
+        layers = tuple(jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers))
+    return {"backbone": jax.tree.map(cast, backbone | {"layers": layers})}
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty cache of `slots` positions for each of `batch` rows."""
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+    zeros = lambda: jnp.zeros(shape, config.dtype)  # noqa: E731
+    return tuple((zeros(), zeros()) for _ in range(config.num_layers))
+
+
+def extend(
+    model: LanguageModel,
+    params: Mapping[str, Any],
+    cache: Cache,
+    tokens: jax.Array,
+    start: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Runs T more tokens of each row through the layers, reading and filling the cache.
+
+    Args:
+        model: the model.
+        params: its parameters (stacked, or from `unstack_layers`).
+        cache: S slots, of which row b's first start[b] are filled.
+        tokens: int32 [B, T], at positions start[b] .. start[b] + T - 1 <= S - 1.
+        start: int32 [B].
+
+    Returns:
+        The cache and the last layer's output [B, T, D] (before the final norm).
+    """
+    config = model.config
+    backbone = unstack_layers(config, params)["backbone"]
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    variables = {"params": {k: v for k, v in backbone.items() if k != "layers"}}
+    x, rope = Backbone(config).apply(variables, tokens, positions, method="embed")
+    mask = attn.cache_mask(positions, cache[0][0].shape[2])
+    block, filled = Block(config), []
+    for layer, slots in zip(backbone["layers"], cache, strict=True):
+        x, slots = block.apply({"params": layer}, x, mask, rope, slots, start)
+        filled.append(slots)
+    return tuple(filled), x
+
+
+def next_logits(model: LanguageModel, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """The last layer's output at one position of each row, [B, D] -> logits float32 [B, V]."""
+    variables = {"params": {k: v for k, v in params["backbone"].items() if k != "layers"}}
+    head = Backbone(model.config)
+    hidden = head.apply(variables, x[:, None], method="normalize")
+    return head.apply(variables, hidden, method="logits")[:, 0]
+
+
+def prefill(
+    model: LanguageModel,
+    params: Mapping[str, Any],
+    prompts: jax.Array,
+    lengths: jax.Array,
+    slots: int,
+) -> tuple[Cache, jax.Array]:
+    """Reads right-padded prompts in one forward pass.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        prompts: int32 [B, P], right padded.
+        lengths: int32 [B], real tokens of each row.
+        slots: S >= P, the size of the cache to return.
+
+    Returns:
+        The cache, and the logits float32 [B, V] after each row's last real token.
+    """
+    batch, width = prompts.shape
+    # Padding is cached too, but a slot after the prompt is overwritten before it is ever attended.
+    cache, x = extend(
+        model,
+        params,
+        init_cache(model.config, batch, width),
+        prompts,
+        jnp.zeros((batch,), jnp.int32),
+    )
+    last = jnp.maximum(lengths - 1, 0)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]  # [B, D]
+    room = ((0, 0), (0, 0), (0, slots - width), (0, 0))
+    cache = jax.tree.map(lambda kv: jnp.pad(kv, room), cache)
+    return cache, next_logits(model, params, x)
+
+
+def _threshold(probs: jax.Array, enough: Any) -> jax.Array:
+    """The largest t [B] for which `enough(probs >= t)` holds, found by bisection on float bits.
+
+    Non-negative floats are ordered as their bit patterns are, so 31 halvings find t exactly, with
+    passes over [B, V] only; sorting the vocabulary costs several times more.
+    """
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # enough at low, not at high
+        middle = low + (high - low) // 2
+        t = jax.lax.bitcast_convert_type(middle, jnp.float32)
+        keep = enough(probs >= t[:, None])
+        return jnp.where(keep, middle, low), jnp.where(keep, high, middle)
+
+    low = jnp.zeros(probs.shape[:1], jnp.int32)
+    high = jnp.full(probs.shape[:1], 0x3F800001, jnp.int32)  # the float after 1.0
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [B, V] with what top-k, then top-p of the rest, exclude set to -inf; ties stay."""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        probs = jax.nn.softmax(logits, axis=-1)
+        t = _threshold(probs, lambda kept: kept.sum(-1) >= sampling.top_k)
+        logits = jnp.where(probs >= t[:, None], logits, -jnp.inf)
+    if sampling.top_p < 1:
+        probs = jax.nn.softmax(logits, axis=-1)
+        t = _threshold(probs, lambda kept: (probs * kept).sum(-1) >= sampling.top_p)
+        logits = jnp.where(probs >= t[:, None], logits, -jnp.inf)
+    return logits
+
+
+def sample(
+    logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """Draws each row's next token.
+
+    Args:
+        logits: float32 [B, V].
+        keys: typed keys [B], one per request.
+        positions: int32 [B], where the drawn tokens will stand.
+        sampling: temperature, top_k and top_p.
+
+    Returns:
+        Tokens int32 [B] and their log-probabilities float32 [B] under softmax(logits / temperature)
+        of the *whole* vocabulary (what RL needs; at temperature 0, under softmax(logits)).
+    """
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+        keys = jax.vmap(jax.random.fold_in)(keys, positions)
+        tokens = jax.vmap(jax.random.categorical)(keys, _restrict(logits, sampling))
+    else:
+        tokens = jnp.argmax(logits, axis=-1)
+    logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), logprobs - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling"), donate_argnames=("cache",), inline=True
+)
+def decode_step(
+    model: LanguageModel,
+    params: Mapping[str, Any],
+    cache: Cache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    sampling: Sampling,
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """Feeds each row's newest token and draws the one after it.
+
+    Args:
+        model: the model.
+        params: its parameters; from `unstack_layers` when called often.
+        cache: filled up to positions - 1; donated.
+        tokens: int32 [B].
+        positions: int32 [B], where those tokens stand.
+        keys: typed keys [B], one per request.
+        sampling: how to draw.
+
+    Returns:
+        (cache, next tokens int32 [B] for positions + 1, their log-probabilities float32 [B]).
+    """
+    cache, x = extend(model, params, cache, tokens[:, None], positions)
+    logits = next_logits(model, params, x[:, 0])
+    return cache, *sample(logits, keys, positions + 1, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "pad_id"))
+def generate(
+    model: LanguageModel,
+    params: Mapping[str, Any],
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    keys: jax.Array,
+    sampling: Sampling,
+    pad_id: int = 0,
+) -> Generation:
+    """Replies to right-padded prompts: one prefill, then one loop until every row is done.
+
+    Args:
+        model: the model; static.
+        params: its parameters {'backbone': ...}.
+        prompts: int32 [B, P].
+        prompt_lengths: int32 [B]; a row of length 0 is padding and gets an empty reply.
+        keys: typed keys [B], one per request.
+        sampling: how to draw, for how long and where to stop; static.
+        pad_id: fills `tokens` after a reply's end.
+
+    Raises:
+        UserError: P + max_new_tokens does not fit the context window.
+    """
+    (batch, width), new = prompts.shape, sampling.max_new_tokens
+    if width + new > model.config.max_len:
+        raise UserError(
+            f"prompts of {width} tokens and {new} new tokens do not fit the context window: "
+            f"max_len={model.config.max_len}"
+        )
+    params = unstack_layers(model.config, params)
+    cache, logits = prefill(model, params, prompts, prompt_lengths, width + new)
+    token, logprob = sample(logits, keys, prompt_lengths, sampling)
+    stops = jnp.asarray(sampling.stop_tokens, jnp.int32)[None]
+
+    def record(step, out, done, token, logprob):
+        """Writes column `step` of the reply: the drawn token where the row is still going."""
+        stopped = ~done & (token[:, None] == stops).any(-1)
+        token = jnp.where(done, pad_id, token)
+        logprob = jnp.where(done, 0.0, logprob)
+        out = Generation(
+            tokens=jax.lax.dynamic_update_slice(out.tokens, token[:, None], (0, step)),
+            lengths=out.lengths + ~done,
+            logprobs=jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, step)),
+            finished=out.finished | stopped,
+        )
+        return out, done | stopped, token
+
+    def unfinished(carry):
+        step, _, done, _, _ = carry
+        return (step < new) & ~done.all()
+
+    def body(carry):
+        step, out, done, token, cache = carry
+        at = prompt_lengths + step - 1
+        cache, token, logprob = decode_step(model, params, cache, token, at, keys, sampling)
+        out, done, token = record(step, out, done, token, logprob)
+        return step + 1, out, done, token, cache
+
+    empty = Generation(
+        tokens=jnp.full((batch, new), pad_id, jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        logprobs=jnp.zeros((batch, new), jnp.float32),
+        finished=jnp.zeros((batch,), bool),
+    )
+    out, done, token = record(0, empty, prompt_lengths == 0, token, logprob)
+    carry = (jnp.int32(1), out, done, token, cache)
+    return jax.lax.while_loop(unfinished, body, carry)[1]
