@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptlab.train.losses import masked_mean
+
 _WHITEN_EPS = 1e-8  # inside the square root, as in lm-human-preferences
 
 
@@ -53,11 +55,6 @@ def gae(
     _, advantages = jax.lax.scan(backward, start, deltas.T, reverse=True)
     advantages = advantages.T * mask  # [B, R]
     return advantages, advantages + values
-
-
-def masked_mean(x: Float[Array, "*S"], mask: Float[Array, "*S"]) -> Float[Array, ""]:
-    """Mean of `x` where `mask` is 1; 0 for an empty mask."""
-    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def whiten(

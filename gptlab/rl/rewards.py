@@ -1,12 +1,25 @@
-"""Rewards of one rollout: the KL penalty on every token, the score of the whole reply on one of them."""
+"""Rewards: reading a reward model, and paying its score and the KL penalty token by token."""
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
 import flax
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from gptlab.rl import advantages, kl
+from gptlab.data.batches import ComparisonBatch
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import ModelConfig, init_params
+from gptlab.rl import advantages, kl, rollout
+from gptlab.run import artifact
+from gptlab.run.errors import UserError
+from gptlab.train import checkpoint
 
 SCORE_POSITIONS = ("last", "after_last")
 
@@ -91,3 +104,56 @@ def assemble(
     if whiten:
         total = advantages.whiten(total, exists, keep_mean=True)
     return Rewards(total=total, non_score=non_score, scores=scores, value_mask=exists)
+
+
+def candidate_rewards(
+    model: ScalarModel, params: Any, batch: ComparisonBatch, dropout_key: jax.Array | None = None
+) -> Float[Array, "B N"]:
+    """Raw reward of every candidate, read at its last real token; K forwards a prompt, never K (K - 1).
+
+    An absent candidate's entry means nothing. Dropout is on when a key for it is given.
+    """
+    rows, candidates, width = batch.tokens.shape
+    tokens = batch.tokens.reshape(rows * candidates, width)  # [B N, T]
+    lengths = batch.last_index.reshape(-1) + 1  # [B N]
+    scalars = rollout.token_scalars(model, params, tokens, lengths, dropout_key)  # [B N, T]
+    return rollout.at_last(scalars, lengths).reshape(rows, candidates)
+
+
+def load_reward_model(
+    workdir: str | os.PathLike[str], mesh: Mesh, compute: Mapping[str, Any]
+) -> tuple[ScalarModel, Any, float, float]:
+    """The reward model that `reward` trained, and the normalisation that it froze.
+
+    Args:
+      workdir: a finished run of `reward`.
+      mesh: where the parameters go.
+      compute: `config.compute` of the stage that reads it.
+
+    Returns:
+      (model, params, gain, bias): a reply's score is gain * reward at its last real token + bias.
+      `fold_normalisation` puts the two into the parameters.
+
+    Raises:
+      UserError: it is not a finished run of `reward`.
+    """
+    manifest = artifact.read_manifest(workdir)
+    if manifest["stage"] != "reward":
+        raise UserError(f"{workdir} holds a run of {manifest['stage']}, not of reward")
+    model = ScalarModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
+    params = checkpoint.load_params(workdir, mesh, functools.partial(init_params, model))
+    normalisation = manifest["results"]["normalisation"]
+    return model, params, normalisation["gain"], normalisation["bias"]
+
+
+def fold_normalisation(params: Any, gain: float, bias: float) -> Any:
+    """Parameters whose raw output is the normalised score: the head is linear, so gain and bias fit into it.
+
+    With these a critic starts as the very function that pays it (InstructGPT initialises its value function from
+    the reward model), and no later step can forget the normalisation.
+    """
+    head = {
+        "kernel": params["head"]["kernel"] * gain,
+        "bias": params["head"]["bias"] * gain + bias,
+    }
+    return {**params, "head": head}

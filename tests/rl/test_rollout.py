@@ -1,0 +1,254 @@
+"""Rollouts on a two-layer model: what is scored, where, and at which temperature."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptlab.model import decode, presets
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.rl import rollout
+from gptlab.run.errors import UserError
+
+PAD, STOP, VOCAB = 0, 1, 512
+COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
+CONFIG = ModelConfig.build(presets.PRESETS["tiny"], COMPUTE)
+
+
+@functools.cache
+def language_model(seed=0):
+    model = LanguageModel(CONFIG)
+    params = nn.unbox(init_params(model, jax.random.key(seed)))
+    # At initialisation the logits are nearly flat; a test of slices and temperatures needs contrast.
+    return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+
+
+@functools.cache
+def scalar_model():
+    model = ScalarModel(CONFIG)
+    return model, nn.unbox(init_params(model, jax.random.key(5)))
+
+
+def sampling(**changes):
+    options = {
+        "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "stop_tokens": (STOP,)
+    }  # fmt: skip
+    return decode.Sampling(**(options | changes))
+
+
+@functools.cache
+def prompts():
+    rng = np.random.default_rng(0)
+    lengths = np.asarray([3, 5, 1, 4], np.int32)
+    tokens = rng.integers(4, VOCAB, (4, 5)).astype(np.int32)
+    return jnp.asarray(np.where(np.arange(5)[None] < lengths[:, None], tokens, PAD)), jnp.asarray(lengths)
+
+
+@functools.cache
+def samples():
+    model, params = language_model()
+    return rollout.sample(model, params, *prompts(), jax.random.key(1), sampling(), PAD)
+
+
+def test_truncation_after_the_first_stop_token_by_hand():
+    """RLHF.md 7, row 4: the first one stays, everything after it goes, a second one too."""
+    response = jnp.asarray([[7, STOP, 8, STOP], [7, 8, 9, 9], [STOP, 5, 5, 5], [7, 8, 9, STOP]])
+    cut, mask, finished = rollout.truncate_at_stop(response, (STOP,), PAD)
+    want = [[7, STOP, PAD, PAD], [7, 8, 9, 9], [STOP, PAD, PAD, PAD], [7, 8, 9, STOP]]
+    np.testing.assert_array_equal(cut, want)
+    np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(finished, [True, False, True, True])
+
+
+def test_any_of_several_stop_tokens_ends_a_response():
+    cut, _, finished = rollout.truncate_at_stop(jnp.asarray([[7, 3, 1, 9]]), (STOP, 3), PAD)
+    np.testing.assert_array_equal(cut, [[7, 3, PAD, PAD]])
+    assert bool(finished[0])
+
+
+def test_join_writes_the_response_directly_after_its_prompt():
+    tokens, lengths = rollout.join(
+        jnp.asarray([[5, 6, PAD], [5, 6, 7]]), jnp.asarray([2, 3]),
+        jnp.asarray([[8, STOP], [9, PAD]]), jnp.asarray([[1.0, 1.0], [1.0, 0.0]]), PAD,
+    )  # fmt: skip
+    np.testing.assert_array_equal(tokens, [[5, 6, 8, STOP, PAD], [5, 6, 7, 9, PAD]])
+    np.testing.assert_array_equal(lengths, [4, 4])
+
+
+def slow_logprobs(params, drawn, temperature, seed=0):
+    """Row by row, without padding, from the logits of the whole sequence."""
+    model = language_model(seed)[0]
+    out = np.zeros(drawn.response.shape)
+    for row in range(len(out)):
+        start, end = int(drawn.prompt_lengths[row]), int(drawn.lengths[row])
+        tokens = drawn.tokens[row : row + 1, :end]
+        logits = np.asarray(model.apply({"params": params}, tokens)[0], np.float64) / temperature
+        for t in range(start, end):
+            z = logits[t - 1] - logits[t - 1].max()
+            out[row, t - start] = z[int(tokens[0, t])] - np.log(np.exp(z).sum())
+    return out
+
+
+def test_logprobs_are_sliced_where_they_are_predicted():
+    """RLHF.md 7, row 6: [context - 1 : -1]; a slice off by one would be far away."""
+    model, params = language_model()
+    got, _ = rollout.response_logprobs(model, params, samples(), 0.7)
+    want = slow_logprobs(params, samples(), 0.7)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    shifted = np.roll(want, 1, axis=1)
+    assert np.abs(np.asarray(got) - shifted).max() > 0.1
+
+
+def test_temperature_divides_logits_before_the_log_softmax():
+    """RLHF.md 7, row 5: a forgotten temperature, or one applied to log-probs, is caught."""
+    model, params = language_model()
+    got, _ = rollout.response_logprobs(model, params, samples(), 0.7)
+    forgotten, _ = rollout.response_logprobs(model, params, samples(), 1.0)
+    np.testing.assert_allclose(got, slow_logprobs(params, samples(), 0.7), atol=2e-5)
+    assert np.abs(np.asarray(got - forgotten)).max() > 0.05
+    assert np.abs(np.asarray(got - forgotten / 0.7)).max() > 0.05
+
+
+def test_decoder_and_scoring_forward_agree():
+    """RLHF.md 7, rows 5 and 11: rollout and scoring use one temperature and one model."""
+    model, params = language_model()
+    got, _ = rollout.response_logprobs(model, params, samples(), 0.7)
+    np.testing.assert_allclose(got, samples().decode_logprobs, atol=2e-5)
+
+
+def test_entropy_is_that_of_the_sampling_distribution():
+    model, params = language_model()
+    _, entropy = rollout.response_logprobs(model, params, samples(), 0.7)
+    drawn = samples()
+    end = int(drawn.lengths[0])
+    logits = np.asarray(model.apply({"params": params}, drawn.tokens[:1, :end])[0]) / 0.7
+    logp = np.asarray(jax.nn.log_softmax(logits[int(drawn.prompt_lengths[0]) - 1]))
+    assert abs(float(entropy[0, 0]) + (np.exp(logp) * logp).sum()) < 1e-4
+
+
+def test_equal_parameters_give_exactly_equal_logprobs():
+    """RLHF.md 7, row 1: one compiled function, so a copy of the policy has a KL of exactly zero."""
+    model, params = language_model()
+    score = jax.jit(functools.partial(rollout.response_logprobs, model), static_argnums=2)
+    policy, _ = score(params, samples(), 0.7)
+    reference, _ = score(jax.tree.map(jnp.copy, params), samples(), 0.7)
+    np.testing.assert_array_equal(policy, reference)
+
+
+def widen(drawn, extra):
+    """The same samples with more padding on the right."""
+    tokens = jnp.pad(drawn.tokens, ((0, 0), (0, extra)), constant_values=PAD)
+    return drawn.replace(tokens=tokens)
+
+
+def test_position_ids_from_the_mask_make_padding_irrelevant():
+    """RLHF.md 7, row 8: right-padded rows, and the same rows without any padding, agree."""
+    model, params = language_model()
+    positions, segments = rollout.layout(jnp.asarray([2, 4]), 4)
+    np.testing.assert_array_equal(positions, [[0, 1, 0, 0], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(segments, [[1, 1, 0, 0], [1, 1, 1, 1]])
+    plain, _ = rollout.response_logprobs(model, params, samples(), 0.7)
+    padded, _ = rollout.response_logprobs(model, params, widen(samples(), 7), 0.7)
+    np.testing.assert_allclose(plain, padded, atol=1e-5)
+
+
+def test_left_padded_rows_give_the_same_logits():
+    """RLHF.md 7, row 8: positions count real tokens, so the side of the padding does not matter."""
+    model, params = language_model()
+    rng = np.random.default_rng(3)
+    row = jnp.asarray(rng.integers(4, VOCAB, (1, 5)), jnp.int32)
+    alone = model.apply({"params": params}, row)
+    left = jnp.pad(row, ((0, 0), (3, 0)))
+    segments = jnp.pad(jnp.ones_like(row), ((0, 0), (3, 0)))
+    positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+    padded = model.apply({"params": params}, left, positions, segments)[:, 3:]
+    np.testing.assert_allclose(alone, padded, atol=1e-4)
+
+
+def test_reward_is_read_at_the_last_real_token_whatever_the_padding():
+    """RLHF.md 7, row 9."""
+    model, params = scalar_model()
+    drawn = samples()
+    read = lambda s: rollout.at_last(  # noqa: E731
+        rollout.token_scalars(model, params, s.tokens, s.lengths), s.lengths
+    )
+    np.testing.assert_allclose(read(drawn), read(widen(drawn, 9)), atol=1e-6)
+    for row in range(4):
+        alone = drawn.tokens[row : row + 1, : int(drawn.lengths[row])]
+        want = model.apply({"params": params}, alone)[0, -1]
+        assert abs(float(read(drawn)[row]) - float(want)) < 1e-5
+
+
+def test_values_stand_before_each_response_token():
+    """RLHF.md 7, row 6, for the critic: value t has seen t response tokens and no more."""
+    model, params = scalar_model()
+    drawn = samples()
+    scalars = rollout.token_scalars(model, params, drawn.tokens, drawn.lengths)
+    values = rollout.at_response(scalars, drawn.prompt_lengths, drawn.response.shape[1])
+    row, t = 1, 0
+    seen = drawn.tokens[row : row + 1, : int(drawn.prompt_lengths[row]) + t]
+    want = model.apply({"params": params}, seen)[0, -1]
+    assert abs(float(values[row, t]) - float(want)) < 1e-5
+
+
+def test_log_softmax_in_float32_although_the_model_computes_in_bfloat16():
+    """RLHF.md 7, row 7: the error of a bf16 log-softmax is measured, and ours is an order below it."""
+    _, params = language_model()
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    model = LanguageModel(config)
+    drawn = samples()
+    got, _ = rollout.response_logprobs(model, params, drawn, 0.7)
+    positions, segments = rollout.layout(drawn.lengths, drawn.tokens.shape[1])
+    logits = model.apply({"params": params}, drawn.tokens, positions, segments)
+    logits = rollout.at_response(logits, drawn.prompt_lengths, drawn.response.shape[1]) / 0.7
+
+    def pick(logp):
+        return jnp.take_along_axis(logp, drawn.response[..., None], axis=-1)[..., 0]
+
+    mask = np.asarray(drawn.response_mask)
+    exact = np.asarray(pick(jax.nn.log_softmax(logits.astype(jnp.float32)))) * mask
+    low = np.asarray(pick(jax.nn.log_softmax(logits.astype(jnp.bfloat16))), np.float32) * mask
+    error, low_error = np.abs(got - exact).max(), np.abs(low - exact).max()
+    assert got.dtype == jnp.float32 and error < 1e-4 and low_error > 10 * max(error, 1e-5)
+
+
+def test_gradient_ignores_padding():
+    """RLHF.md 7, row 20: tokens after the end change neither log-probs nor their gradient."""
+    model, params = language_model()
+    drawn = samples()
+    slots = jnp.arange(drawn.tokens.shape[1])[None, :]
+    dirty = drawn.replace(tokens=jnp.where(slots < drawn.lengths[:, None], drawn.tokens, 77))
+
+    def total(params, drawn):
+        return rollout.response_logprobs(model, params, drawn, 0.7)[0].sum()
+
+    for a, b in zip(
+        jax.tree.leaves(jax.grad(total)(params, drawn)),
+        jax.tree.leaves(jax.grad(total)(params, dirty)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_row_draws_the_same_whatever_the_batch():
+    """Row b's key is fold_in(key, b), so a smaller batch gives the same first rows."""
+    model, params = language_model()
+    tokens, lengths = prompts()
+    half = rollout.sample(model, params, tokens[:2], lengths[:2], jax.random.key(1), sampling(), PAD)
+    np.testing.assert_array_equal(half.response, samples().response[:2])
+
+
+@pytest.mark.parametrize("change", [{"top_p": 0.9}, {"top_k": 5}, {"temperature": 0.0}])
+def test_truncated_or_greedy_sampling_is_refused(change):
+    with pytest.raises(UserError):
+        rollout.check_sampling(sampling(**change))
+
+
+def test_local_rows_of_one_process_are_the_array():
+    x = jnp.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(rollout.local_rows(x), x)
