@@ -1,8 +1,8 @@
 """Batches for the loops. Each is a pure function of (seed, step), so resuming needs the step only.
 
-A global batch is `batch_size` consecutive entries of a shuffled, endless order that reshuffles every epoch
-(`grain.MapDataset`). Each process takes a contiguous block of its rows, so that the blocks of all
-processes one after another are the batch of a single process.
+A global batch is `batch_size` consecutive entries of a shuffled, endless order that reshuffles
+every epoch (`grain.MapDataset`). Each process takes a contiguous block of its rows, so that the
+blocks of all processes one after another are the batch of a single process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TokenBatch:
 
 @flax.struct.dataclass
 class ComparisonBatch:
-    """Prompts with ranked replies; a comparison of fewer than N candidates is padded with absent ones."""
+    """Prompts with ranked replies; with fewer than N candidates, the rest are absent."""
 
     tokens: np.ndarray  # int32 [B, N, T], prompt + reply, right padded
     last_index: np.ndarray  # int32 [B, N], the last real token; 0 for an absent candidate
@@ -186,8 +186,9 @@ def eval_batches(
 class ComparisonBatches(_Batches[ComparisonBatch]):
     """Batches of ranked replies, encoded once at the start.
 
-    All candidates of a comparison follow the same prompt, trimmed by whole turns from the left until
-    it fits beside the longest reply: replies differ in what they say, never in what they answer.
+    All candidates of a comparison follow the same prompt, trimmed by whole turns from the left
+    until it fits beside the longest reply: replies differ in what they say, never in what they
+    answer.
 
     Attributes:
       comparisons: those in use, in order; row i of `eval` is comparisons[i] and column j its
@@ -219,7 +220,8 @@ class ComparisonBatches(_Batches[ComparisonBatch]):
           process_count: into how many blocks a batch is divided.
 
         Raises:
-          UserError: a comparison has more than max_candidates candidates, or too few comparisons fit.
+          UserError: a comparison has more than max_candidates candidates, or too few comparisons
+            fit.
         """
         self._shape = (max_candidates, seq_len)
         self.comparisons: list[Comparison] = []
@@ -361,7 +363,7 @@ def _token_batch(fields: Mapping[str, np.ndarray]) -> TokenBatch:
 
 
 def _prefetch(at: Callable[[int], BatchT], start_step: int) -> Iterator[BatchT]:
-    """Yields at(start_step), at(start_step + 1), ... made ahead in a thread that ends with the iterator."""
+    """Yields at(start_step), at(start_step + 1), ... made ahead in a thread that it owns."""
     ready: queue.Queue[BatchT | BaseException] = queue.Queue(_PREFETCH)
     stop = threading.Event()
 

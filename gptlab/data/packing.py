@@ -1,8 +1,9 @@
 """Packs tokenised examples into rows of a fixed length, once per length, and serves the rows.
 
-Several examples share a row; `segment_ids` keep them apart in attention and positions restart for each. An example of n + 1
-tokens takes n slots: slot i holds token i as input and token i + 1 as target. Rows are filled best-fit-decreasing over a
-histogram of lengths (Krell et al. 2021, arXiv 2107.02027), in blocks, so that memory stays bounded for any corpus.
+Several examples share a row; `segment_ids` keep them apart in attention and positions restart for
+each. An example of n + 1 tokens takes n slots: slot i holds token i as input and token i + 1 as
+target. Rows are filled best-fit-decreasing over a histogram of lengths (Krell et al. 2021, arXiv
+2107.02027), in blocks, so that memory stays bounded for any corpus.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Overlong = Literal["split", "drop"]
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """Pieces of examples, each to be one segment: chunk c covers tokens[start[c] : start[c] + slots[c] + 1]."""
+    """Pieces of examples; piece c is tokens[start[c] : start[c] + slots[c] + 1], one segment."""
 
     tokens: np.ndarray  # int32 [n], all examples one after another
     loss_mask: np.ndarray  # uint8 [n]
@@ -49,13 +50,15 @@ def pack(
     """Packs examples into rows of `seq_len` slots.
 
     Args:
-      examples: an example of more than seq_len + 1 tokens is cut into chunks that overlap by one token, so that every token but
-        the first is a target exactly once ('split'), or left out ('drop'). Chunks without a loss token are left out.
+      examples: an example of more than seq_len + 1 tokens is cut into chunks that overlap by one
+        token, so that every token but the first is a target exactly once ('split'), or left out
+        ('drop'). Chunks without a loss token are left out.
       seq_len: slots in a row, T.
       overlong: 'split' or 'drop'.
 
     Returns:
-      tokens, targets, segment_ids (from 1; 0 is padding), positions: int32 [rows, T]; loss_mask: uint8 [rows, T].
+      tokens, targets, segment_ids (from 1; 0 is padding), positions: int32 [rows, T]; loss_mask:
+      uint8 [rows, T].
     """
     return _lay_out(_cut(examples, seq_len, overlong), seq_len)
 
@@ -63,7 +66,9 @@ def pack(
 def packed(
     workdir: epath.PathLike, name: str, split: str, seq_len: int, *, overlong: Overlong = "split"
 ) -> PackedSource:
-    """Packed rows of `<workdir>/records/<name>-<split>`, made on first use and kept under `<workdir>/packed`.
+    """Packed rows of `<workdir>/records/<name>-<split>`, made on first use and kept beside it.
+
+    They are made again when the records, seq_len or `overlong` are not those they were made from.
 
     Raises:
       UserError: no such records, one of them is corrupt, or nothing in them fits.
@@ -109,7 +114,8 @@ class PackedSource:
         except RuntimeError as error:
             first_line = str(error).splitlines()[0]
             raise UserError(
-                f"packed rows in {self.directory} are corrupt ({first_line}); delete that directory, it is made again"
+                f"packed rows in {self.directory} are corrupt ({first_line}); delete that "
+                "directory and they are made again"
             ) from error
         stacked = np.frombuffer(data, "<i4").reshape(len(indices), len(_STORED), self.seq_len)
         fields = dict(zip(_STORED, np.moveaxis(stacked, 1, 0), strict=True))
@@ -248,7 +254,8 @@ def _build(
             chunks = _cut(examples, seq_len, overlong)
             fields = _lay_out(chunks, seq_len)
             rows = np.stack([fields[name].astype("<i4") for name in _STORED], axis=1)
-            # Rows come out longest chunk first. Shuffled, any leading part of them is a fair sample.
+            # Rows come out longest chunk first. Shuffled, any leading part of them is a fair
+            # sample.
             order = np.random.default_rng(blocks).permutation(len(rows))
             records.write_ordered(
                 _row_path(temporary, blocks - 1), (rows[i].tobytes() for i in order)

@@ -1,7 +1,8 @@
 """Versioned records, and the ArrayRecord shards they are kept in.
 
-A record set is `<directory>/<name>-<split>-SSSSS-of-NNNNN.array_record`. A record's shard is a hash of its id and records are
-sorted by id within a shard, so the bytes on disk depend on the records alone and never on how many workers wrote them.
+A record set is `<directory>/<name>-<split>-SSSSS-of-NNNNN.array_record`. A record's shard is a hash
+of its id and records are sorted by id within a shard, so the bytes on disk depend on the records
+alone and never on how many workers wrote them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _READ_AT_ONCE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class _JsonRecord:
-    """A record kept as one canonical line of JSON: sorted keys, so that equal records have equal bytes."""
+    """A record kept as one line of JSON with sorted keys: equal records have equal bytes."""
 
     SCHEMA: ClassVar[int] = 1
 
@@ -75,7 +76,7 @@ class Document(_JsonRecord):
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn. `context` is material (a document, a search result) that accompanies a user's turn."""
+    """One turn. `context` is material (a document, say) that accompanies a user's turn."""
 
     role: str
     content: str
@@ -113,7 +114,11 @@ class Prompt(_JsonRecord):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A reply. `policy` is the identity of the artifact that wrote it, or 'human'; `finished` says it ended by itself."""
+    """A reply.
+
+    `policy` is the identity of the artifact that wrote it, or 'human'; `finished` says whether it
+    ended by itself or was cut off.
+    """
 
     id: str
     content: str
@@ -134,8 +139,8 @@ class CandidateSet(_JsonRecord):
 class Comparison(_JsonRecord):
     """A ranking of the replies to one prompt.
 
-    `ranks[i]` belongs to `candidates[i]`: 1 is best, equal ranks are ties. `scores` are a simulated labeller's noise-free
-    scores; people have none.
+    `ranks[i]` belongs to `candidates[i]`: 1 is best, equal ranks are ties. `scores` are a simulated
+    labeller's noise-free scores; people have none.
     """
 
     id: str
@@ -149,11 +154,13 @@ class Comparison(_JsonRecord):
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.candidates) or min(self.ranks, default=0) < 1:
             raise ValueError(
-                f"comparison {self.id!r}: ranks {self.ranks} do not rank its {len(self.candidates)} candidates from 1"
+                f"comparison {self.id!r}: {self.ranks} are no ranks from 1 of its "
+                f"{len(self.candidates)} candidates"
             )
         if self.scores is not None and len(self.scores) != len(self.candidates):
             raise ValueError(
-                f"comparison {self.id!r}: {len(self.scores)} scores for {len(self.candidates)} candidates"
+                f"comparison {self.id!r}: {len(self.scores)} scores for its "
+                f"{len(self.candidates)} candidates"
             )
         if self.scores is not None and not self.simulated:
             raise ValueError(f"comparison {self.id!r}: a person's ranking carries no scores")
@@ -161,7 +168,7 @@ class Comparison(_JsonRecord):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenExample:
-    """A tokenised text: tokens int32 [n] and loss_mask uint8 [n] (1: the model is trained to predict this token)."""
+    """A tokenised text: tokens int32 [n], loss_mask uint8 [n] (1: learn to predict this token)."""
 
     id: str
     tokens: np.ndarray
@@ -219,14 +226,15 @@ def _check_kind(cls: type, kind: object, schema: object) -> None:
         raise ValueError(f"expected a {cls.__name__} record, got {kind!r}")
     if not isinstance(schema, int) or schema < 1:
         raise ValueError(f"a {kind} record with schema {schema!r}")
-    if schema > cls.SCHEMA:  # type: ignore[attr-defined]
+    newest = cls.SCHEMA  # type: ignore[attr-defined]
+    if schema > newest:
         raise UserError(
-            f"{kind} record of schema {schema}: this gptlab reads up to {cls.SCHEMA}; update gptlab"  # type: ignore[attr-defined]
+            f"{kind} record of schema {schema}: this gptlab reads up to {newest}; update gptlab"
         )
 
 
 def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
-    """Builds a record of plain JSON values; nested records and tuples are restored by field name."""
+    """Builds a record of plain JSON values; nested records are restored by field name."""
     nested = {"messages": Message, "candidates": Candidate}
     expected = {f.name for f in dataclasses.fields(cls)}
     if set(fields) != expected:
@@ -244,7 +252,7 @@ def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
 
 
 def shard_of(record_id: str, num_shards: int) -> int:
-    """The shard a record belongs to: a hash of its id, the same on every machine and in every run."""
+    """The shard a record belongs to: a hash of its id, the same on every machine."""
     digest = hashlib.blake2b(record_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % num_shards
 
@@ -267,7 +275,7 @@ def write_shard(path: epath.PathLike, items: Iterable[tuple[str, bytes]]) -> epa
 
 
 def write_ordered(path: epath.Path, payloads: Iterable[bytes]) -> epath.Path:
-    """Writes an ArrayRecord file of payloads in the order given, atomically. Errors as in `write_shard`."""
+    """Writes an ArrayRecord file of payloads in the order given; otherwise as `write_shard`."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +293,7 @@ def write_ordered(path: epath.Path, payloads: Iterable[bytes]) -> epath.Path:
 def write_shards(
     directory: epath.PathLike, name: str, split: str, records: Iterable[Record], num_shards: int = 1
 ) -> list[epath.Path]:
-    """Writes a record set; the records are held in memory. A set of that name and split is replaced.
+    """Writes a record set (held in memory). A set of that name and split is replaced.
 
     Returns:
       The paths of the shards. Errors as in `write_shard`.
@@ -381,7 +389,8 @@ class RecordReader(Generic[R]):
 def digest(directory: epath.PathLike) -> str:
     """16 hex digits over all record sets of a directory, for a manifest.
 
-    Each set counts by the sum of its records' hashes: the same records in other shards or another order have the same digest.
+    Each set counts by the sum of its records' hashes: the same records in other shards or another
+    order have the same digest.
     """
     total = hashlib.sha256()
     for key in record_sets(directory):
