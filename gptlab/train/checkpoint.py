@@ -12,15 +12,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gptlab.run import files, processes
+from gptlab.run import artifact, files, processes
 from gptlab.run.errors import UserError
 from gptlab.train import state as state_lib
+from gptlab.train.state import TrainState
 
 SCHEMA_VERSION = 1
 DIRECTORY = "checkpoints"
@@ -84,6 +86,35 @@ class Checkpoints:
                 self._manager.save(step, args=composite, force=True)
 
         self._disk(start)
+
+    def save_state(
+        self,
+        state: TrainState,
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Saves a TrainState under its own step, as the items `params` and `opt_state`."""
+        items = {"params": state.params, "opt_state": state.opt_state}
+        self.save(int(state.step), items, meta, metrics)
+
+    def restore_state(
+        self, state: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, dict[str, Any] | None]:
+        """What save_state saved last, and its meta; the given state and None if there is nothing.
+
+        Args:
+          state: as initialised. Its memory is freed when there is a checkpoint to read.
+          shardings: of the state, on any mesh.
+        """
+        if not self._manager.all_steps():
+            return state, None
+        wanted = state_lib.abstract(state, shardings)
+        jax.tree.map(lambda x: x.delete(), state)  # or both would have to fit
+        restored = self.restore_latest({"params": wanted.params, "opt_state": wanted.opt_state})
+        assert restored is not None  # there are steps: restore_latest reads one or raises
+        step, items, meta = restored
+        step_array = jax.device_put(np.asarray(step, np.int32), shardings.step)
+        return TrainState(step_array, items["params"], items["opt_state"]), meta
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises UserError when the disk is full."""
@@ -234,6 +265,12 @@ def find_step(workdir: epath.PathLike, which: str) -> int:
     return steps[-1]
 
 
+def best_metrics(workdir: epath.PathLike) -> dict[str, Any]:
+    """{'step': of the best checkpoint, and the metrics that were saved with it}."""
+    step = find_step(workdir, "best")
+    return {"step": step, **read_meta(workdir, step)["metrics"]}
+
+
 def load_params(
     workdir: epath.PathLike,
     mesh: Mesh,
@@ -275,16 +312,16 @@ def load_params(
 def load_model_config(workdir: epath.PathLike) -> dict[str, Any]:
     """The architecture of the model that a stage trained, from its config.json.
 
-    Only pretraining declares a model; a later stage has the one of its `inputs.init`.
+    Only pretraining declares a model; a later stage has the one of its `inputs.init` (or, for a
+    policy, `inputs.policy`), wherever that artifact lies now.
     """
-    config = _read_config(workdir)
-    if "model" in config:
-        return config["model"]
-    if not config.get("inputs", {}).get("init"):
-        raise UserError(
-            f"{workdir}/config.json has neither `model` nor `inputs.init`: no model here"
-        )
-    return load_model_config(config["inputs"]["init"])
+    while "model" not in (config := _read_config(workdir)):
+        inputs = artifact.lineage(workdir)["inputs"]
+        parents = [inputs[name]["path"] for name in ("init", "policy") if name in inputs]
+        if not parents:
+            raise UserError(f"{workdir} holds no model: neither `model` nor `inputs.init`")
+        workdir = parents[0]
+    return config["model"]
 
 
 def _read_config(workdir: epath.PathLike) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training state, sharded from birth: no device ever holds a full copy of a large model."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.model import sharding
@@ -89,3 +92,13 @@ def abstract(state: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
+
+
+def digest(tree: Any) -> str:
+    """Hash (16 hex digits) of the names and values of all arrays of a tree, wherever they lie."""
+    total = hashlib.sha256()
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        whole = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        total.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+        total.update(np.ascontiguousarray(whole).tobytes())
+    return total.hexdigest()[:16]

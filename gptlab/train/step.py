@@ -83,7 +83,7 @@ def apply_updates(
         finite (the step still counts); 'stop' applies it: the loop then stops by the loss.
 
     Returns:
-      (state, {train/grad_norm, train/param_norm, and with 'skip' train/skipped 0 or 1}).
+      (state, {train/grad_norm, train/param_norm, and with 'skip' train/skipped_steps, all so far}).
     """
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -96,6 +96,14 @@ def apply_updates(
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        metrics["train/skipped"] = 1.0 - finite.astype(jnp.float32)
+        metrics["train/skipped_steps"] = state.step + 1 - applied_updates(opt_state)
     metrics["train/param_norm"] = optax.tree.norm(params)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def applied_updates(opt_state: Any) -> jax.Array:
+    """How many updates an optimiser of make_optimizer has made, int32 []: skipped steps are none.
+
+    The schedule counts these, so the learning rate of the next update is schedule(this).
+    """
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]

@@ -1,0 +1,130 @@
+"""Fragments that configs are put together from. Each returns one subtree with every key in it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from gptlab.model.presets import PRESETS
+
+
+def model(name: str, **overrides: Any) -> ConfigDict:
+    """The architecture of a preset, with fields replaced."""
+    return ConfigDict({**PRESETS[name], **overrides})
+
+
+def compute(
+    dtype: str = "float32", remat: str = "none", unroll: int = 1, dropout: float = 0.0
+) -> ConfigDict:
+    """How the network is evaluated: compute dtype, rematerialisation, layers unrolled."""
+    return ConfigDict(
+        {"dtype": dtype, "remat": remat, "unroll": unroll, "dropout": dropout, "attention": "xla"}
+    )
+
+
+def mesh(**sizes: int) -> ConfigDict:
+    """Sizes of the five mesh axes; `fsdp` takes the devices that are left."""
+    return ConfigDict({"replica": 1, "data": 1, "fsdp": -1, "context": 1, "tensor": 1, **sizes})
+
+
+def adamw(
+    lr: float,
+    *,
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    final_fraction: float | None = None,
+    decay_fraction: float | None = None,
+    betas: Sequence[float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    adam_eps_style: str = "torch",
+    weight_decay: float = 0.1,
+    clip_norm: float | None = 1.0,
+) -> ConfigDict:
+    """AdamW; see train/optimizer.py for what each key means.
+
+    final_fraction is by default 0.1, and 1.0 with schedule='constant', which has no other.
+    """
+    config = ConfigDict(
+        {
+            "name": "adamw",
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "adam_eps_style": adam_eps_style,
+            "weight_decay": weight_decay,
+            "clip_norm": placeholder(float),
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
+            "final_fraction": 1.0 if schedule == "constant" else 0.1,
+            "decay_fraction": placeholder(float),
+        }
+    )
+    if final_fraction is not None:
+        config.final_fraction = final_fraction
+    config.clip_norm = clip_norm
+    config.decay_fraction = decay_fraction
+    return config
+
+
+def duration(**given: float) -> ConfigDict:
+    """total_steps, total_tokens and total_epochs, to be updated into a config; one of them set."""
+    config = ConfigDict(
+        {
+            "total_steps": placeholder(int),
+            "total_tokens": placeholder(int),
+            "total_epochs": placeholder(float),
+        }
+    )
+    config.update(given)
+    return config
+
+
+def checkpoint(
+    every_steps: int,
+    *,
+    keep: int = 2,
+    best_metric: str | None = "eval/validation/loss",
+    best_mode: str = "min",
+) -> ConfigDict:
+    """The newest `keep` checkpoints and the best one by a metric are kept."""
+    config = ConfigDict(
+        {
+            "every_steps": every_steps,
+            "keep": keep,
+            "best_metric": placeholder(str),
+            "best_mode": best_mode,
+        }
+    )
+    config.best_metric = best_metric
+    return config
+
+
+def profile() -> ConfigDict:
+    """A jax.profiler trace of num_steps steps from start_step on; 0 steps means none."""
+    return ConfigDict({"start_step": 10, "num_steps": 0})
+
+
+def sample(
+    max_new_tokens: int = 64,
+    *,
+    prompts: Sequence[str] = (),
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> ConfigDict:
+    """What a loop writes to samples.jsonl. Without prompts, pretraining starts from nothing."""
+    return ConfigDict(
+        {
+            "prompts": tuple(prompts),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+    )
+
+
+def inputs(*names: str) -> ConfigDict:
+    """Artifacts (workdirs of earlier stages) that a stage reads; given on the command line."""
+    return ConfigDict({name: placeholder(str) for name in names})

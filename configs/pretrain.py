@@ -1,0 +1,40 @@
+"""GPT-2 small (124M) as nanoGPT trains it: 0.49M tokens a batch, 600k steps.
+
+    python -m gptlab.pretrain --config=configs/pretrain.py --workdir=runs/pretrain \
+        --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+
+For a pod or a GPU cluster; nanoGPT takes 4 days on 8 A100 and reaches a held-out loss of 2.85 on
+OpenWebText. The vocabulary has 50,304 tokens (train_tokenizer with that vocab_size).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg` names another preset of model/presets.py, gpt2_350m say."""
+    config = ConfigDict()
+    config.seed = 0
+    config.inputs = common.inputs("tokens", "vocabulary")
+    config.data = {"name": "pretrain", "seq_len": 1024}
+    # 50,304 = 393 x 128 and not GPT-2's 50,257: a multiple of what the hardware multiplies by.
+    config.model = common.model(arg or "gpt2_124m", vocab_size=50304)
+    config.compute = common.compute(dtype="bfloat16", remat="dots")
+
+    config.batch_size = 480
+    config.accumulation_steps = 1
+    config.update(common.duration(total_steps=600_000))
+    config.optimizer = common.adamw(lr=6e-4, warmup_steps=2000, final_fraction=0.1)
+    config.z_loss = 0.0
+    config.on_nonfinite = "skip"
+    config.mesh = common.mesh()
+
+    config.log_every_steps = 10
+    config.eval_every_steps = 2000
+    config.eval_batches = 20
+    config.sample_every_steps = 2000
+    config.sample = common.sample(128, prompts=("", "The"))
+    config.checkpoint = common.checkpoint(2000)
+    config.profile = common.profile()
+    return config

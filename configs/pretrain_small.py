@@ -1,0 +1,42 @@
+"""About 4M parameters on two CPU cores in at most 90 minutes: to beat the trigram.
+
+    python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain_small \
+        --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+
+Draft: sized by the measured speed of the step (benchmarks/train_step.py), not run in full yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Takes no argument."""
+    if arg is not None:
+        raise ValueError(f"configs/pretrain_small.py takes no argument, got {arg!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.inputs = common.inputs("tokens", "vocabulary")
+    config.data = {"name": "pretrain", "seq_len": 256}
+    config.model = common.model(
+        "quickstart", num_layers=6, d_model=192, num_heads=6, num_kv_heads=6, head_dim=32, d_ff=512
+    )
+    config.compute = common.compute(dropout=0.1, unroll=6)
+
+    config.batch_size = 16
+    config.accumulation_steps = 1
+    config.update(common.duration(total_steps=3000))
+    config.optimizer = common.adamw(lr=2e-3, warmup_steps=100, final_fraction=0.05)
+    config.z_loss = 0.0
+    config.on_nonfinite = "stop"
+    config.mesh = common.mesh()
+
+    config.log_every_steps = 20
+    config.eval_every_steps = 250
+    config.eval_batches = 40
+    config.sample_every_steps = 500
+    config.sample = common.sample(64, prompts=("", "i think"))
+    config.checkpoint = common.checkpoint(250)
+    config.profile = common.profile()
+    return config

@@ -1,0 +1,250 @@
+"""Loop 1, pretraining: next-token loss on packed documents.
+
+    python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain \
+        --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+
+Reads `pretrain-{train,validation}` of a tokenised corpus; writes checkpoints of the parameters and
+the optimiser. The same command goes on where a killed run was, bit for bit. How long it takes and
+which loss to expect stand in each config.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gptlab.data import batches, packing
+from gptlab.data.batches import TokenBatch
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.model import transformer
+from gptlab.model.decode import Sampling
+from gptlab.model.transformer import LanguageModel, ModelConfig
+from gptlab.run import artifact, profile, program
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.train import durations, losses
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
+from gptlab.train import step as step_lib
+from gptlab.train.checkpoint import Checkpoints, best_metrics
+from gptlab.train.held_out import HeldOut, make_held_out
+from gptlab.train.log import StepLog
+from gptlab.train.optimizer import make_optimizer
+from gptlab.train.samples import Sampler, make_sampler
+from gptlab.train.state import TrainState
+
+
+def make_loss_fn(model: LanguageModel, z_loss: float) -> step_lib.LossFn:
+    """The loss of a microbatch: sums and their weight, so that accumulation stays exact."""
+
+    def loss_fn(params: Any, batch: TokenBatch, rng: jax.Array) -> Any:
+        logits = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            deterministic=model.config.dropout == 0,
+            rngs={"dropout": rng},
+        )  # [B, T, V]
+        loss, weight, sums = losses.cross_entropy_sums(
+            logits, batch.targets, batch.loss_mask, z_loss
+        )
+        return loss, (weight, sums)
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: step_lib.LossFn,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+) -> Callable[[TrainState, TokenBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimiser step: (state, batch, key of the run) -> (state, metrics)."""
+
+    def train_step(state: TrainState, batch: TokenBatch, key: jax.Array) -> Any:
+        rng = jax.random.fold_in(key, state.step)
+        grads, loss, sums = step_lib.accumulate(
+            loss_fn, state.params, batch, config.accumulation_steps, rng
+        )
+        lr = schedule(step_lib.applied_updates(state.opt_state))
+        state, norms = step_lib.apply_updates(state, grads, tx, config.on_nonfinite)
+        figures = {f"train/{name}": value for name, value in sums.items()}
+        return state, {"train/loss": loss, **figures, **norms, "train/lr": lr}
+
+    return train_step
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains until the configured duration is over, or goes on where `workdir` stands.
+
+    Raises:
+      UserError: an input or a config value is wrong, or the loss is not finite.
+      Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    # (1) The run.
+    with artifact.open_run(config, workdir, "pretrain") as run:
+        if run.finished:
+            print(f"{workdir}: pretraining is already done")
+            return
+        train(config, run)
+
+
+def train(config: ConfigDict, run: artifact.Run) -> None:
+    """Everything between opening the run and completing it."""
+    # (2) Inputs, checked before anything is compiled.
+    tokenizer = Tokenizer.load(config.inputs.vocabulary)
+    model_config = ModelConfig.build(config.model.to_dict(), config.compute.to_dict())
+    check_fits(model_config, tokenizer, config.data.seq_len)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+
+    # (3) Data: this process's block of rows of each batch.
+    source, held_out_source = (
+        packing.packed(config.inputs.tokens, config.data.name, split, config.data.seq_len)
+        for split in ("train", "validation")
+    )
+    block = mesh_lib.process_block(mesh)
+    data = batches.TrainBatches(source, config.batch_size, config.seed, *block)
+    batch_tokens = config.batch_size * config.data.seq_len
+    total = durations.total_steps(config, batch_tokens, len(source) / config.batch_size)
+
+    def validation() -> Any:
+        return batches.eval_batches(held_out_source, config.batch_size, config.eval_batches, *block)
+
+    # (4) Model and state, sharded from birth.
+    model = LanguageModel(model_config)
+    tx, schedule = make_optimizer(config.optimizer, total)
+    init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+    log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
+    held_out = make_held_out(model, mesh, tokenizer.token_bytes)
+    sampler = (
+        pretrain_sampler(model, mesh, tokenizer, config) if config.sample_every_steps else None
+    )
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        state, shardings = state_lib.init_state(
+            lambda key: transformer.init_params(model, key), tx, mesh, init_key
+        )
+        train_step = jax.jit(
+            make_train_step(make_loss_fn(model, config.z_loss), tx, schedule, config),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+        # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        state, _ = checkpoints.restore_state(state, shardings)
+        start = int(state.step)
+        run.metrics.rewind(start)
+
+        # (6) The loop.
+        stream = stack.enter_context(contextlib.closing(data.iterate(start)))
+        profiler = stack.enter_context(
+            contextlib.closing(profile.step_profiler(config.profile, run.workdir))
+        )
+        progress = stack.enter_context(run.progress(total, "pretrain", initial=start))
+        figures: dict[str, float] = {}
+        for done in range(start + 1, total + 1):
+            profiler.step(done)
+            with run.goodput.measure("data"):
+                batch = mesh_lib.put_batch(next(stream), mesh)
+            with run.goodput.measure("step" if done > start + 1 else "compile"):
+                state, metrics = train_step(state, batch, step_key)
+                log.push(done, metrics)
+            progress.update(loss=log.loss)
+            stop, last = run.stop_requested() and done < total, done == total
+            save = checkpoints.due(done) or stop or last
+            # Every checkpoint carries its held-out loss, unless somebody waits for us to stop.
+            evaluate = done % config.eval_every_steps == 0 or (save and not stop)
+            sample = sampler is not None and done % config.sample_every_steps == 0
+            if not (save or evaluate or sample):
+                continue
+            with run.goodput.measure("step"):
+                log.flush()
+            if evaluate:
+                figures = evaluate_params(run, done, held_out, state.params, validation())
+            if sample:
+                write_samples(run, done, sampler, state.params, sample_key, tokenizer)
+            if save:
+                with run.goodput.measure("save"):
+                    checkpoints.save_state(state, {}, figures if evaluate else None)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"saved at step {done} of {total}")
+            log.resume()
+
+        # (7) Results.
+        checkpoints.wait()
+        if not figures:
+            figures = evaluate_params(run, start, held_out, state.params, validation())
+        run.results(
+            steps=total,
+            tokens=total * batch_tokens,
+            num_params=model_config.num_params(),
+            tokens_per_sec=log.mean_tokens_per_sec(),
+            **{name.removeprefix("eval/"): value for name, value in figures.items()},
+            **{f"best/{name}": value for name, value in best_metrics(run.workdir).items()},
+        )
+        run.complete(state_lib.digest(state.params))
+
+
+def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+    """UserError unless the model has the tokenizer's vocabulary and a window of seq_len."""
+    if model_config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the model has vocab_size={model_config.vocab_size} and config.inputs.vocabulary has "
+            f"{tokenizer.vocab_size} tokens: set config.model.vocab_size={tokenizer.vocab_size}"
+        )
+    if not 1 <= seq_len <= model_config.max_len:
+        raise UserError(
+            f"config.data.seq_len={seq_len} does not fit the model's window of "
+            f"{model_config.max_len} tokens (model.max_len)"
+        )
+
+
+def evaluate_params(
+    run: artifact.Run, step: int, held_out: HeldOut, params: Any, validation: Any
+) -> dict[str, float]:
+    """Writes and returns the held-out figures, named eval/validation/..."""
+    with run.goodput.measure("eval"):
+        figures = held_out(params, validation)
+    figures = {f"eval/validation/{name}": value for name, value in figures.items()}
+    run.metrics.write(step, figures)
+    return figures
+
+
+def pretrain_sampler(
+    model: LanguageModel, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, config: ConfigDict
+) -> Sampler:
+    """Continues the beginnings in config.sample.prompts; each starts a document."""
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.sample.prompts]
+    sampling = Sampling(
+        temperature=config.sample.temperature,
+        top_k=config.sample.top_k,
+        top_p=config.sample.top_p,
+        max_new_tokens=config.sample.max_new_tokens,
+        stop_tokens=(tokenizer.eos_id,),
+    )
+    return make_sampler(model, mesh, prompts, sampling)
+
+
+def write_samples(
+    run: artifact.Run,
+    step: int,
+    sampler: Sampler,
+    params: Any,
+    key: jax.Array,
+    tokenizer: Tokenizer,
+) -> None:
+    """Writes one continuation of each prompt to samples.jsonl."""
+    with run.goodput.measure("sample"):
+        rows = sampler(params, jax.random.fold_in(key, step))
+    for prompt, ids in zip(run.config.sample.prompts, rows, strict=True):
+        run.metrics.write_sample({"step": step, "prompt": prompt, "text": tokenizer.decode(ids)})
+
+
+if __name__ == "__main__":
+    program.main(run, "pretrain")
