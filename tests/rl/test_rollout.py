@@ -20,18 +20,27 @@ COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "at
 CONFIG = ModelConfig.build(presets.PRESETS["tiny"], COMPUTE)
 
 
+def init(model, seed):
+    return jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(seed))
+
+
 @functools.cache
-def language_model(seed=0):
+def language_model():
     model = LanguageModel(CONFIG)
-    params = nn.unbox(init_params(model, jax.random.key(seed)))
     # At initialisation the logits are nearly flat; a test of slices and temperatures needs contrast.
-    return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+    return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, init(model, 0))
 
 
 @functools.cache
 def scalar_model():
-    model = ScalarModel(CONFIG)
-    return model, nn.unbox(init_params(model, jax.random.key(5)))
+    return ScalarModel(CONFIG), init(ScalarModel(CONFIG), 5)
+
+
+# Not jitted, every operation of a model would be compiled by itself.
+apply = jax.jit(lambda model, params, *args: model.apply({"params": params}, *args), static_argnums=0)
+response_logprobs = jax.jit(rollout.response_logprobs, static_argnums=(0, 3))
+token_scalars = jax.jit(rollout.token_scalars, static_argnums=0)
+sample = jax.jit(rollout.sample, static_argnums=(0, 5, 6))
 
 
 def sampling(**changes):
@@ -52,7 +61,7 @@ def prompts():
 @functools.cache
 def samples():
     model, params = language_model()
-    return rollout.sample(model, params, *prompts(), jax.random.key(1), sampling(), PAD)
+    return sample(model, params, *prompts(), jax.random.key(1), sampling(), PAD)
 
 
 def test_truncation_after_the_first_stop_token_by_hand():
@@ -80,25 +89,24 @@ def test_join_writes_the_response_directly_after_its_prompt():
     np.testing.assert_array_equal(lengths, [4, 4])
 
 
-def slow_logprobs(params, drawn, temperature, seed=0):
-    """Row by row, without padding, from the logits of the whole sequence."""
-    model = language_model(seed)[0]
+def slow_logprobs(drawn, temperature):
+    """Row by row in float64, from the logits of whole rows without a mask: attention looks back only."""
+    model, params = language_model()
+    logits = np.asarray(apply(model, params, drawn.tokens), np.float64) / temperature
     out = np.zeros(drawn.response.shape)
     for row in range(len(out)):
-        start, end = int(drawn.prompt_lengths[row]), int(drawn.lengths[row])
-        tokens = drawn.tokens[row : row + 1, :end]
-        logits = np.asarray(model.apply({"params": params}, tokens)[0], np.float64) / temperature
-        for t in range(start, end):
-            z = logits[t - 1] - logits[t - 1].max()
-            out[row, t - start] = z[int(tokens[0, t])] - np.log(np.exp(z).sum())
+        start = int(drawn.prompt_lengths[row])
+        for t in range(start, int(drawn.lengths[row])):
+            z = logits[row, t - 1] - logits[row, t - 1].max()
+            out[row, t - start] = z[int(drawn.tokens[row, t])] - np.log(np.exp(z).sum())
     return out
 
 
 def test_logprobs_are_sliced_where_they_are_predicted():
     """RLHF.md 7, row 6: [context - 1 : -1]; a slice off by one would be far away."""
     model, params = language_model()
-    got, _ = rollout.response_logprobs(model, params, samples(), 0.7)
-    want = slow_logprobs(params, samples(), 0.7)
+    got, _ = response_logprobs(model, params, samples(), 0.7)
+    want = slow_logprobs(samples(), 0.7)
     np.testing.assert_allclose(got, want, atol=2e-5)
     shifted = np.roll(want, 1, axis=1)
     assert np.abs(np.asarray(got) - shifted).max() > 0.1
@@ -107,9 +115,9 @@ def test_logprobs_are_sliced_where_they_are_predicted():
 def test_temperature_divides_logits_before_the_log_softmax():
     """RLHF.md 7, row 5: a forgotten temperature, or one applied to log-probs, is caught."""
     model, params = language_model()
-    got, _ = rollout.response_logprobs(model, params, samples(), 0.7)
-    forgotten, _ = rollout.response_logprobs(model, params, samples(), 1.0)
-    np.testing.assert_allclose(got, slow_logprobs(params, samples(), 0.7), atol=2e-5)
+    got, _ = response_logprobs(model, params, samples(), 0.7)
+    forgotten, _ = response_logprobs(model, params, samples(), 1.0)
+    np.testing.assert_allclose(got, slow_logprobs(samples(), 0.7), atol=2e-5)
     assert np.abs(np.asarray(got - forgotten)).max() > 0.05
     assert np.abs(np.asarray(got - forgotten / 0.7)).max() > 0.05
 
@@ -117,16 +125,15 @@ def test_temperature_divides_logits_before_the_log_softmax():
 def test_decoder_and_scoring_forward_agree():
     """RLHF.md 7, rows 5 and 11: rollout and scoring use one temperature and one model."""
     model, params = language_model()
-    got, _ = rollout.response_logprobs(model, params, samples(), 0.7)
+    got, _ = response_logprobs(model, params, samples(), 0.7)
     np.testing.assert_allclose(got, samples().decode_logprobs, atol=2e-5)
 
 
 def test_entropy_is_that_of_the_sampling_distribution():
     model, params = language_model()
-    _, entropy = rollout.response_logprobs(model, params, samples(), 0.7)
+    _, entropy = response_logprobs(model, params, samples(), 0.7)
     drawn = samples()
-    end = int(drawn.lengths[0])
-    logits = np.asarray(model.apply({"params": params}, drawn.tokens[:1, :end])[0]) / 0.7
+    logits = np.asarray(apply(model, params, drawn.tokens)[0]) / 0.7
     logp = np.asarray(jax.nn.log_softmax(logits[int(drawn.prompt_lengths[0]) - 1]))
     assert abs(float(entropy[0, 0]) + (np.exp(logp) * logp).sum()) < 1e-4
 
@@ -134,9 +141,8 @@ def test_entropy_is_that_of_the_sampling_distribution():
 def test_equal_parameters_give_exactly_equal_logprobs():
     """RLHF.md 7, row 1: one compiled function, so a copy of the policy has a KL of exactly zero."""
     model, params = language_model()
-    score = jax.jit(functools.partial(rollout.response_logprobs, model), static_argnums=2)
-    policy, _ = score(params, samples(), 0.7)
-    reference, _ = score(jax.tree.map(jnp.copy, params), samples(), 0.7)
+    policy, _ = response_logprobs(model, params, samples(), 0.7)
+    reference, _ = response_logprobs(model, jax.tree.map(jnp.copy, params), samples(), 0.7)
     np.testing.assert_array_equal(policy, reference)
 
 
@@ -152,8 +158,8 @@ def test_position_ids_from_the_mask_make_padding_irrelevant():
     positions, segments = rollout.layout(jnp.asarray([2, 4]), 4)
     np.testing.assert_array_equal(positions, [[0, 1, 0, 0], [0, 1, 2, 3]])
     np.testing.assert_array_equal(segments, [[1, 1, 0, 0], [1, 1, 1, 1]])
-    plain, _ = rollout.response_logprobs(model, params, samples(), 0.7)
-    padded, _ = rollout.response_logprobs(model, params, widen(samples(), 7), 0.7)
+    plain, _ = response_logprobs(model, params, samples(), 0.7)
+    padded, _ = response_logprobs(model, params, widen(samples(), 7), 0.7)
     np.testing.assert_allclose(plain, padded, atol=1e-5)
 
 
@@ -162,11 +168,11 @@ def test_left_padded_rows_give_the_same_logits():
     model, params = language_model()
     rng = np.random.default_rng(3)
     row = jnp.asarray(rng.integers(4, VOCAB, (1, 5)), jnp.int32)
-    alone = model.apply({"params": params}, row)
+    alone = apply(model, params, row)
     left = jnp.pad(row, ((0, 0), (3, 0)))
     segments = jnp.pad(jnp.ones_like(row), ((0, 0), (3, 0)))
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
-    padded = model.apply({"params": params}, left, positions, segments)[:, 3:]
+    padded = apply(model, params, left, positions, segments)[:, 3:]
     np.testing.assert_allclose(alone, padded, atol=1e-4)
 
 
@@ -175,24 +181,23 @@ def test_reward_is_read_at_the_last_real_token_whatever_the_padding():
     model, params = scalar_model()
     drawn = samples()
     read = lambda s: rollout.at_last(  # noqa: E731
-        rollout.token_scalars(model, params, s.tokens, s.lengths), s.lengths
+        token_scalars(model, params, s.tokens, s.lengths), s.lengths
     )
     np.testing.assert_allclose(read(drawn), read(widen(drawn, 9)), atol=1e-6)
-    for row in range(4):
-        alone = drawn.tokens[row : row + 1, : int(drawn.lengths[row])]
-        want = model.apply({"params": params}, alone)[0, -1]
-        assert abs(float(read(drawn)[row]) - float(want)) < 1e-5
+    scalars = apply(model, params, drawn.tokens)
+    want = [scalars[row, int(length) - 1] for row, length in enumerate(drawn.lengths)]
+    np.testing.assert_allclose(read(drawn), want, atol=1e-5)
 
 
 def test_values_stand_before_each_response_token():
     """RLHF.md 7, row 6, for the critic: value t has seen t response tokens and no more."""
     model, params = scalar_model()
     drawn = samples()
-    scalars = rollout.token_scalars(model, params, drawn.tokens, drawn.lengths)
+    scalars = token_scalars(model, params, drawn.tokens, drawn.lengths)
     values = rollout.at_response(scalars, drawn.prompt_lengths, drawn.response.shape[1])
     row, t = 1, 0
     seen = drawn.tokens[row : row + 1, : int(drawn.prompt_lengths[row]) + t]
-    want = model.apply({"params": params}, seen)[0, -1]
+    want = apply(model, params, seen)[0, -1]
     assert abs(float(values[row, t]) - float(want)) < 1e-5
 
 
@@ -202,9 +207,9 @@ def test_log_softmax_in_float32_although_the_model_computes_in_bfloat16():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     model = LanguageModel(config)
     drawn = samples()
-    got, _ = rollout.response_logprobs(model, params, drawn, 0.7)
+    got, _ = response_logprobs(model, params, drawn, 0.7)
     positions, segments = rollout.layout(drawn.lengths, drawn.tokens.shape[1])
-    logits = model.apply({"params": params}, drawn.tokens, positions, segments)
+    logits = apply(model, params, drawn.tokens, positions, segments)
     logits = rollout.at_response(logits, drawn.prompt_lengths, drawn.response.shape[1]) / 0.7
 
     def pick(logp):
@@ -224,14 +229,12 @@ def test_gradient_ignores_padding():
     slots = jnp.arange(drawn.tokens.shape[1])[None, :]
     dirty = drawn.replace(tokens=jnp.where(slots < drawn.lengths[:, None], drawn.tokens, 77))
 
-    def total(params, drawn):
-        return rollout.response_logprobs(model, params, drawn, 0.7)[0].sum()
-
-    for a, b in zip(
-        jax.tree.leaves(jax.grad(total)(params, drawn)),
-        jax.tree.leaves(jax.grad(total)(params, dirty)),
-        strict=True,
-    ):
+    gradient = jax.jit(
+        jax.grad(lambda params, drawn: rollout.response_logprobs(model, params, drawn, 0.7)[0].sum())
+    )
+    pairs = zip(*map(jax.tree.leaves, (gradient(params, drawn), gradient(params, dirty))), strict=True)
+    for a, b in pairs:
+        assert np.any(np.asarray(a) != 0)
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -239,7 +242,7 @@ def test_a_row_draws_the_same_whatever_the_batch():
     """Row b's key is fold_in(key, b), so a smaller batch gives the same first rows."""
     model, params = language_model()
     tokens, lengths = prompts()
-    half = rollout.sample(model, params, tokens[:2], lengths[:2], jax.random.key(1), sampling(), PAD)
+    half = sample(model, params, tokens[:2], lengths[:2], jax.random.key(1), sampling(), PAD)
     np.testing.assert_array_equal(half.response, samples().response[:2])
 
 
