@@ -1,69 +1,40 @@
-"""How surprised a language model is by held-out text: nats a token, bits a byte, perplexity."""
+"""How surprised a language model is by given continuations, row by row.
 
-import math
+Held-out loss as a figure of a whole split is `train.held_out`; here every row has its own, so that
+judges can be compared reply by reply.
+"""
+
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.data.batches import TokenBatch
 from gptlab.model.transformer import LanguageModel
+from gptlab.train import mesh as mesh_lib
+
+RowNll = Callable[[Any, TokenBatch], tuple[jax.Array, jax.Array]]
 
 
-def make_nll(model: LanguageModel) -> Callable[[Any, TokenBatch], tuple[jax.Array, jax.Array]]:
+def make_nll(model: LanguageModel, mesh: Mesh) -> RowNll:
     """Compiles the masked negative log-likelihood of each row of a batch.
 
     Returns:
-      A function (params, batch of [B, T]) -> nats float32 [B] and counted tokens float32 [B].
+      A function (params, batch of [B, T]) -> nats float32 [B] and counted tokens float32 [B],
+      whole on every process.
     """
 
-    @jax.jit
     def nll(params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+        variables = {"params": params}
+        logits: Any = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)  # [B, T, V]
         chosen = jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]  # [B, T]
         return -(chosen * batch.loss_mask).sum(-1), batch.loss_mask.sum(-1)
 
-    return nll
-
-
-def held_out(
-    nll: Callable[[Any, TokenBatch], tuple[jax.Array, jax.Array]],
-    params: Any,
-    batches: Iterable[TokenBatch],
-    token_bytes: np.ndarray,
-    put: Callable[[TokenBatch], TokenBatch] = lambda batch: batch,
-) -> dict[str, float]:
-    """Held-out figures over all batches, each token counted once.
-
-    Args:
-      nll: from `make_nll`.
-      params: of the model.
-      batches: of NumPy arrays [B, T].
-      token_bytes: int [V], UTF-8 bytes of each token; control tokens have none.
-      put: places a batch on the mesh.
-
-    Returns:
-      loss (nats a token), perplexity, bits_per_byte (all nats, those of control tokens included,
-      over the bytes of the text: comparable between vocabularies), num_tokens, num_bytes.
-    """
-    nats, num_tokens, num_bytes = 0.0, 0.0, 0
-    for batch in batches:
-        row_nats, row_tokens = jax.device_get(nll(params, put(batch)))
-        nats += float(row_nats.sum(dtype=np.float64))
-        num_tokens += float(row_tokens.sum(dtype=np.float64))
-        num_bytes += int((token_bytes[batch.targets] * (batch.loss_mask > 0)).sum())
-    if not num_tokens or not num_bytes:
-        raise ValueError("no token to predict in the held-out batches")
-    return {
-        "loss": nats / num_tokens,
-        "perplexity": math.exp(nats / num_tokens),
-        "bits_per_byte": nats / math.log(2.0) / num_bytes,
-        "num_tokens": num_tokens,
-        "num_bytes": float(num_bytes),
-    }
+    return jax.jit(nll, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def continuation_batches(
@@ -102,22 +73,31 @@ def continuation_batches(
 
 
 def continuation_nll(
-    nll: Callable[[Any, TokenBatch], tuple[jax.Array, jax.Array]],
+    nll: RowNll,
     params: Any,
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     batch_size: int,
     seq_len: int,
-    put: Callable[[TokenBatch], TokenBatch] = lambda batch: batch,
+    mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and counted tokens of each continuation after its context: two float64 [P]."""
+    """Nats and counted tokens of each continuation after its context: two float64 [P].
+
+    Args:
+      nll: from `make_nll`.
+      params: of that model.
+      contexts: P lists of tokens, at least one in each.
+      continuations: P lists of tokens; an empty one has 0 nats and 0 tokens.
+      batch_size: global rows of a batch.
+      seq_len: T, slots of a row.
+      mesh: of the parameters.
+    """
+    block, blocks = mesh_lib.process_block(mesh)
     nats, counts = [], []
     for batch in continuation_batches(contexts, continuations, batch_size, seq_len):
-        row_nats, row_tokens = jax.device_get(nll(params, put(batch)))
-        nats.append(row_nats)
-        counts.append(row_tokens)
-    size = len(contexts)
-    return (
-        np.concatenate(nats)[:size].astype(np.float64),
-        np.concatenate(counts)[:size].astype(np.float64),
-    )
+        rows = slice(block * batch_size // blocks, (block + 1) * batch_size // blocks)
+        local = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        row_nats, row_tokens = nll(params, mesh_lib.put_batch(local, mesh))
+        nats.append(np.asarray(row_nats, np.float64))
+        counts.append(np.asarray(row_tokens, np.float64))
+    return np.concatenate(nats)[: len(contexts)], np.concatenate(counts)[: len(contexts)]

@@ -21,9 +21,11 @@ def show(value: Any) -> str:
         return "-"
     if isinstance(value, Interval):
         return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]"
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if isinstance(value, int | np.integer):
+    if isinstance(value, int):
         return f"{value:,}"
     if math.isnan(value):
         return "-"

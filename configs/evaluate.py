@@ -1,0 +1,73 @@
+"""The evaluation suite on 500 held-out prompts; about a minute for the quickstart's model on a CPU.
+
+    python -m gptlab.evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
+        --config.inputs.policy=runs/ppo --config.inputs.baseline=runs/sft \
+        --config.inputs.base=runs/pretrain --config.inputs.vocabulary=runs/vocabulary \
+        --config.inputs.prompts=runs/clean --config.inputs.tokens=runs/corpus \
+        --config.inputs.reward=runs/reward --config.inputs.judge=runs/judge
+
+`inputs.reviews` (a clean corpus with human comparisons) adds the judge fitted on them, and
+`inputs.previous` (another policy) a paired and a KL-matched comparison with that one. What to
+expect: win rates of 1/2 wherever a policy is compared with itself.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg` is not used."""
+    if arg:
+        raise ValueError(f"configs/evaluate.py takes no argument, got {arg!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.inputs = common.inputs(
+        "policy",  # what is evaluated
+        "baseline",  # the SFT model, also the KL's reference
+        "base",  # the pretrained model
+        "previous",  # optional: another policy to compare with
+        "reward",  # the reward model that PPO maximised
+        "judge",  # one that it never saw: other labels, other seed
+        "vocabulary",
+        "prompts",  # a clean corpus
+        "reviews",  # optional: a clean corpus with human comparisons
+        "tokens",  # a tokenised corpus, for the held-out pretraining loss
+    )
+    config.data = {
+        "split": "test",
+        "num_prompts": 500,
+        "prompt_len": 160,
+        "seq_len": 256,
+        "pretraining": "pretrain",
+        "pretraining_batches": 8,
+    }
+    config.compute = common.compute()
+    config.mesh = common.mesh()
+    config.batch_size = 64
+    config.sampling = {"temperature": 1.0, "max_new_tokens": 48}
+    config.gold = {"name": "vader"}
+    config.reviews = {
+        "name": "tfidf_comparisons",
+        "input": "reviews",
+        "records_name": "comparisons",
+        "split": "train",
+        "min_count": 2,
+        "inverse_penalty": 1.0,
+    }
+    config.bootstrap = {"resamples": 2000, "seed": 0, "level": 0.95}
+    config.gate = gate()
+    config.report_samples = 20
+    return config
+
+
+def gate() -> ConfigDict:
+    """What a policy must reach to be promoted."""
+    return ConfigDict(
+        {
+            "min_win_rate_low": 0.5,  # over SFT by gold score: lower end of the interval
+            "min_gold_difference": 0.0,
+            "max_most_common_share": 0.05,
+            "min_distinct_2_ratio": 0.5,  # against SFT's
+        }
+    )
