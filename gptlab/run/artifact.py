@@ -75,7 +75,6 @@ class Run:
         self._manifest = manifest
         self._lock = lock
         self._stop = signals.StopRequest()
-        self._stop_agreed = False
         self._writes = processes.is_first()
         self.metrics = MetricWriter(workdir, enabled=self._writes and not finished)
 
@@ -97,7 +96,9 @@ class Run:
         # The first failure is the one to report: a full disk makes these writes fail as well.
         with contextlib.suppress(UserError) if error is not None else contextlib.nullcontext():
             self.metrics.close()
-            if isinstance(error, Interrupted | KeyboardInterrupt):
+            if self._manifest["status"] == "done":
+                pass  # what failed after `complete` doesn't undo it
+            elif isinstance(error, Interrupted | KeyboardInterrupt):
                 self._manifest["status"] = "interrupted"
             elif error is not None:
                 self._manifest["status"] = "failed"
@@ -119,9 +120,9 @@ class Run:
         Every process must call it once per step, so that all of them stop at the same one. The
         caller then saves its state and raises `Interrupted`.
         """
-        if not self._stop_agreed:
-            self._stop_agreed = processes.any_process(self._stop.signal is not None)
-        return self._stop_agreed
+        if processes.count() > 1:
+            return processes.stop_reached()
+        return self._stop.signal is not None
 
     def results(self, **figures: Any) -> None:
         """Merges figures (JSON values, NumPy and JAX scalars) into the manifest's `results`."""

@@ -7,9 +7,12 @@ same config. They share a workdir, in which only process 0 writes, Orbax's check
 import os
 
 import jax
-import numpy as np
 
 from gptlab.run.errors import UserError
+
+# Of the process, not of one run: `rounds` opens several, and the service wants rising numbers.
+_stop_polls = 0
+_stop_reached = False
 
 _VARIABLES = ("GPTLAB_COORDINATOR", "GPTLAB_NUM_PROCESSES", "GPTLAB_PROCESS_ID")
 
@@ -64,10 +67,16 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in at least one process; every process must call it."""
-    if count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
+def stop_reached() -> bool:
+    """Whether some process got SIGTERM and this is the step at which all of them are to stop.
 
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+    Every process must call this equally often, once per step. It costs nothing until a signal
+    arrives: JAX's coordination service then fixes a step that no process has passed.
+    """
+    global _stop_polls, _stop_reached
+    if not _stop_reached:
+        from jax.experimental import multihost_utils
+
+        _stop_polls += 1
+        _stop_reached = multihost_utils.reached_preemption_sync_point(_stop_polls)
+    return _stop_reached

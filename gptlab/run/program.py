@@ -6,6 +6,7 @@ with everything saved: the same command goes on.
 
 import difflib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -150,7 +151,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 def _flag_value(argv: Sequence[str], name: str) -> str | None:
     """The value of --name=value or --name value, before anything is parsed."""
-    for arg, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    for arg, following in itertools.zip_longest(argv[1:], argv[2:]):
         flag, equals, value = arg.partition("=")
         if flag in (f"-{name}", f"--{name}"):
             return value if equals else following

@@ -12,6 +12,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from gptlab.run import processes
+
 # `timeout`, process groups and job launchers deliver one request twice within milliseconds.
 _SAME_REQUEST_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -26,10 +28,18 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Takes over both signals; outside the main thread Python allows no handlers, so not."""
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+        """Takes over both signals; outside the main thread Python allows no handlers, so not.
+
+        Of several processes, all must stop at the same step. JAX's coordination service arranges
+        that (`processes.stop_reached`); it has its own handler of SIGTERM, which must stay.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if processes.count() > 1:
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, _as_sigterm)
+            return
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
         """Puts back whatever handled the signals before."""
@@ -59,3 +69,7 @@ class StopRequest:
         outer = getattr(handler, "__self__", None)
         if isinstance(outer, StopRequest):
             outer.note(number, now)
+
+
+def _as_sigterm(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

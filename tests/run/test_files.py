@@ -1,0 +1,76 @@
+import errno
+import os
+
+import pytest
+
+from gptlab.run import files
+from gptlab.run.errors import UserError
+
+
+def test_atomic_write_replaces_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "a.json"
+    files.atomic_write(path, "old")
+    files.atomic_write(path, "né")
+    assert path.read_bytes() == "né".encode()
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_full_disk_is_a_users_error_and_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.atomic_write(path, "old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"disk is full while writing .*a.json \(\d+ MiB left\)"):
+        files.atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_truly_full_device():
+    with pytest.raises(UserError, match="disk is full while writing /dev/full"):
+        with files.disk_errors("/dev/full"), open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+
+def test_a_full_disk_is_recognised_behind_other_exceptions():
+    try:
+        try:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+        except ValueError as error:
+            raise RuntimeError("saving failed") from error
+    except RuntimeError as error:
+        assert "the disk is full" in files.explain(error)
+    assert files.explain(ValueError("something else")) is None
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(OSError, match="loop"):
+        with files.disk_errors("a"):
+            raise OSError(errno.ELOOP, "a loop")
+
+
+def test_digest_depends_on_names_and_contents_only(tmp_path):
+    for place in ("one", "two"):
+        (tmp_path / place / "sub").mkdir(parents=True)
+        (tmp_path / place / "a.txt").write_text("a")
+        (tmp_path / place / "sub" / "b.txt").write_text("b")
+    one, two = tmp_path / "one", tmp_path / "two"
+    digest = files.digest_files([one])
+    assert digest == files.digest_files([two])
+    assert files.digest_files([one / "a.txt", one / "sub" / "b.txt"]) == files.digest_files(
+        [one / "sub" / "b.txt", one / "a.txt"]
+    )
+    (two / "sub" / "b.txt").write_text("c")
+    assert digest != files.digest_files([two])
+    (two / "sub" / "b.txt").write_text("b")
+    (two / "sub" / "b.txt").rename(two / "sub" / "c.txt")
+    assert digest != files.digest_files([two])
+
+
+def test_digest_of_what_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nothing"):
+        files.digest_files([tmp_path / "nothing"])
