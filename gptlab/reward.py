@@ -1,0 +1,448 @@
+"""Loop 3, the reward model: a K-wise ranking loss on comparisons.
+
+    python -m gptlab.reward --config=configs/reward.py --workdir=runs/reward \
+        --config.inputs.init=runs/sft --config.inputs.comparisons=runs/rank \
+        --config.inputs.vocabulary=runs/vocabulary
+
+Starts from the SFT model's backbone with a fresh scalar head and always reads *all* comparisons: every
+input whose name starts with `comparisons` is pooled, one a round. Trains one epoch (more overfit at once),
+keeps the checkpoint of the smallest validation loss, then normalises the reward once and freezes that in
+the results (`normalisation`), which rl.rewards.load_reward_model applies. report.md and the manifest
+hold the accuracy on held-out labels beside its ceiling, 'longer wins' and a linear model, and the
+calibration.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gptlab.data import records
+from gptlab.data.batches import ComparisonBatch, ComparisonBatches
+from gptlab.data.records import Comparison
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.evals import preference, report
+from gptlab.model.heads import ScalarModel, scalar_from_language
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.people import labellers
+from gptlab.rl import rewards
+from gptlab.run import artifact, files, profile, program
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.scorers import classifiers
+from gptlab.train import checkpoint, durations, losses
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
+from gptlab.train import step as step_lib
+from gptlab.train.checkpoint import Checkpoints
+from gptlab.train.log import StepLog
+from gptlab.train.optimizer import make_optimizer
+from gptlab.train.state import TrainState
+
+NORMALISATIONS = ("samples", "demonstrations", "none")
+# The linear model on TF-IDF features that the reward model has to beat, fitted on the same labels.
+_BASELINE = {"min_count": 2, "inverse_penalty": 1.0}
+
+
+def make_loss_fn(model: ScalarModel) -> step_lib.LossFn:
+    """The loss of a microbatch of prompts: sums and their weight, so that accumulation stays exact."""
+
+    def loss_fn(params: Any, batch: ComparisonBatch, rng: jax.Array) -> Any:
+        dropout_key = rng if model.config.dropout > 0 else None
+        scores = rewards.candidate_rewards(model, params, batch, dropout_key)  # [B, N]
+        loss, weight, sums = losses.ranking_loss_sums(scores, batch.ranks, batch.weight)
+        return loss, (weight, sums)
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: step_lib.LossFn,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+) -> Callable[[TrainState, ComparisonBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimiser step: (state, batch, key of the run) -> (state, metrics)."""
+
+    def train_step(state: TrainState, batch: ComparisonBatch, key: jax.Array) -> Any:
+        rng = jax.random.fold_in(key, state.step)
+        grads, loss, sums = step_lib.accumulate(
+            loss_fn, state.params, batch, config.accumulation_steps, rng
+        )
+        lr = schedule(step_lib.applied_updates(state.opt_state))
+        state, norms = step_lib.apply_updates(state, grads, tx, config.on_nonfinite)
+        figures = {f"train/{name}": value for name, value in sums.items()}
+        return state, {"train/loss": loss, **figures, **norms, "train/lr": lr}
+
+    return train_step
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains until the configured duration is over, or goes on where `workdir` stands.
+
+    Raises:
+      UserError: an input or a config value is wrong, or the loss is not finite.
+      Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    # (1) The run.
+    with artifact.open_run(config, workdir, "reward") as run:
+        if run.finished:
+            print(f"{workdir}: the reward model is already done")
+            return
+        train(config, run)
+
+
+def train(config: ConfigDict, run: artifact.Run) -> None:
+    """Everything between opening the run and completing it."""
+    # (2) Inputs, checked before anything is compiled.
+    check(config)
+    tokenizer = Tokenizer.load(config.inputs.vocabulary)
+    architecture = checkpoint.load_model_config(config.inputs.init)
+    model_config = ModelConfig.build(architecture, config.compute.to_dict())
+    if config.data.seq_len > model_config.max_len:
+        raise UserError(
+            f"config.data.seq_len={config.data.seq_len} exceeds the model's window of "
+            f"{model_config.max_len} tokens"
+        )
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+
+    # (3) Data: the comparisons of all rounds, split by prompt long before they came here.
+    data = make_batches(config, tokenizer, read_comparisons(config, "train"), mesh)
+    held_out = make_batches(
+        config, tokenizer, read_comparisons(config, "validation"), mesh, shrink=True
+    )
+    batch_tokens = config.batch_size * config.data.max_candidates * config.data.seq_len
+    total = durations.total_steps(config, batch_tokens, len(data) / config.batch_size)
+
+    # (4) Model and state: the SFT model's backbone, a fresh head.
+    model = ScalarModel(model_config)
+    tx, schedule = make_optimizer(config.optimizer, total)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
+    scorer = Scorer(model, mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        params = params_from_language(model, config.inputs.init, mesh, init_key)
+        state, shardings = state_lib.state_from_params(params, tx, mesh)
+        train_step = jax.jit(
+            make_train_step(make_loss_fn(model), tx, schedule, config),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+        # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        state, _ = checkpoints.restore_state(state, shardings)
+        start = int(state.step)
+        run.metrics.rewind(start)
+
+        # (6) The loop.
+        stream = stack.enter_context(contextlib.closing(data.iterate(start)))
+        profiler = stack.enter_context(
+            contextlib.closing(profile.step_profiler(config.profile, run.workdir))
+        )
+        progress = stack.enter_context(run.progress(total, "reward", initial=start))
+        for done in range(start + 1, total + 1):
+            profiler.step(done)
+            with run.goodput.measure("data"):
+                batch = mesh_lib.put_batch(next(stream), mesh)
+            with run.goodput.measure("step" if done > start + 1 else "compile"):
+                state, metrics = train_step(state, batch, step_key)
+                log.push(done, metrics)
+            progress.update(loss=log.loss)
+            stop, last = run.stop_requested() and done < total, done == total
+            save = checkpoints.due(done) or stop or last
+            evaluate = done % config.eval_every_steps == 0 or (save and not stop)
+            if not (save or evaluate):
+                continue
+            with run.goodput.measure("step"):
+                log.flush()
+            if evaluate:
+                with run.goodput.measure("eval"):
+                    figures = scorer.loss(state.params, held_out.eval(config.eval_batches))
+                run.metrics.write(done, figures)
+            if save:
+                with run.goodput.measure("save"):
+                    checkpoints.save_state(state, {}, figures if evaluate else None)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"saved at step {done} of {total}")
+            log.resume()
+
+        # (7) The best checkpoint, normalised once; results.
+        checkpoints.wait()
+        best = checkpoint.load_params(run.workdir, mesh, functools.partial(init_params, model))
+        with run.goodput.measure("eval"):
+            normalisation = normalise(config, tokenizer, scorer, best, data, mesh)
+            figures, tables = evaluate_model(scorer, best, normalisation, data, held_out)
+        run.results(
+            steps=total,
+            normalisation=normalisation,
+            train_comparisons=len(data),
+            dropped_comparisons=data.dropped + held_out.dropped,
+            tokens_per_sec=log.mean_tokens_per_sec(),
+            **{f"best/{k}": v for k, v in checkpoint.best_metrics(run.workdir).items()},
+            **figures,
+            **tables,
+        )
+        write_report(run.workdir, figures, tables)
+        run.complete(state_lib.digest(best))
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for a config that could only fail later."""
+    for name in ("init", "vocabulary", "comparisons"):
+        if not config.inputs[name]:
+            raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    if config.normalise not in NORMALISATIONS:
+        raise UserError(f"config.normalise={config.normalise!r} is not one of {NORMALISATIONS}")
+    if (config.normalise == "demonstrations") != bool(config.inputs.demonstrations):
+        raise UserError(
+            "config.normalise='demonstrations' and config.inputs.demonstrations (a clean corpus "
+            "whose conversations are the demonstrations) go together: set both or neither"
+        )
+
+
+def read_comparisons(config: ConfigDict, split: str) -> list[Comparison]:
+    """The comparisons of one split, pooled over every input named comparisons*."""
+    pooled: list[Comparison] = []
+    for name in sorted(name for name in config.inputs if name.startswith("comparisons")):
+        if config.inputs[name]:
+            directory = epath.Path(config.inputs[name]) / "records"
+            pooled += records.RecordReader(directory, "comparisons", split, Comparison)
+    return pooled
+
+
+def make_batches(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    comparisons: Sequence[Comparison],
+    mesh: Mesh,
+    shrink: bool = False,
+) -> ComparisonBatches:
+    """Batches of comparisons; with `shrink`, of fewer rows if there is less than one batch of data.
+
+    What is only read in order need not fill a training batch.
+    """
+    size, parts = config.batch_size, mesh_lib.data_size(mesh)
+    if shrink:
+        size = min(size, max(parts, len(comparisons) // parts * parts))
+    return ComparisonBatches(
+        comparisons,
+        tokenizer,
+        size,
+        config.data.max_candidates,
+        config.data.seq_len,
+        config.seed,
+        *mesh_lib.process_block(mesh),
+    )
+
+
+def params_from_language(model: ScalarModel, init: str, mesh: Mesh, key: jax.Array) -> Any:
+    """The SFT model's backbone and a fresh head, on the mesh."""
+    language = LanguageModel(model.config)
+    lm_params = checkpoint.load_params(init, mesh, functools.partial(init_params, language))
+    _, shardings = state_lib.param_shardings(functools.partial(init_params, model), mesh)
+    make_head = jax.jit(
+        lambda key: nn.unbox(init_params(model, key))["head"], out_shardings=shardings["head"]
+    )
+    return scalar_from_language(lm_params, make_head(key))
+
+
+class Scorer:
+    """Compiled scoring of candidates; figures are the same whatever the mesh and the processes."""
+
+    def __init__(self, model: ScalarModel, mesh: Mesh):
+        self._mesh = mesh
+        replicated = NamedSharding(mesh, PartitionSpec())
+
+        def score(params: Any, batch: ComparisonBatch) -> Any:
+            scores = rewards.candidate_rewards(model, params, batch)
+            loss, weight, sums = losses.ranking_loss_sums(scores, batch.ranks, batch.weight)
+            return scores, batch.ranks > 0, batch.weight > 0, {**sums, "loss": loss, "n": weight}
+
+        self._score = jax.jit(score, out_shardings=replicated)
+
+    def loss(self, params: Any, batches: Iterable[ComparisonBatch]) -> dict[str, float]:
+        """Held-out eval/validation/{loss, accuracy, margin}, each a mean over prompts."""
+        total: dict[str, float] = {}
+        for batch in batches:
+            _, _, _, sums = self._score(params, mesh_lib.put_batch(batch, self._mesh))
+            for name, value in jax.device_get(sums).items():
+                total[name] = total.get(name, 0.0) + float(value)
+        if not total.get("n"):
+            raise UserError("no held-out comparison ranks one reply above another")
+        names = ("loss", "accuracy", "margin")
+        return {f"eval/validation/{name}": total[name] / total["n"] for name in names}
+
+    def candidates(self, params: Any, data: ComparisonBatches) -> np.ndarray:
+        """Raw rewards of data.comparisons, float64 [n, N]; NaN where a candidate is absent."""
+        rows = []
+        for batch in data.eval():
+            scores, present, real, _ = jax.device_get(
+                self._score(params, mesh_lib.put_batch(batch, self._mesh))
+            )
+            rows.append(np.where(present, scores.astype(np.float64), np.nan)[real])
+        return np.concatenate(rows)
+
+
+def normalise(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    scorer: Scorer,
+    params: Any,
+    data: ComparisonBatches,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """The gain and bias that are frozen from here on: score = gain * reward + bias.
+
+    'samples' (Ziegler 2019): the training candidates have mean 0 and standard deviation 1.
+    'demonstrations' (InstructGPT): human replies average 0; the scale stays. 'none': as trained.
+    """
+    kind = config.normalise
+    gain, bias = 1.0, 0.0
+    if kind == "samples":
+        values = scorer.candidates(params, data)
+        gain = 1.0 / max(float(np.nanstd(values)), 1e-8)
+        bias = -gain * float(np.nanmean(values))
+    elif kind == "demonstrations":
+        demonstrations = make_batches(config, tokenizer, read_demonstrations(config), mesh, True)
+        bias = -float(np.nanmean(scorer.candidates(params, demonstrations)[:, 0]))
+    return {"kind": kind, "gain": gain, "bias": bias}
+
+
+def read_demonstrations(config: ConfigDict) -> list[Comparison]:
+    """Last replies of training conversations, each beside itself: a comparison takes two."""
+    directory = epath.Path(config.inputs.demonstrations) / "records"
+    reader = records.RecordReader(directory, "conversations", "train", records.Conversation)
+    replies = []
+    for conversation in itertools.islice(reader, config.demonstration_examples):
+        *context, last = conversation.messages
+        if last.role != "assistant" or not context or context[-1].role != "user":
+            continue
+        prompt = records.Prompt(conversation.id, tuple(context), conversation.source)
+        reply = records.Candidate(conversation.id, last.content, "human", True)
+        replies.append(Comparison(conversation.id, prompt, (reply, reply), (1, 1), "human", False))
+    return replies
+
+
+def evaluate_model(
+    scorer: Scorer,
+    params: Any,
+    normalisation: dict[str, Any],
+    data: ComparisonBatches,
+    held_out: ComparisonBatches,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and tables on the held-out comparisons, of normalised scores."""
+    scores = normalisation["gain"] * scorer.candidates(params, held_out) + normalisation["bias"]
+    comparisons = held_out.comparisons
+    linear = classifiers.fit_comparisons(data.comparisons, **_BASELINE)
+    lengths = per_candidate(comparisons, lambda c: [len(x.content) for x in c.candidates], scores)
+    baseline = per_candidate(
+        comparisons,
+        lambda c: linear([c.prompt] * len(c.candidates), [x.content for x in c.candidates]),
+        scores,
+    )
+    pairs = preference.ranked_pairs(ranks_of(comparisons, scores))
+    margins = pairs.margins(scores)
+    # Margins as trained: the loss knows no gain, and calibration belongs to what was trained.
+    table = preference.reliability(margins / normalisation["gain"])
+    present = ~np.isnan(scores)
+    figures = {
+        "accuracy": preference.strict_accuracy(margins),
+        "pairs": len(margins),
+        "longer_wins_accuracy": preference.strict_accuracy(pairs.margins(lengths)),
+        "linear_accuracy": preference.strict_accuracy(pairs.margins(baseline)),
+        "length_correlation": correlation(scores[present], lengths[present]),
+        "calibration_error": preference.expected_calibration_error(table),
+        "score_mean": float(scores[present].mean()),
+        "score_std": float(scores[present].std()),
+    }
+    simulated = [i for i, c in enumerate(comparisons) if c.scores is not None]
+    if simulated:
+        clean = per_candidate([comparisons[i] for i in simulated], lambda c: c.scores or (), scores)
+        own = scores[simulated]
+        clean = np.where(np.isnan(own), np.nan, clean)
+        order = preference.ranked_pairs(ranks_from_scores(clean))
+        figures["clean_accuracy"] = preference.strict_accuracy(order.margins(own))
+        figures["clean_linear_accuracy"] = preference.strict_accuracy(
+            order.margins(baseline[simulated])
+        )
+        observed = labellers.observe(comparisons[i] for i in simulated)
+        figures["ceiling_accuracy"] = observed.accuracy
+    candidates = np.asarray([len(c.candidates) for c in comparisons])
+    who = np.asarray([c.labeller for c in comparisons])
+    tables = {
+        "reliability": table,
+        "accuracy_by_labeller": accuracy_by(who[pairs.row], margins),
+        "accuracy_by_candidates": accuracy_by(candidates[pairs.row], margins),
+    }
+    return figures, tables
+
+
+def per_candidate(
+    comparisons: Sequence[Comparison],
+    of: Callable[[Comparison], Sequence[float]],
+    like: np.ndarray,
+) -> np.ndarray:
+    """float64 [n, N] of one value a candidate, NaN where there is none; N as in `like` [*, N]."""
+    out = np.full((len(comparisons), like.shape[1]), np.nan)
+    for row, comparison in enumerate(comparisons):
+        values = of(comparison)
+        out[row, : len(values)] = values
+    return out
+
+
+def ranks_of(comparisons: Sequence[Comparison], scores: np.ndarray) -> np.ndarray:
+    """int [n, N]: the labels, 0 for candidates that were not scored."""
+    ranks = per_candidate(comparisons, lambda c: c.ranks, scores)
+    return np.where(np.isnan(scores) | np.isnan(ranks), 0, ranks).astype(np.int64)
+
+
+def ranks_from_scores(scores: np.ndarray) -> np.ndarray:
+    """int [n, N]: dense ranks of clean scores, equal scores tied; 0 where NaN."""
+    better = np.nan_to_num(scores, nan=-np.inf)[:, None, :] > scores[:, :, None]
+    return np.where(np.isnan(scores), 0, 1 + better.sum(axis=2))
+
+
+def accuracy_by(groups: np.ndarray, margins: np.ndarray) -> list[dict[str, Any]]:
+    """Strict accuracy of the pairs of each group."""
+    return [
+        {
+            "group": str(group),
+            "pairs": int((groups == group).sum()),
+            "accuracy": preference.strict_accuracy(margins[groups == group]),
+        }
+        for group in np.unique(groups)
+    ]
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation; 0 if either is constant."""
+    if x.std() == 0 or y.std() == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def write_report(workdir: epath.Path, figures: dict[str, float], tables: dict[str, Any]) -> None:
+    """report.md and calibration.png."""
+    sections = {"Held-out comparisons": report.markdown_table(("figure", "value"), [*figures.items()])}
+    for name, rows in tables.items():
+        if rows:
+            header = tuple(rows[0])
+            body = [tuple(row[key] for key in header) for row in rows]
+            sections[name.replace("_", " ").capitalize()] = report.markdown_table(header, body)
+    files.atomic_write(workdir / "report.md", report.document("Reward model", sections))
+    report.plot_calibration(workdir / "calibration.png", {"validation": tables["reliability"]})
+
+
+if __name__ == "__main__":
+    program.main(run, "reward")

@@ -1,0 +1,239 @@
+"""Loop 3 on tiny artifacts: it learns, resumes, normalises once, and its figures are right."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import reward as reward_config
+from gptlab import reward
+from gptlab.data.records import Candidate, Comparison, Message, Prompt
+from gptlab.rl import rewards
+from gptlab.run import artifact, metrics
+from gptlab.run.errors import UserError
+from gptlab.train import checkpoint
+from gptlab.train import mesh as mesh_lib
+from tests.rl import artifacts
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory, tiny_model):
+    return artifacts.write_policy(tmp_path_factory.mktemp("reward") / "sft", tiny_model)
+
+
+@pytest.fixture(scope="module")
+def config(policy, tiny_vocabulary, tiny_comparisons):
+    config = reward_config.get_config()
+    config.inputs.init = str(policy)
+    config.inputs.vocabulary = str(tiny_vocabulary)
+    config.inputs.comparisons = str(tiny_comparisons)
+    config.compute = artifacts.COMPUTE
+    config.data.seq_len = 64
+    config.batch_size = 16
+    config.optimizer.lr = 3e-3
+    config.update(total_epochs=2.0, eval_every_steps=10, log_every_steps=1)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("reward") / "run"
+    reward.run(config, str(workdir))
+    return workdir
+
+
+def test_it_learns_the_labeller(trained):
+    lines = [m for m in metrics.read_metrics(trained) if "train/loss" in m]
+    first, last = (np.mean([m["train/loss"] for m in part]) for part in (lines[:3], lines[-3:]))
+    assert last < first - 0.05
+    results = artifact.read_manifest(trained)["results"]
+    assert results["clean_accuracy"] > 0.7
+    assert 0.5 < results["accuracy"] <= 1 and results["ceiling_accuracy"] < 1
+    for name in ("longer_wins_accuracy", "linear_accuracy", "calibration_error"):
+        assert 0 <= results[name] <= 1
+    assert "| linear_accuracy |" in (trained / "report.md").read_text()
+    assert (trained / "calibration.png").exists()
+
+
+def test_samples_have_mean_zero_and_std_one_and_the_order_stays(trained, config, tiny_tokenizer):
+    """RLHF.md 7, row 13: normalised once on the samples; a ranking cannot change."""
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model, params, gain, bias = rewards.load_reward_model(trained, mesh, config.compute)
+        data = reward.make_batches(
+            config, tiny_tokenizer, reward.read_comparisons(config, "train"), mesh
+        )
+        scorer = reward.Scorer(model, mesh)
+        raw = scorer.candidates(params, data)
+        folded = scorer.candidates(rewards.fold_normalisation(params, gain, bias), data)
+    scores = gain * raw + bias
+    assert gain > 0
+    assert abs(np.nanmean(scores)) < 1e-4 and abs(np.nanstd(scores) - 1) < 1e-4
+    np.testing.assert_allclose(folded, scores, atol=1e-5)
+
+
+def test_demonstrations_average_zero(trained, config, tiny_tokenizer, tiny_clean):
+    """RLHF.md 7, row 13, InstructGPT's way: a shift alone."""
+    changed = ConfigDict(config.to_dict())
+    changed.normalise = "demonstrations"
+    changed.inputs.demonstrations = str(tiny_clean)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model, params, _, _ = rewards.load_reward_model(trained, mesh, config.compute)
+        scorer = reward.Scorer(model, mesh)
+        own = reward.normalise(changed, tiny_tokenizer, scorer, params, None, mesh)
+        replies = reward.read_demonstrations(changed)
+        data = reward.make_batches(changed, tiny_tokenizer, replies, mesh, True)
+        raw = scorer.candidates(params, data)[:, 0]
+    assert own["gain"] == 1.0 and len(replies) > 100
+    assert abs(raw.mean()) > 1e-3 and abs((raw + own["bias"]).mean()) < 1e-5
+
+
+def test_killed_and_resumed_is_bit_identical(trained, config, tmp_path):
+    """Stopped by a signal in the middle; the same command goes on."""
+    with pytest.raises(reward.Interrupted):
+        with_stop(config, tmp_path / "run", after=7)
+    reward.run(config, str(tmp_path / "run"))
+    ours, theirs = artifact.read_manifest(tmp_path / "run"), artifact.read_manifest(trained)
+    assert ours["digest"] == theirs["digest"]
+    assert ours["results"]["accuracy"] == theirs["results"]["accuracy"]
+    keep = lambda m: {k: v for k, v in m.items() if k.startswith("train/")}  # noqa: E731
+    a, b = (
+        {m["step"]: keep(m) for m in metrics.read_metrics(path) if "train/loss" in m}
+        for path in (tmp_path / "run", trained)
+    )
+    assert a == b
+
+
+def with_stop(config, workdir, after):
+    """Runs until the `after`-th question whether to stop, which is answered with yes."""
+    asked = iter(range(1, 10**6))
+    original = artifact.Run.stop_requested
+    artifact.Run.stop_requested = lambda self: next(asked) >= after
+    try:
+        reward.run(config, str(workdir))
+    finally:
+        artifact.Run.stop_requested = original
+
+
+def test_rounds_are_pooled(config, tiny_comparisons, tiny_clean):
+    changed = ConfigDict(config.to_dict())
+    one = len(reward.read_comparisons(changed, "train"))
+    changed.inputs.comparisons_2 = str(tiny_clean)  # the human pairs
+    pooled = reward.read_comparisons(changed, "train")
+    assert len(pooled) == 2 * one and {c.simulated for c in pooled} == {True, False}
+
+
+def test_human_pairs_of_a_clean_corpus_train_too(config, tiny_clean, tmp_path):
+    changed = ConfigDict(config.to_dict())
+    changed.inputs.comparisons = str(tiny_clean)
+    changed.data.max_candidates = 2
+    changed.update(total_epochs=1.0)
+    reward.run(changed, str(tmp_path / "run"))
+    results = artifact.read_manifest(tmp_path / "run")["results"]
+    assert "clean_accuracy" not in results and "ceiling_accuracy" not in results
+    assert results["accuracy_by_labeller"][0]["group"] == "human"
+    assert results["linear_accuracy"] > 0.9  # the grammar's words give it away
+
+
+def comparison(ranks, scores, lengths, labeller="a"):
+    candidates = tuple(Candidate(str(i), "x" * n, "p", True) for i, n in enumerate(lengths))
+    prompt = Prompt("p", (Message("user", "hi"),), "test")
+    return Comparison("c", prompt, candidates, ranks, labeller, True, scores)
+
+
+class Fixed:
+    """Stands for the compiled scorer."""
+
+    def __init__(self, values):
+        self._values = np.asarray(values, np.float64)
+
+    def candidates(self, params, data):
+        return self._values
+
+
+class Held:
+    """Stands for batches, of which only the comparisons are read."""
+
+    def __init__(self, comparisons):
+        self.comparisons = comparisons
+
+
+def test_figures_by_hand(monkeypatch):
+    """Two comparisons, one candidate absent, one label tie, one clean tie."""
+    monkeypatch.setattr(reward.classifiers, "fit_comparisons", lambda c, **_: linear)
+    linear = lambda prompts, replies: np.asarray([-len(r) for r in replies])  # noqa: E731
+    held = Held(
+        [
+            comparison((1, 2, 2), (3.0, 1.0, 2.0), (5, 9, 1)),  # labels: 0 > 1, 0 > 2; 1 = 2
+            comparison((2, 1), (0.5, 0.5), (4, 6), "b"),  # label 1 > 0; equal scores
+        ]
+    )
+    scores = [[2.0, 3.0, 1.0], [0.0, 1.0, np.nan]]
+    figures, tables = reward.evaluate_model(
+        Fixed(scores), None, {"gain": 1.0, "bias": 0.0}, held, held
+    )
+    assert figures["pairs"] == 3
+    assert figures["accuracy"] == pytest.approx(2 / 3)  # wrong on 0 > 1
+    assert figures["longer_wins_accuracy"] == pytest.approx(2 / 3)  # wrong on 0 > 1 (5 < 9)
+    assert figures["linear_accuracy"] == pytest.approx(1 / 3)
+    # Clean order 0 > 2 > 1: ours is right on 0 > 2 only; the pair of equal scores is skipped.
+    assert figures["clean_accuracy"] == pytest.approx(1 / 3)
+    assert figures["ceiling_accuracy"] == 1.0
+    assert {r["group"]: r["accuracy"] for r in tables["accuracy_by_labeller"]} == {"a": 0.5, "b": 1.0}
+    assert sum(r["count"] for r in tables["reliability"]) == 3
+
+
+def test_head_starts_with_std_of_stiennon(policy, config):
+    """RLHF.md 7, row 12: std 1/sqrt(d + 1), bias 0, on the SFT model's own backbone."""
+    from gptlab.model.heads import ScalarModel
+    from gptlab.model.transformer import ModelConfig
+
+    wide = ScalarModel(
+        ModelConfig.build(
+            {**checkpoint.load_model_config(policy), "d_model": 512}, config.compute.to_dict()
+        )
+    )
+    import flax.linen as nn
+
+    from gptlab.model.transformer import init_params
+
+    head = jax.jit(lambda k: nn.unbox(init_params(wide, k))["head"])(jax.random.key(0))
+    assert abs(float(head["kernel"].std()) * 513**0.5 - 1) < 0.1
+    assert not np.any(head["bias"])
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"normalise": "mean"}, "config.normalise"),
+        ({"normalise": "demonstrations"}, "inputs.demonstrations"),
+        ({"data": {"seq_len": 4096, "max_candidates": 4}}, "config.data.seq_len"),
+        ({"batch_size": 7}, "config.batch_size"),
+    ],
+)
+def test_mistakes_are_one_line(config, tmp_path, change, words):
+    changed = ConfigDict(config.to_dict())
+    changed.update(change)
+    with pytest.raises(UserError, match=words):
+        reward.run(changed, str(tmp_path / "run"))
+
+
+def test_a_missing_input_is_named(config, tmp_path):
+    changed = ConfigDict(config.to_dict())
+    changed.inputs.comparisons = None
+    with pytest.raises(UserError, match="inputs.comparisons"):
+        reward.run(changed, str(tmp_path / "run"))
+
+
+def test_an_artifact_of_another_stage_is_no_reward_model(policy, config):
+    mesh = mesh_lib.make_mesh(config.mesh)
+    with pytest.raises(UserError, match="not of reward"):
+        rewards.load_reward_model(policy, mesh, config.compute)
+
+
+def test_results_are_json(trained):
+    text = (trained / "manifest.json").read_text()
+    assert json.loads(text)["results"]["normalisation"]["kind"] == "samples"
