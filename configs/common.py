@@ -108,12 +108,12 @@ def profile() -> ConfigDict:
 def sample(
     max_new_tokens: int = 64,
     *,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str] = ("",),
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> ConfigDict:
-    """What a loop writes to samples.jsonl. Without prompts, pretraining starts from nothing."""
+    """What a loop answers or continues every sample_every_steps, into samples.jsonl."""
     return ConfigDict(
         {
             "prompts": tuple(prompts),

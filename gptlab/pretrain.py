@@ -21,27 +21,27 @@ from gptlab.data import batches, packing
 from gptlab.data.batches import TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import transformer
-from gptlab.model.decode import Sampling
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact, profile, program
-from gptlab.run.errors import Interrupted, UserError
+from gptlab.run.errors import Interrupted
 from gptlab.train import durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints, best_metrics
-from gptlab.train.held_out import HeldOut, make_held_out
+from gptlab.train.checks import check_fits
+from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
-from gptlab.train.samples import Sampler, make_sampler
+from gptlab.train.samples import make_sampler
 from gptlab.train.state import TrainState
 
 
 def make_loss_fn(model: LanguageModel, z_loss: float) -> step_lib.LossFn:
     """The loss of a microbatch: sums and their weight, so that accumulation stays exact."""
 
-    def loss_fn(params: Any, batch: TokenBatch, rng: jax.Array) -> Any:
-        logits = model.apply(
+    def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
+        logits: Any = model.apply(
             {"params": params},
             batch.tokens,
             batch.positions,
@@ -120,10 +120,9 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     tx, schedule = make_optimizer(config.optimizer, total)
     init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
     log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
-    held_out = make_held_out(model, mesh, tokenizer.token_bytes)
-    sampler = (
-        pretrain_sampler(model, mesh, tokenizer, config) if config.sample_every_steps else None
-    )
+    held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.sample.prompts]
+    sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, tokenizer.eos_id)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         state, shardings = state_lib.init_state(
             lambda key: transformer.init_params(model, key), tx, mesh, init_key
@@ -141,10 +140,10 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         run.metrics.rewind(start)
 
         # (6) The loop.
-        stream = stack.enter_context(contextlib.closing(data.iterate(start)))
-        profiler = stack.enter_context(
-            contextlib.closing(profile.step_profiler(config.profile, run.workdir))
-        )
+        stream: Any = data.iterate(start)
+        stack.callback(stream.close)
+        profiler = profile.step_profiler(config.profile, run.workdir)
+        stack.callback(profiler.close)
         progress = stack.enter_context(run.progress(total, "pretrain", initial=start))
         figures: dict[str, float] = {}
         for done in range(start + 1, total + 1):
@@ -159,15 +158,20 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             save = checkpoints.due(done) or stop or last
             # Every checkpoint carries its held-out loss, unless somebody waits for us to stop.
             evaluate = done % config.eval_every_steps == 0 or (save and not stop)
-            sample = sampler is not None and done % config.sample_every_steps == 0
+            sample = config.sample_every_steps > 0 and done % config.sample_every_steps == 0
             if not (save or evaluate or sample):
                 continue
             with run.goodput.measure("step"):
                 log.flush()
             if evaluate:
-                figures = evaluate_params(run, done, held_out, state.params, validation())
+                with run.goodput.measure("eval"):
+                    figures = held_out(state.params, validation())
+                run.metrics.write(done, figures)
             if sample:
-                write_samples(run, done, sampler, state.params, sample_key, tokenizer)
+                with run.goodput.measure("sample"):
+                    found = sampler(state.params, jax.random.fold_in(sample_key, done))
+                for entry in found:
+                    run.metrics.write_sample({"step": done, **entry})
             if save:
                 with run.goodput.measure("save"):
                     checkpoints.save_state(state, {}, figures if evaluate else None)
@@ -178,72 +182,17 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
 
         # (7) Results.
         checkpoints.wait()
-        if not figures:
-            figures = evaluate_params(run, start, held_out, state.params, validation())
+        if not figures:  # there was no step left to run
+            figures = held_out(state.params, validation())
         run.results(
             steps=total,
             tokens=total * batch_tokens,
             num_params=model_config.num_params(),
             tokens_per_sec=log.mean_tokens_per_sec(),
             **{name.removeprefix("eval/"): value for name, value in figures.items()},
-            **{f"best/{name}": value for name, value in best_metrics(run.workdir).items()},
+            **best_metrics(run.workdir),
         )
         run.complete(state_lib.digest(state.params))
-
-
-def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
-    """UserError unless the model has the tokenizer's vocabulary and a window of seq_len."""
-    if model_config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"the model has vocab_size={model_config.vocab_size} and config.inputs.vocabulary has "
-            f"{tokenizer.vocab_size} tokens: set config.model.vocab_size={tokenizer.vocab_size}"
-        )
-    if not 1 <= seq_len <= model_config.max_len:
-        raise UserError(
-            f"config.data.seq_len={seq_len} does not fit the model's window of "
-            f"{model_config.max_len} tokens (model.max_len)"
-        )
-
-
-def evaluate_params(
-    run: artifact.Run, step: int, held_out: HeldOut, params: Any, validation: Any
-) -> dict[str, float]:
-    """Writes and returns the held-out figures, named eval/validation/..."""
-    with run.goodput.measure("eval"):
-        figures = held_out(params, validation)
-    figures = {f"eval/validation/{name}": value for name, value in figures.items()}
-    run.metrics.write(step, figures)
-    return figures
-
-
-def pretrain_sampler(
-    model: LanguageModel, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, config: ConfigDict
-) -> Sampler:
-    """Continues the beginnings in config.sample.prompts; each starts a document."""
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.sample.prompts]
-    sampling = Sampling(
-        temperature=config.sample.temperature,
-        top_k=config.sample.top_k,
-        top_p=config.sample.top_p,
-        max_new_tokens=config.sample.max_new_tokens,
-        stop_tokens=(tokenizer.eos_id,),
-    )
-    return make_sampler(model, mesh, prompts, sampling)
-
-
-def write_samples(
-    run: artifact.Run,
-    step: int,
-    sampler: Sampler,
-    params: Any,
-    key: jax.Array,
-    tokenizer: Tokenizer,
-) -> None:
-    """Writes one continuation of each prompt to samples.jsonl."""
-    with run.goodput.measure("sample"):
-        rows = sampler(params, jax.random.fold_in(key, step))
-    for prompt, ids in zip(run.config.sample.prompts, rows, strict=True):
-        run.metrics.write_sample({"step": step, "prompt": prompt, "text": tokenizer.decode(ids)})
 
 
 if __name__ == "__main__":

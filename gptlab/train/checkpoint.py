@@ -266,9 +266,12 @@ def find_step(workdir: epath.PathLike, which: str) -> int:
 
 
 def best_metrics(workdir: epath.PathLike) -> dict[str, Any]:
-    """{'step': of the best checkpoint, and the metrics that were saved with it}."""
+    """{best/step, best/<name> of each eval/<name> that was saved with the best checkpoint}."""
     step = find_step(workdir, "best")
-    return {"step": step, **read_meta(workdir, step)["metrics"]}
+    metrics = read_meta(workdir, step)["metrics"]
+    return {"best/step": step} | {
+        f"best/{name.removeprefix('eval/')}": value for name, value in metrics.items()
+    }
 
 
 def load_params(

@@ -18,8 +18,8 @@ from gptlab.train.mesh import put_batch
 HeldOut = Callable[[Any, Iterable[TokenBatch]], dict[str, float]]
 
 
-def make_held_out(model: LanguageModel, mesh: Mesh, token_bytes: np.ndarray) -> HeldOut:
-    """Makes the function (params, this process's batches of [B, T]) -> figures.
+def make_held_out(model: LanguageModel, mesh: Mesh, token_bytes: np.ndarray, name: str) -> HeldOut:
+    """Makes the function (params, this process's batches of [B, T]) -> {eval/<name>/...: figure}.
 
     Figures: loss (nats a token), perplexity, accuracy, bits_per_byte. Bits of all predicted
     tokens, control tokens included, over the bytes of the text: comparable between vocabularies.
@@ -28,35 +28,38 @@ def make_held_out(model: LanguageModel, mesh: Mesh, token_bytes: np.ndarray) -> 
       model: dropout is off.
       mesh: of the parameters.
       token_bytes: int [V'], UTF-8 bytes of each token, V' <= V; control tokens have none.
+      name: of the figures, 'validation' say.
     """
     table = np.zeros(model.config.vocab_size, np.float32)
     table[: len(token_bytes)] = token_bytes
     replicated = NamedSharding(mesh, PartitionSpec())
     table = jax.device_put(table, replicated) if jax.process_count() == 1 else table
 
-    def sums(params: Any, batch: TokenBatch, table: jax.Array) -> dict[str, jax.Array]:
-        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+    def count(params: Any, batch: Any, table: jax.Array) -> dict[str, jax.Array]:
+        logits: Any = model.apply(
+            {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+        )
         _, weight, figures = losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)
         num_bytes = jnp.sum(jnp.take(table, batch.targets, axis=0) * batch.loss_mask)
         return {**figures, "tokens": weight, "bytes": num_bytes}
 
-    jitted = jax.jit(sums, out_shardings=replicated)
+    jitted = jax.jit(count, out_shardings=replicated)
 
     def held_out(params: Any, batches: Iterable[TokenBatch]) -> dict[str, float]:
         total: dict[str, float] = {}
         for batch in batches:
-            for name, value in jax.device_get(
-                jitted(params, put_batch(batch, mesh), table)
-            ).items():
-                total[name] = total.get(name, 0.0) + float(value)
+            sums = jax.device_get(jitted(params, put_batch(batch, mesh), table))
+            for key, value in sums.items():
+                total[key] = total.get(key, 0.0) + float(value)
         if not total or not total["tokens"]:
             raise UserError("the held-out split has no token to predict: prepare more text")
         loss = total["nll"] / total["tokens"]
-        return {
+        figures = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "accuracy": total["accuracy"] / total["tokens"],
             "bits_per_byte": total["nll"] / math.log(2.0) / max(total["bytes"], 1.0),
         }
+        return {f"eval/{name}/{figure}": value for figure, value in figures.items()}
 
     return held_out

@@ -70,6 +70,7 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
     parts = data_size(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(DATA_AXES))
     owned: dict[int, set[int]] = {}
+    device: Any  # jax.Device, whose stub lacks process_index
     for device, (rows,) in sharding.devices_indices_map((parts,)).items():
         owned.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
     blocks = sorted({tuple(sorted(rows)) for rows in owned.values()})

@@ -6,22 +6,47 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
+from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
 from gptlab.model.transformer import LanguageModel
 from gptlab.run.errors import UserError
 
-Sampler = Callable[[Any, jax.Array], list[list[int]]]
+# (params, key) -> [{"prompt": text, "text": text}]
+Sampler = Callable[[Any, jax.Array], list[dict[str, str]]]
 
 
 def make_sampler(
-    model: LanguageModel, mesh: Mesh, prompts: Sequence[Sequence[int]], sampling: decode.Sampling
+    model: LanguageModel,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    config: ConfigDict,
+    stop_token: int,
 ) -> Sampler:
-    """Makes the function (params, key) -> the token ids of one continuation for each prompt.
+    """Makes the function (params, key) -> one continuation of each prompt.
+
+    Args:
+      model: the model.
+      mesh: of the parameters.
+      tokenizer: turns continuations into text.
+      prompts: token ids of each of config.prompts.
+      config: prompts, temperature, top_k, top_p, max_new_tokens.
+      stop_token: ends a continuation.
 
     Raises:
       UserError: the longest prompt and max_new_tokens do not fit the context window together.
     """
+    if not prompts:
+        raise UserError("config.sample.prompts is empty: name at least one prompt ('' will do)")
+    sampling = decode.Sampling(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=(stop_token,),
+    )
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > model.config.max_len:
         raise UserError(
@@ -40,8 +65,9 @@ def make_sampler(
 
     jitted = jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def sample(params: Any, key: jax.Array) -> list[list[int]]:
+    def sample(params: Any, key: jax.Array) -> list[dict[str, str]]:
         rows, counts = jax.device_get(jitted(params, key))
-        return [row[:count].tolist() for row, count in zip(rows, counts, strict=True)]
+        texts = [tokenizer.decode(row[:n].tolist()) for row, n in zip(rows, counts, strict=True)]
+        return [{"prompt": p, "text": t} for p, t in zip(config.prompts, texts, strict=True)]
 
     return sample

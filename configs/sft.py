@@ -1,0 +1,42 @@
+"""Supervised fine-tuning as in InstructGPT (arXiv 2203.02155, appendix C.1), for a small model.
+
+    python -m gptlab.sft --config=configs/sft.py --workdir=runs/sft \
+        --config.inputs.init=runs/pretrain_small --config.inputs.tokens=runs/corpus \
+        --config.inputs.vocabulary=runs/vocabulary
+
+From InstructGPT: residual dropout 0.2, cosine to 10% without warm-up, batch 32 of dialogues, the
+checkpoint chosen by held-out loss (it overfits after the first epochs). A model of a few million
+parameters needs a learning rate 30 times as large and fewer than 16 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Takes no argument."""
+    if arg is not None:
+        raise ValueError(f"configs/sft.py takes no argument, got {arg!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.inputs = common.inputs("init", "tokens", "vocabulary")
+    config.data = {"name": "dialogues", "seq_len": 256, "overlong": "drop"}
+    config.loss_on = "assistant"
+    config.compute = common.compute(dropout=0.2)
+
+    config.batch_size = 32
+    config.accumulation_steps = 1
+    config.update(common.duration(total_epochs=3.0))
+    config.optimizer = common.adamw(lr=3e-4, weight_decay=0.1)
+    config.on_nonfinite = "stop"
+    config.mesh = common.mesh()
+
+    config.log_every_steps = 10
+    config.eval_every_steps = 50
+    config.eval_batches = 20
+    config.sample_every_steps = 100
+    config.sample = common.sample(64, prompts=("hi, how are you?", "do you like music?"))
+    config.checkpoint = common.checkpoint(50)
+    config.profile = common.profile()
+    return config

@@ -1,0 +1,238 @@
+"""Loop 2, supervised fine-tuning: next-token loss on the assistant's tokens of dialogues.
+
+    python -m gptlab.sft --config=configs/sft.py --workdir=runs/sft \
+        --config.inputs.init=runs/pretrain --config.inputs.tokens=runs/corpus \
+        --config.inputs.vocabulary=runs/vocabulary
+
+Starts from the best checkpoint of a pretraining run and learns what the assistant says and where
+it stops: loss on its content and its end-of-turn token, nothing else. The result names the reply
+perplexity of the pretrained model on the same held-out text beside its own. How long it takes and
+what to expect stand in each config.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gptlab.data import batches, chat, packing
+from gptlab.data.batches import TokenBatch
+from gptlab.data.records import Message
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.model import transformer
+from gptlab.model.transformer import LanguageModel, ModelConfig
+from gptlab.run import artifact, profile, program
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.train import durations, losses
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
+from gptlab.train import step as step_lib
+from gptlab.train.checkpoint import Checkpoints, best_metrics, load_model_config, load_params
+from gptlab.train.checks import check_fits
+from gptlab.train.held_out import make_held_out
+from gptlab.train.log import StepLog
+from gptlab.train.optimizer import make_optimizer
+from gptlab.train.samples import make_sampler
+from gptlab.train.state import TrainState
+
+
+def make_loss_fn(model: LanguageModel, loss_on: str) -> step_lib.LossFn:
+    """The loss of a microbatch, as sums and their weight.
+
+    Args:
+      model: the policy; its residual dropout is on.
+      loss_on: 'assistant', the assistant's content and end-of-turn tokens (InstructGPT); or
+        'all', every token that is not padding (arXiv 2403.17031).
+    """
+    if loss_on not in ("assistant", "all"):
+        raise UserError(f"config.loss_on={loss_on!r} is unknown: use 'assistant' or 'all'")
+
+    def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
+        logits: Any = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            deterministic=model.config.dropout == 0,
+            rngs={"dropout": rng},
+        )  # [B, T, V]
+        mask = batch.loss_mask  # [B, T]
+        if loss_on == "all":
+            mask = (batch.segment_ids > 0).astype(jnp.float32)
+        loss, weight, sums = losses.cross_entropy_sums(logits, batch.targets, mask, 0.0)
+        return loss, (weight, sums)
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: step_lib.LossFn,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+) -> Callable[[TrainState, TokenBatch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """One optimiser step: (state, batch, key of the run) -> (state, metrics)."""
+
+    def train_step(state: TrainState, batch: TokenBatch, key: jax.Array) -> Any:
+        rng = jax.random.fold_in(key, state.step)
+        grads, loss, sums = step_lib.accumulate(
+            loss_fn, state.params, batch, config.accumulation_steps, rng
+        )
+        lr = schedule(step_lib.applied_updates(state.opt_state))
+        state, norms = step_lib.apply_updates(state, grads, tx, config.on_nonfinite)
+        figures = {f"train/{name}": value for name, value in sums.items()}
+        return state, {"train/loss": loss, **figures, **norms, "train/lr": lr}
+
+    return train_step
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains until the configured duration is over, or goes on where `workdir` stands.
+
+    Raises:
+      UserError: an input or a config value is wrong, or the loss is not finite.
+      Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    # (1) The run.
+    with artifact.open_run(config, workdir, "sft") as run:
+        if run.finished:
+            print(f"{workdir}: fine-tuning is already done")
+            return
+        train(config, run)
+
+
+def train(config: ConfigDict, run: artifact.Run) -> None:
+    """Everything between opening the run and completing it."""
+    # (2) Inputs, checked before anything is compiled. The architecture is the pretrained model's.
+    tokenizer = Tokenizer.load(config.inputs.vocabulary)
+    architecture = load_model_config(config.inputs.init)
+    model_config = ModelConfig.build(architecture, config.compute.to_dict())
+    check_fits(model_config, tokenizer, config.data.seq_len)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+
+    # (3) Data: this process's block of rows of each batch. An overlong dialogue is left out.
+    source, held_out_source = (
+        packing.packed(
+            config.inputs.tokens,
+            config.data.name,
+            split,
+            config.data.seq_len,
+            overlong=config.data.overlong,
+        )
+        for split in ("train", "validation")
+    )
+    block = mesh_lib.process_block(mesh)
+    data = batches.TrainBatches(source, config.batch_size, config.seed, *block)
+    batch_tokens = config.batch_size * config.data.seq_len
+    total = durations.total_steps(config, batch_tokens, len(source) / config.batch_size)
+
+    def validation() -> Any:
+        return batches.eval_batches(held_out_source, config.batch_size, config.eval_batches, *block)
+
+    # (4) Model and state: the pretrained parameters, a fresh optimiser.
+    model = LanguageModel(model_config)
+    tx, schedule = make_optimizer(config.optimizer, total)
+    step_key, sample_key = jax.random.split(jax.random.key(config.seed))
+    log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
+    held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
+    sampler = make_sampler(
+        model,
+        mesh,
+        tokenizer,
+        [
+            chat.encode_prompt(tokenizer, [Message("user", text)], config.data.seq_len)
+            for text in config.sample.prompts
+        ],
+        config.sample,
+        tokenizer.end_id,
+    )
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        params = load_params(
+            config.inputs.init, mesh, lambda key: transformer.init_params(model, key)
+        )
+        state, shardings = state_lib.state_from_params(params, tx, mesh)
+        train_step = jax.jit(
+            make_train_step(make_loss_fn(model, config.loss_on), tx, schedule, config),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+        # (5) The newest checkpoint, if there is one; else first of all, what pretraining reached.
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        state, meta = checkpoints.restore_state(state, shardings)
+        start = int(state.step)
+        run.metrics.rewind(start)
+        if meta is None:
+            with run.goodput.measure("eval"):
+                meta = {"pretrained": held_out(state.params, validation())}
+            run.metrics.write(0, meta["pretrained"])
+
+        # (6) The loop.
+        stream: Any = data.iterate(start)
+        stack.callback(stream.close)
+        profiler = profile.step_profiler(config.profile, run.workdir)
+        stack.callback(profiler.close)
+        progress = stack.enter_context(run.progress(total, "sft", initial=start))
+        figures: dict[str, float] = {}
+        for done in range(start + 1, total + 1):
+            profiler.step(done)
+            with run.goodput.measure("data"):
+                batch = mesh_lib.put_batch(next(stream), mesh)
+            with run.goodput.measure("step" if done > start + 1 else "compile"):
+                state, metrics = train_step(state, batch, step_key)
+                log.push(done, metrics)
+            progress.update(loss=log.loss)
+            stop, last = run.stop_requested() and done < total, done == total
+            save = checkpoints.due(done) or stop or last
+            # Every checkpoint carries its held-out loss, unless somebody waits for us to stop.
+            evaluate = done % config.eval_every_steps == 0 or (save and not stop)
+            sample = config.sample_every_steps > 0 and done % config.sample_every_steps == 0
+            if not (save or evaluate or sample):
+                continue
+            with run.goodput.measure("step"):
+                log.flush()
+            if evaluate:
+                with run.goodput.measure("eval"):
+                    figures = held_out(state.params, validation())
+                run.metrics.write(done, figures)
+            if sample:
+                with run.goodput.measure("sample"):
+                    found = sampler(state.params, jax.random.fold_in(sample_key, done))
+                for entry in found:
+                    run.metrics.write_sample({"step": done, **entry})
+            if save:
+                with run.goodput.measure("save"):
+                    kept = {"pretrained": meta["pretrained"]}
+                    checkpoints.save_state(state, kept, figures if evaluate else None)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"saved at step {done} of {total}")
+            log.resume()
+
+        # (7) Results: of the checkpoint that later stages will take, beside the pretrained model.
+        checkpoints.wait()
+        if not figures:  # there was no step left to run
+            figures = held_out(state.params, validation())
+        best = best_metrics(run.workdir)
+        run.results(
+            steps=total,
+            tokens=total * batch_tokens,
+            tokens_per_sec=log.mean_tokens_per_sec(),
+            **{name.removeprefix("eval/"): value for name, value in figures.items()},
+            **best,
+            **{
+                "sft/reply_perplexity": best["best/validation/perplexity"],
+                "pretrained/reply_perplexity": meta["pretrained"]["eval/validation/perplexity"],
+            },
+        )
+        run.complete(state_lib.digest(state.params))
+
+
+if __name__ == "__main__":
+    program.main(run, "sft")

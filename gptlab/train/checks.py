@@ -1,0 +1,19 @@
+"""Do a stage's inputs go together? Asked before anything is compiled."""
+
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.model.transformer import ModelConfig
+from gptlab.run.errors import UserError
+
+
+def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+    """UserError unless the model has the tokenizer's vocabulary and a window of seq_len."""
+    if model_config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the model has vocab_size={model_config.vocab_size} and config.inputs.vocabulary has "
+            f"{tokenizer.vocab_size} tokens: set config.model.vocab_size={tokenizer.vocab_size}"
+        )
+    if not 1 <= seq_len <= model_config.max_len:
+        raise UserError(
+            f"config.data.seq_len={seq_len} does not fit the model's window of "
+            f"{model_config.max_len} tokens (model.max_len)"
+        )
