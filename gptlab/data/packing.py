@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -244,7 +244,7 @@ def _build(
 ) -> None:
     """Packs everything into a temporary directory and renames it: nobody sees half an artifact."""
     seq_len, overlong = key["seq_len"], key["overlong"]
-    temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}.tmp"
     totals = dict.fromkeys(
         ("rows", "slots", "loss_tokens", "segments", "dropped_overlong", "dropped_without_loss"), 0
     )
@@ -275,13 +275,15 @@ def _build(
         files.atomic_write(
             temporary / _STATS, json.dumps({**key, **totals, "blocks": blocks}, indent=2) + "\n"
         )
+        if _settings(directory) == key:
+            return  # Another process of this run was first, and may be reading: its rows are ours.
         if directory.exists():
             directory.rmtree()
         temporary.replace(directory)
     except OSError as error:
-        # Another process of the same run may have been first: its rows are the same.
-        if _settings(directory) != key:
-            raise UserError(f"can't write {directory}: {error}") from error
+        if _settings(directory) != key:  # Else it came first between the last two lines.
+            reason = files.explain(error, directory) or f"can't write {directory}: {error}"
+            raise UserError(reason) from error
     finally:
         if temporary.exists():
             temporary.rmtree()

@@ -11,8 +11,8 @@ import bisect
 import dataclasses
 import hashlib
 import json
-import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -21,6 +21,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from gptlab.run import files
 from gptlab.run.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -276,7 +277,7 @@ def write_shard(path: epath.PathLike, items: Iterable[tuple[str, bytes]]) -> epa
 
 def write_ordered(path: epath.Path, payloads: Iterable[bytes]) -> epath.Path:
     """Writes an ArrayRecord file of payloads in the order given; otherwise as `write_shard`."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = array_record_module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
@@ -286,7 +287,8 @@ def write_ordered(path: epath.Path, payloads: Iterable[bytes]) -> epath.Path:
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {_first_line(error)}") from error
+        reason = files.explain(error, path) or f"can't write {path}: {_first_line(error)}"
+        raise UserError(reason) from error
     return path
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import msgpack
@@ -191,14 +192,14 @@ def write_raw(directory, *payloads):
         (b"not json", "Expecting value"),
         (b"[1]", "expected a Document object"),
         (b'{"id":"\xff"}', "codec can't decode"),
-        (CandidateSet("x", PROMPT, ()).to_bytes(), "expected a Document record, got 'CandidateSet'"),
+        (CandidateSet("x", PROMPT, ()).to_bytes(), "expected a Document record, got 'Cand"),
         (b'{"kind":"Document","schema":1,"id":"a"}', "fields"),
         (b'{"kind":"Document","schema":"new","id":"a"}', "schema 'new'"),
     ],
 )
 def test_a_corrupt_record_is_named(tmp_path, payload, reason):
     path = write_raw(tmp_path, Document("a", "", "").to_bytes(), payload)
-    with pytest.raises(UserError, match=f"{path}, record 1: .*{reason}"):
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}, record 1: .*{reason}"):
         read(tmp_path)
 
 
