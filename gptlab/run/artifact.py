@@ -254,14 +254,17 @@ def lineage(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     directory = _local(workdir)
     manifest = read_manifest(directory, allow_unfinished=True)
-    inputs = {}
-    for name, entry in manifest["inputs"].items():
-        inputs[name] = lineage(_find_input(directory, name, entry))
+    inputs = {name: lineage(input_workdir(directory, name)) for name in manifest["inputs"]}
     return {"path": str(directory), "manifest": manifest, "inputs": inputs}
 
 
-def _find_input(directory: Path, name: str, entry: Mapping[str, str]) -> Path:
-    """Where an input is now: a tree of artifacts may have been moved as a whole."""
+def input_workdir(workdir: str | os.PathLike[str], name: str) -> Path:
+    """Where an artifact's input is now: a tree of artifacts may have been moved as a whole.
+
+    Raises UserError if the input is gone, or is no longer the artifact that was read.
+    """
+    directory = _local(workdir)
+    entry = read_manifest(directory, allow_unfinished=True)["inputs"][name]
     found = None
     for path in (directory / entry["relative"], Path(entry["path"])):
         manifest = _read_json(path / MANIFEST_FILE)

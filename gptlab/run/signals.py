@@ -40,6 +40,9 @@ class StopRequest:
             return
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+            outer = self._outer(number)
+            if outer is not None and outer.signal is not None:
+                self.signal, self._time = outer.signal, outer._time
 
     def uninstall(self) -> None:
         """Puts back whatever handled the signals before."""
@@ -65,10 +68,13 @@ class StopRequest:
     def note(self, number: signal.Signals, now: float) -> None:
         """Remembers the request, also in the enclosing run: `rounds` has a run around a stage's."""
         self.signal, self._time = number, now
-        handler = self._previous.get(number)
-        outer = getattr(handler, "__self__", None)
-        if isinstance(outer, StopRequest):
+        outer = self._outer(number)
+        if outer is not None:
             outer.note(number, now)
+
+    def _outer(self, number: signal.Signals) -> "StopRequest | None":
+        owner = getattr(self._previous.get(number), "__self__", None)
+        return owner if isinstance(owner, StopRequest) else None
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:
