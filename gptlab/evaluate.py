@@ -33,7 +33,7 @@ from gptlab.model import transformer
 from gptlab.model.decode import Sampling
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig
-from gptlab.rl import rollout
+from gptlab.rl import rewards, rollout
 from gptlab.run import artifact, files, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
@@ -63,7 +63,8 @@ class Networks:
                 f"the model's window is {self.config.max_len}: lower one of them"
             )
         self.mesh, self.pad_id = mesh, tokenizer.pad_id
-        self.language, self.scalar = LanguageModel(self.config), ScalarModel(self.config)
+        self.language = LanguageModel(self.config)
+        self._compute = config.compute.to_dict()
         self.sampling = Sampling(
             temperature=config.sampling.temperature, top_k=0, top_p=1.0,
             max_new_tokens=config.sampling.max_new_tokens, stop_tokens=(tokenizer.end_id,),
@@ -71,16 +72,21 @@ class Networks:
         whole = NamedSharding(mesh, PartitionSpec())
         self.sample = jax.jit(self._sample, out_shardings=whole)
         self.logprob = jax.jit(self._logprob, out_shardings=whole)
-        self.score = jax.jit(self._score, out_shardings=whole)
+        self.score = jax.jit(_score, static_argnums=0, out_shardings=whole)
         self.join = jax.jit(self._join, out_shardings=whole)
         self.nll = perplexity.make_nll(self.language, mesh)
-        self.held_out = make_held_out(self.language, mesh, tokenizer.token_bytes)
+        self.held_out = make_held_out(self.language, mesh, tokenizer.token_bytes, config.data.split)
 
-    def load(self, workdir: str, model: LanguageModel | ScalarModel, item: str = "params") -> Any:
-        """Parameters of a finished stage on this mesh."""
+    def load(self, workdir: str) -> Any:
+        """A language model's parameters on this mesh."""
         return checkpoint.load_params(
-            workdir, self.mesh, lambda key: transformer.init_params(model, key), item=item
+            workdir, self.mesh, lambda key: transformer.init_params(self.language, key)
         )
+
+    def load_reward(self, workdir: str) -> tuple[ScalarModel, Any]:
+        """A reward model and its parameters, normalised as `reward` froze it."""
+        model, params, gain, bias = rewards.load_reward_model(workdir, self.mesh, self._compute)
+        return model, rewards.fold_normalisation(params, gain, bias)
 
     def _sample(self, params: Any, batch: batches.PromptBatch, key: jax.Array) -> rollout.Samples:
         return rollout.sample(
@@ -92,10 +98,6 @@ class Networks:
         logprobs, _ = rollout.response_logprobs(self.language, params, samples, temperature)
         return logprobs.sum(-1)  # [B]
 
-    def _score(self, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        scalars = rollout.token_scalars(self.scalar, params, tokens, lengths)
-        return rollout.at_last(scalars, lengths)  # [B]
-
     def _join(
         self, batch: batches.PromptBatch, samples: rollout.Samples
     ) -> tuple[jax.Array, jax.Array]:
@@ -104,12 +106,20 @@ class Networks:
         )
 
 
+def _score(
+    model: ScalarModel, params: Any, tokens: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Reward at the last real token of each row [B]."""
+    return rollout.at_last(rollout.token_scalars(model, params, tokens, lengths), lengths)
+
+
 def run(config: ConfigDict, workdir: str) -> None:
     """Evaluates `config.inputs.policy`; UserError for inputs that don't belong together."""
     with artifact.open_run(config, workdir, "evaluate") as own:
         if own.finished:
             print(f"{workdir} is done: {own.workdir / 'report.md'}")
             return
+        check(config)
         tokenizer = Tokenizer.load(config.inputs.vocabulary)
         mesh = mesh_lib.make_mesh(config.mesh)
         mesh_lib.check_batch_size("batch_size", config.batch_size, mesh)
@@ -130,6 +140,14 @@ def run(config: ConfigDict, workdir: str) -> None:
             write_files(Path(own.workdir), config, prompts, systems, figures, failures)
         own.results(**plain, passed=not failures, failures=failures)
         own.complete(digest=files.digest_files([own.workdir / "samples.jsonl"]))
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for a config that could only fail later."""
+    for name, path in config.inputs.items():
+        if path is None and name not in ("previous", "reviews"):
+            raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    registry.make(config.gold, config.inputs)
 
 
 def load_prompts(config: ConfigDict) -> list[Prompt]:
@@ -168,7 +186,7 @@ def measure(
         half = len(prompts) // 2
         others = _ask(config, networks, tokenizer, prompts[half:] + prompts[:half])
         judge(config, networks, others, drawn, columns, next_network)
-        params = networks.load(config.inputs.base, networks.language)
+        params = networks.load(config.inputs.base)
         held_out["base"] = _held_out(config, networks, params)
         systems = {}
         for name, samples in drawn.items():
@@ -199,7 +217,7 @@ def speak(
     for name, path in paths.items():
         if path is None:
             continue
-        params = networks.load(path, networks.language)
+        params = networks.load(path)
         drawn[name] = [
             networks.sample(params, batch, jax.random.fold_in(key, i))
             for i, batch in enumerate(asked)
@@ -223,15 +241,15 @@ def judge(
 ) -> None:
     """Adds the scores of both reward models, PPO's also with every reply under another prompt."""
     for role in ("reward", "judge"):
-        params = networks.load(config.inputs[role], networks.scalar)
+        model, params = networks.load_reward(config.inputs[role])
         for name, samples in drawn.items():
             columns[name][role] = _rows(
-                [networks.score(params, s.tokens, s.lengths) for s in samples]
+                [networks.score(model, params, s.tokens, s.lengths) for s in samples]
             )
             if role == "reward":
                 moved = [networks.join(*pair) for pair in zip(others, samples, strict=True)]
                 columns[name]["reward_shuffled"] = _rows(
-                    [networks.score(params, *pair) for pair in moved]
+                    [networks.score(model, params, *pair) for pair in moved]
                 )
         next_network()
 
@@ -268,7 +286,8 @@ def _held_out(config: ConfigDict, networks: Networks, params: Any) -> dict[str, 
     rows = batches.eval_batches(
         source, config.batch_size, config.data.pretraining_batches, block, blocks
     )
-    return networks.held_out(params, rows)
+    figures = networks.held_out(params, rows)
+    return {name.split("/")[-1]: value for name, value in figures.items()}
 
 
 def _surprise(

@@ -1,0 +1,157 @@
+"""The evaluation program on a tiny chain of artifacts with untrained models."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from configs import evaluate as evaluate_config
+from gptlab import evaluate
+from gptlab.data.records import Prompt, RecordReader
+from gptlab.evals import preference
+from gptlab.model import transformer
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import LanguageModel, ModelConfig
+from gptlab.run import artifact
+from gptlab.run.errors import UserError
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
+from gptlab.train.checkpoint import Checkpoints
+
+
+def write_model(workdir, stage, architecture, kind, seed):
+    """A finished stage whose parameters are the random ones of `seed`."""
+    config = ConfigDict(
+        {"seed": seed, "model": architecture, "checkpoint": common.checkpoint(1, best_metric=None)}
+    )
+    model = kind(ModelConfig.build(architecture, common.compute().to_dict()))
+    mesh = mesh_lib.make_mesh(common.mesh())
+    with artifact.open_run(config, workdir, stage) as run, jax.set_mesh(mesh):
+
+        def init(key):
+            return transformer.init_params(model, key)
+
+        _, shardings = state_lib.param_shardings(init, mesh)
+        # A sharper model than a fresh one, whose replies would never end.
+        params = jax.jit(
+            lambda key: jax.tree.map(lambda x: x * 3.0, nn.unbox(init(key))),
+            out_shardings=shardings,
+        )(jax.random.key(seed))
+        with Checkpoints(run.workdir, config.checkpoint) as checkpoints:
+            checkpoints.save(1, {"params": params}, {})
+        run.results(normalisation={"gain": 2.0, "bias": -1.0})
+        run.complete(state_lib.digest(params))
+    return str(workdir)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny_clean, tiny_vocabulary, tiny_corpus, tiny_model):
+    directory = tmp_path_factory.mktemp("models")
+    models = {"base": 0, "baseline": 1, "policy": 2}
+    paths = {
+        name: write_model(directory / name, name, tiny_model, LanguageModel, seed)
+        for name, seed in models.items()
+    }
+    for name, seed in {"reward": 3, "judge": 4}.items():
+        paths[name] = write_model(directory / name, "reward", tiny_model, ScalarModel, seed)
+    clean = str(tiny_clean)
+    return paths | {
+        "vocabulary": str(tiny_vocabulary), "prompts": clean, "reviews": clean,
+        "tokens": str(tiny_corpus),
+    }  # fmt: skip
+
+
+def tiny_config(inputs, **changed_inputs):
+    config = evaluate_config.get_config()
+    config.inputs.update({**inputs, **changed_inputs})
+    config.data.update({"num_prompts": 24, "prompt_len": 40, "seq_len": 64})
+    config.data.pretraining_batches = 1
+    config.batch_size = 16
+    config.sampling.max_new_tokens = 12
+    config.bootstrap.resamples = 100
+    return config.lock()
+
+
+@pytest.fixture(scope="module")
+def report_dir(inputs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("evaluation") / "run"
+    evaluate.run(tiny_config(inputs, previous=inputs["base"]), str(workdir))
+    return workdir
+
+
+def test_everything_is_reported(report_dir):
+    plain = json.loads((report_dir / "report.json").read_text())
+    assert plain["num_prompts"] == 24
+    assert set(plain["policy"]) >= {
+        "gold", "kl", "distinct_2", "most_common_share", "shuffled_drop", "judge_model",
+        "review_classifier", "base_perplexity", "end_rate", "length", "pretraining_loss",
+    }  # fmt: skip
+    assert plain["baseline"]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert plain["policy"]["kl"]["mean"] > 0.1
+    assert "gold_difference_kl_matched" in plain["over_previous"]
+    assert isinstance(plain["passed"], bool)
+    manifest = artifact.read_manifest(report_dir)
+    assert manifest["results"]["policy"] == plain["policy"]
+    assert (report_dir / "gold.png").read_bytes()[:4] == b"\x89PNG"
+    markdown = (report_dir / "report.md").read_text()
+    assert "length-controlled" in markdown and "unseen reward model" in markdown
+
+
+def test_samples_are_side_by_side_and_from_the_test_split(report_dir, inputs):
+    lines = [json.loads(line) for line in (report_dir / "samples.jsonl").read_text().splitlines()]
+    held_out = RecordReader(f"{inputs['prompts']}/records", "prompts", "test", Prompt)
+    assert {line["id"] for line in lines} == {prompt.id for prompt in held_out}
+    assert set(lines[0]) == {"id", "prompt", "policy", "previous", "baseline"}
+    gold = np.mean([line["policy"]["gold"] for line in lines])
+    plain = json.loads((report_dir / "report.json").read_text())
+    assert plain["policy"]["gold"]["mean"] == pytest.approx(gold)
+
+
+def test_a_policy_against_itself_is_a_draw_by_every_judge(inputs, tmp_path):
+    config = tiny_config(inputs, policy=inputs["baseline"])
+    evaluate.run(config, str(tmp_path / "run"))
+    plain = json.loads((tmp_path / "run" / "report.json").read_text())
+    for name, value in plain["over_baseline"].items():
+        expected = 0.0 if name == "gold_difference" else 0.5
+        assert value["mean"] == pytest.approx(expected, abs=1e-9), name
+    assert plain["policy"] == plain["baseline"]
+    assert not plain["passed"]  # no gain, no promotion
+
+
+def test_same_seed_same_report_and_a_finished_run_is_left_alone(inputs, report_dir, tmp_path):
+    config = tiny_config(inputs, previous=inputs["base"])
+    evaluate.run(config, str(tmp_path / "again"))
+    for name in ("report.json", "samples.jsonl"):
+        assert (tmp_path / "again" / name).read_text() == (report_dir / name).read_text()
+    before = (report_dir / "manifest.json").stat().st_mtime_ns
+    evaluate.run(config, str(report_dir))
+    assert (report_dir / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_kl_is_the_mean_log_ratio_of_the_policys_own_samples(report_dir):
+    lines = [json.loads(line) for line in (report_dir / "samples.jsonl").read_text().splitlines()]
+    plain = json.loads((report_dir / "report.json").read_text())
+    ratios = np.array([line["policy"]["log_ratio"] for line in lines])
+    expected = preference.mean_interval(ratios, preference.Bootstrap(100, 0))
+    assert plain["policy"]["kl"] == pytest.approx(expected.to_json())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sampling.max_new_tokens": 4000}, "window"),
+        ({"batch_size": 12}, "batch_size=12"),
+        ({"gold.name": "vaderr"}, "did you mean 'vader'"),
+        ({"inputs.judge": None}, "config.inputs.judge is not set"),
+    ],
+)
+def test_mistakes_are_named(inputs, tmp_path, change, message):
+    config = tiny_config(inputs)
+    with config.unlocked():
+        config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        evaluate.run(config, str(tmp_path / "run"))
