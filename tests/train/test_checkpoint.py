@@ -1,0 +1,225 @@
+"""Checkpoints: what is kept, what survives damage, and who may read them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import common
+from gptlab.run.errors import UserError
+from gptlab.train import checkpoint as ckpt
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
+
+
+def params(value):
+    return {"dense": {"kernel": jnp.full((8, 4), value, jnp.float32)}}
+
+
+def init(key):
+    return {"dense": {"kernel": jnp.zeros((8, 4), jnp.float32)}}
+
+
+def abstract():
+    return {"params": jax.eval_shape(lambda: params(0.0))}
+
+
+def settings(**overrides):
+    return common.checkpoint(1, best_metric="loss", **overrides)
+
+
+def save_all(workdir, losses, **overrides):
+    """Checkpoint i holds the value i; its loss is losses[i], or nothing for None."""
+    config = settings(**overrides)
+    Path(workdir, "config.json").write_text(json.dumps({"checkpoint": config.to_dict()}))
+    with ckpt.Checkpoints(workdir, config) as checkpoints:
+        for step, loss in enumerate(losses):
+            metrics = None if loss is None else {"loss": loss}
+            checkpoints.save(step, {"params": params(step)}, {"note": f"n{step}"}, metrics)
+
+
+def restore(workdir):
+    with ckpt.Checkpoints(workdir, settings()) as checkpoints:
+        return checkpoints.restore_latest(abstract())
+
+
+def value(items):
+    return float(items["params"]["dense"]["kernel"][0, 0])
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    save_all(tmp_path, [3.0, 1.0, 2.0, float("nan"), 2.5, None], keep=2)
+    assert ckpt.checkpoint_steps(tmp_path) == [1, 4, 5]
+    assert ckpt.find_step(tmp_path, "best") == 1
+    assert ckpt.find_step(tmp_path, "latest") == 5
+    assert ckpt.best_metrics(tmp_path) == {"best/step": 1, "best/loss": 1.0}
+
+
+def test_the_best_is_still_known_to_the_process_that_goes_on(tmp_path):
+    save_all(tmp_path, [3.0, 1.0, 2.0], keep=1)
+    with ckpt.Checkpoints(tmp_path, settings(keep=1)) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, {"params": params(step)}, {}, {"loss": 2.0})
+    assert ckpt.checkpoint_steps(tmp_path) == [1, 4]
+
+
+def test_best_by_maximum_and_without_a_metric(tmp_path):
+    save_all(tmp_path, [3.0, 1.0, 2.0], keep=1, best_mode="max")
+    assert ckpt.checkpoint_steps(tmp_path) == [0, 2]
+    assert ckpt.find_step(tmp_path, "best") == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    save_all(other, [None, None], keep=1)
+    assert ckpt.find_step(other, "best") == 1, "none has the metric: the latest"
+
+
+def test_restore_gives_arrays_and_meta(tmp_path):
+    save_all(tmp_path, [3.0, 1.0])
+    step, items, meta = restore(tmp_path)
+    assert (step, value(items), meta["note"], meta["metrics"]) == (1, 1.0, "n1", {"loss": 1.0})
+    assert meta["schema"] == ckpt.SCHEMA_VERSION
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def truncate_largest(path):
+    largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+DAMAGE = {
+    "no metadata": lambda path: (path / "params" / "_METADATA").unlink(),
+    "no meta": lambda path: shutil.rmtree(path / "meta"),
+    "garbled meta": lambda path: (path / "meta" / "metadata").write_text("{"),
+    "no arrays": lambda path: shutil.rmtree(path / "params" / "d"),
+    "empty arrays": lambda path: [p.write_bytes(b"") for p in (path / "params" / "d").iterdir()],
+    "garbled arrays": lambda path: [
+        p.write_bytes(bytes(len(p.read_bytes()))) for p in (path / "params" / "d").iterdir()
+    ],
+    "no params": lambda path: shutil.rmtree(path / "params"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(kind, tmp_path, capsys):
+    save_all(tmp_path, [3.0, 2.0, 1.0])
+    DAMAGE[kind](tmp_path / "checkpoints" / "2")
+    step, items, _ = restore(tmp_path)
+    assert (step, value(items)) == (1, 1.0)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("checkpoint 2 of") and "cannot be read" in said[0]
+    assert [p.name for p in (tmp_path / "checkpoints.corrupt").iterdir()] == ["2.0"]
+    with ckpt.Checkpoints(tmp_path, settings()) as checkpoints:  # the step can be saved again
+        checkpoints.save(2, {"params": params(7.0)}, {}, {"loss": 1.0})
+    assert value(restore(tmp_path)[1]) == 7.0
+
+
+def test_if_every_checkpoint_is_damaged_nothing_is_overwritten(tmp_path):
+    save_all(tmp_path, [3.0, 2.0])
+    for step in ("0", "1"):
+        shutil.rmtree(tmp_path / "checkpoints" / step / "params" / "d")
+    with pytest.raises(UserError, match=r"none of the checkpoints \[0, 1\] can be read"):
+        restore(tmp_path)
+    assert len(list((tmp_path / "checkpoints.corrupt").iterdir())) == 2
+
+
+def test_a_checkpoint_of_a_newer_gptlab_is_refused_and_left_alone(tmp_path):
+    save_all(tmp_path, [3.0])
+    meta = tmp_path / "checkpoints" / "0" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(UserError, match="schema 99"):
+        restore(tmp_path)
+    assert meta.exists()
+
+
+def test_a_save_that_was_cut_off_is_invisible(tmp_path):
+    save_all(tmp_path, [3.0, 2.0])
+    good = tmp_path / "checkpoints" / "1"
+    shutil.copytree(good, tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-5")
+    assert ckpt.checkpoint_steps(tmp_path) == [0, 1]
+    assert restore(tmp_path)[0] == 1
+
+
+def test_restore_onto_another_mesh(tmp_path):
+    save_all(tmp_path, [3.0])
+    mesh = mesh_lib.make_mesh(common.mesh(fsdp=4, tensor=2))
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    wanted = state_lib.abstract(abstract(), jax.tree.map(lambda _: sharding, abstract()))
+    with ckpt.Checkpoints(tmp_path, settings()) as checkpoints:
+        kernel = checkpoints.restore_latest(wanted)[1]["params"]["dense"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_load_params_reads_the_best_and_only_the_parameters(tmp_path):
+    save_all(tmp_path, [3.0, 1.0, 2.0])
+    with ckpt.Checkpoints(tmp_path, settings()) as checkpoints:
+        extra = {"params": params(9.0), "opt_state": {"m": jnp.zeros((100,))}}
+        checkpoints.save(3, extra, {}, {"loss": 0.5})
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "opt_state")
+    mesh = mesh_lib.make_mesh(common.mesh())
+    assert value({"params": ckpt.load_params(tmp_path, mesh, init)}) == 9.0
+    with pytest.raises(UserError, match="holds no 'ema'; it holds meta, params"):
+        ckpt.load_params(tmp_path, mesh, init, item="ema")
+
+
+def test_parameters_of_another_model_are_refused_by_name(tmp_path):
+    save_all(tmp_path, [3.0])
+    mesh = mesh_lib.make_mesh(common.mesh())
+
+    def wider(key):
+        return {"dense": {"kernel": jnp.zeros((8, 16), jnp.float32)}}
+
+    with pytest.raises(UserError, match=r"dense/kernel is \(8, 4\) there and \(8, 16\) here"):
+        ckpt.load_params(tmp_path, mesh, wider)
+
+
+def test_a_workdir_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint here"):
+        ckpt.find_step(tmp_path, "best")
+
+
+FULL_DISK = """
+import sys
+import jax.numpy as jnp, numpy as np
+from configs import common
+from gptlab.run.errors import UserError
+from gptlab.train import checkpoint as ckpt
+
+checkpoints = ckpt.Checkpoints(sys.argv[1], common.checkpoint(1))
+big = {"params": {"x": jnp.array(np.random.default_rng(0).normal(size=(2**20,)), jnp.float32)}}
+try:
+    for step in range(50):
+        checkpoints.save(step, big, {})
+    checkpoints.wait()
+except UserError as error:
+    print("UserError:", error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_finished_checkpoints_stay(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", FULL_DISK, str(disk)],
+            capture_output=True, text=True, timeout=120,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert "UserError: the disk is full" in run.stdout, run.stdout + run.stderr
+        shape = {"params": {"x": jax.ShapeDtypeStruct((2**20,), np.float32)}}
+        with ckpt.Checkpoints(disk, common.checkpoint(1)) as checkpoints:
+            assert checkpoints.restore_latest(shape) is not None
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,0 +1,51 @@
+"""Meshes from a config, and batches laid out on them."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from configs import common
+from gptlab.run.errors import UserError
+from gptlab.train import mesh as mesh_lib
+
+
+def test_one_axis_is_inferred_and_axes_are_auto():
+    mesh = mesh_lib.make_mesh(common.mesh(data=2, tensor=2))
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert mesh_lib.data_size(mesh) == 4
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"fsdp": 1}, {"data": -1}, {"data": 0}, {"fsdp": 16}, {"tensor": -2}]
+)
+def test_sizes_that_do_not_make_the_device_count_are_refused(sizes):
+    with pytest.raises(UserError, match="config.mesh"):
+        mesh_lib.make_mesh(common.mesh(**sizes))
+
+
+def test_batch_size_must_divide_into_microbatches_on_every_part():
+    mesh = mesh_lib.make_mesh(common.mesh(data=2, tensor=2))
+    mesh_lib.check_batch_size("batch_size", 24, mesh, 3)
+    with pytest.raises(UserError, match="batch_size=24.*multiple of 16"):
+        mesh_lib.check_batch_size("batch_size", 24, mesh, 4)
+
+
+def test_rows_are_split_over_the_data_axes_and_tokens_over_context():
+    mesh = mesh_lib.make_mesh(common.mesh(data=2, fsdp=2, context=2))
+    batch = {
+        "tokens": np.arange(8 * 6).reshape(8, 6),
+        "ranks": np.arange(8 * 3).reshape(8, 3),
+        "weight": np.arange(8.0, dtype=np.float32),
+        "scale": np.float32(2.0),
+    }
+    placed = mesh_lib.put_batch(batch, mesh)
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+    shards = {name: x.addressable_shards[0].data.shape for name, x in placed.items()}
+    assert shards == {"tokens": (2, 3), "ranks": (2, 3), "weight": (2,), "scale": ()}
+    assert placed["ranks"].sharding.spec == PartitionSpec(mesh_lib.DATA_AXES)
+
+
+def test_a_single_process_reads_every_row():
+    assert mesh_lib.process_block(mesh_lib.make_mesh(common.mesh(tensor=2))) == (0, 1)
