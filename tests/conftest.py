@@ -5,10 +5,14 @@ import os
 from pathlib import Path
 
 # Before the first import of jax: it reads these once. Programs started by tests inherit them.
-if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+# Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA
+# takes a collective for stuck.
+for flag, value in (
+    ("--xla_force_host_platform_device_count", 8),
+    ("--xla_cpu_collective_call_terminate_timeout_seconds", 300),
+):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GPTLAB_CACHE", str(Path.home() / ".cache" / "gptlab" / "tests"))
 
