@@ -14,11 +14,16 @@ Arguments: 'vader' (be upbeat), 'words' (a share of words that is known exactly:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from gptlab.run.errors import UserError
+
 ARGS = ("vader", "words")
 
 
-def get_config(arg: str = "vader") -> ConfigDict:
-    """A labeller with the scorer that `arg` names."""
+def get_config(arg: str | None = None) -> ConfigDict:
+    """A labeller with the scorer that `arg` names, by default 'vader'."""
+    arg = arg or "vader"
+    if arg not in ARGS:
+        raise UserError(f"configs/rank.py:{arg}: the argument is one of {', '.join(ARGS)}")
     scorers = {
         "vader": {"name": "vader"},
         "words": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},

@@ -98,17 +98,16 @@ def _figures(
 
 
 def _sample(comparison: Comparison) -> dict[str, object]:
+    ranking = sorted(
+        zip(comparison.ranks, comparison.scores or (), comparison.candidates, strict=True),
+        key=lambda entry: entry[0],
+    )
     return {
         "prompt": [dataclasses.asdict(message) for message in comparison.prompt.messages],
-        "ranking": sorted(
-            (
-                {"rank": rank, "score": score, "reply": candidate.content}
-                for rank, score, candidate in zip(
-                    comparison.ranks, comparison.scores or (), comparison.candidates, strict=True
-                )
-            ),
-            key=lambda entry: entry["rank"],
-        ),
+        "ranking": [
+            {"rank": rank, "score": score, "reply": candidate.content}
+            for rank, score, candidate in ranking
+        ],
         "labeller": comparison.labeller,
     }
 

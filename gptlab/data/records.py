@@ -354,7 +354,7 @@ class RecordReader(Generic[R]):
           UserError: no such records in the directory, or a shard is incomplete or corrupt.
         """
         self.paths = shard_paths(directory, name, split)
-        self._cls = cls
+        self._cls: type[R] = cls
         self._readers = [_open(path) for path in self.paths]
         self._ends = list(np.cumsum([reader.num_records() for reader in self._readers]))
 

@@ -69,11 +69,12 @@ class SimulatedLabeller:
             raise UserError(
                 f"scorer {self.scorer.name} gave {scores[bad[0]]} for {replies[bad[0]][:80]!r}"
             )
-        ends = np.cumsum([len(item.candidates) for item in sets])
-        return [
-            self._compare_one(item, own)
-            for item, own in zip(sets, np.split(scores, ends[:-1]), strict=True)
-        ]
+        rankings, begin = [], 0
+        for item in sets:
+            end = begin + len(item.candidates)
+            rankings.append(self._compare_one(item, scores[begin:end]))
+            begin = end
+        return rankings
 
     def _compare_one(self, item: CandidateSet, scores: np.ndarray) -> Comparison:
         digest = hashlib.blake2b(item.id.encode("utf-8", "surrogatepass"), digest_size=8).digest()

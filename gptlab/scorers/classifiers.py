@@ -85,7 +85,7 @@ def fit_comparisons(
         pairs = list(_strict_pairs(comparison.ranks))
         better += [base + i for i, _ in pairs]
         worse += [base + j for _, j in pairs]
-        weight += [1 / len(pairs)] * len(pairs)
+        weight += [1 / max(len(pairs), 1)] * len(pairs)
     if not better:
         raise UserError("no comparison ranks one reply above another: nothing to fit")
     vectorizer = _fit_vectorizer(replies, min_count)

@@ -1,0 +1,116 @@
+"""rank: candidate sets in, simulated comparisons out, split by split."""
+
+import json
+import shutil
+
+import pytest
+
+from configs import rank as rank_config
+from gptlab import rank
+from gptlab.data import records
+from gptlab.data.records import CandidateSet, Comparison
+from gptlab.people import labellers
+from gptlab.run import artifact
+from gptlab.run.errors import UserError
+from tests.fixtures import SPLITS, read_records
+
+
+@pytest.fixture
+def config(tiny_candidates):
+    config = rank_config.get_config()
+    config.inputs.candidates = str(tiny_candidates)
+    return config
+
+
+def test_every_split_is_ranked_and_stays_a_split(config, tiny_candidates, tmp_path):
+    rank.run(config, tmp_path / "run")
+    for split, count in SPLITS.items():
+        sets = read_records(tiny_candidates, "candidates", split, CandidateSet)
+        comparisons = read_records(tmp_path / "run", "comparisons", split, Comparison)
+        assert len(comparisons) == len(sets) == count
+        by_prompt = {item.prompt.id: item for item in sets}
+        for comparison in comparisons:
+            assert comparison.prompt == by_prompt[comparison.prompt.id].prompt
+            assert comparison.candidates == by_prompt[comparison.prompt.id].candidates
+            assert comparison.simulated and comparison.scores is not None
+            assert "vader" in comparison.labeller and "noise=0.25" in comparison.labeller
+    manifest = artifact.read_manifest(tmp_path / "run")
+    assert manifest["digest"] == records.digest(tmp_path / "run" / "records")
+    assert (
+        manifest["inputs"]["candidates"]["identity"]
+        == (artifact.read_manifest(tiny_candidates)["identity"])
+    )
+
+
+def test_results_are_those_of_the_labels(config, tmp_path):
+    rank.run(config, tmp_path / "run")
+    results = artifact.read_manifest(tmp_path / "run")["results"]
+    comparisons = read_records(tmp_path / "run", "comparisons", "train", Comparison)
+    ceiling = labellers.ceiling([c.scores for c in comparisons], 0.25, 0.05)
+    assert results["train/ceiling/accuracy"] == pytest.approx(ceiling.accuracy)
+    assert results["train/agreement"] == pytest.approx(ceiling.agreement)
+    assert results["train/sets"] == SPLITS["train"]
+    assert results["train/pairs"] == 6 * SPLITS["train"]
+    assert results["train/accuracy"] == pytest.approx(ceiling.accuracy, abs=0.05)
+    assert results["train/mean_score"] < results["train/best_score"]
+    ties = sum(
+        comparison.ranks[i] == comparison.ranks[j]
+        for comparison in comparisons
+        for i in range(4)
+        for j in range(i)
+    )
+    assert results["train/tie_rate"] == pytest.approx(ties / results["train/pairs"])
+
+
+def test_samples_show_the_best_reply_first(config, tmp_path):
+    rank.run(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * 10
+    for line in map(json.loads, lines):
+        ranks = [entry["rank"] for entry in line["ranking"]]
+        assert ranks == sorted(ranks) and len(ranks) == 4
+        assert line["labeller"].startswith("simulated:")
+
+
+def test_the_same_run_ranks_the_same_and_is_not_done_twice(config, tmp_path, capsys):
+    rank.run(config, tmp_path / "one")
+    rank.run(config, tmp_path / "two")
+    one, two = (artifact.read_manifest(tmp_path / name) for name in ("one", "two"))
+    assert one["digest"] == two["digest"] and one["identity"] == two["identity"]
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "one" / "records")
+    rank.run(config, tmp_path / "one")
+    assert "is done" in capsys.readouterr().out
+    assert not (tmp_path / "one" / "records").exists()
+    config.seed = 1
+    rank.run(config, tmp_path / "three")
+    assert artifact.read_manifest(tmp_path / "three")["digest"] != one["digest"]
+
+
+def test_what_is_wrong_is_said_in_one_line(config, tiny_clean, tmp_path):
+    config.backend = "people"
+    with pytest.raises(UserError, match="config.backend='people'"):
+        rank.run(config, tmp_path / "a")
+    config.backend = "simulated"
+    config.inputs.candidates = str(tiny_clean)
+    with pytest.raises(UserError, match="no records candidates-"):
+        rank.run(config, tmp_path / "b")
+    config = rank_config.get_config()
+    with pytest.raises(UserError, match="config.inputs.candidates is not set"):
+        rank.run(config, tmp_path / "c")
+
+
+@pytest.mark.parametrize("arg", rank_config.ARGS)
+def test_every_argument_ranks(arg, tiny_candidates, tmp_path):
+    config = rank_config.get_config(arg)
+    config.inputs.candidates = str(tiny_candidates)
+    rank.run(config, tmp_path / arg)
+    assert artifact.read_manifest(tmp_path / arg)["status"] == "done"
+
+
+def test_every_entry_of_the_sweep_applies():
+    entries = []
+    rank_config.sweep(lambda **overrides: entries.append(overrides))
+    for overrides in entries:
+        rank_config.get_config().update_from_flattened_dict(overrides)
+    assert len(entries) == 6
