@@ -1,0 +1,724 @@
+"""Stage 1 and 3: documents -> clean text, and clean text + vocabulary -> token records, both by Apache Beam.
+
+    python -m gptlab.prepare --config=configs/prepare.py:clean --workdir=runs/corpus
+    python -m gptlab.prepare --config=configs/prepare.py:tokenize --workdir=runs/tokens \\
+        --config.inputs.corpus=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+
+'clean' reads the sources, assigns every conversation, topic and film to a split before anything
+else, repairs and filters the text, removes duplicates (a held-out copy stays, the training copies
+go) and writes documents, conversations, prompts and comparisons; what was removed is counted with
+examples in report.md, what could not be read is in quarantine.jsonl. 'tokenize' runs seqio Tasks
+over them (gptlab/data/tasks.py).
+
+The records are the same bytes whatever the number of workers: a record's shard is a hash of its
+id, and a shard is sorted. Blocks of some hundred records are Beam's elements, as its overhead is
+per element.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pvalue import TaggedOutput
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from etils import epath
+from ml_collections import ConfigDict
+
+from gptlab.data import clean, dedup, readers, records
+from gptlab.data.records import Comparison, Conversation, Document, Prompt
+from gptlab.run import artifact, files, program
+from gptlab.run.errors import UserError
+
+BLOCK_ITEMS, BLOCK_CHARS = 400, 1 << 19
+PARTITIONS = 32  # of the duplicates' hashes: each is resolved in one worker's memory
+EXAMPLES = 3
+STATISTICS, QUARANTINE = "statistics.json", "quarantine.jsonl"
+Payload = tuple[str, bytes]  # id, record bytes
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Runs one of the two modes (config.mode)."""
+    modes = {"clean": run_clean, "tokenize": run_tokenize}
+    if config.mode not in modes:
+        raise UserError(f"config.mode is {config.mode!r}; use 'clean' or 'tokenize'")
+    modes[config.mode](config, workdir)
+
+
+# --- clean ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """What the workers of 'clean' need to know."""
+
+    limits: readers.Limits
+    rules: clean.Rules
+    test_fraction: float
+    validation_fraction: float
+    seed: int
+    prompts_per_conversation: int
+    prompt_min_chars: int
+    num_shards: int
+    directory: str
+    ticks: str
+
+
+def run_clean(config: ConfigDict, workdir: str) -> None:
+    """sources -> records/{documents,conversations,prompts,comparisons}-{train,validation,test}."""
+    sources = readers.plan(config.data.sources, config.data.documents)
+    inputs = {"sources": [s.path for s in sources if s.path is not None]}
+    with artifact.open_run(config, workdir, "prepare", files=inputs) as opened:
+        if opened.finished:
+            print(f"prepare: {workdir} is done")
+            return
+        settings = _cleaning(config, opened.workdir)
+        with _progress(opened, settings.ticks, len(sources), "cleaning", "source"):
+            _run_pipeline(config.beam, functools.partial(clean_pipeline, sources, settings))
+        _fill_empty_shards(settings.directory, config.num_shards)
+        statistics = json.loads((opened.workdir / STATISTICS).read_text())
+        _check_quality(statistics, config, opened.workdir)
+        files.atomic_write(opened.workdir / "report.md", clean_report(statistics, opened))
+        opened.results(**clean_results(statistics))
+        opened.complete(records.digest(settings.directory))
+
+
+def _cleaning(config: ConfigDict, workdir: epath.Path) -> Cleaning:
+    limits = config.data.to_dict() | {"module": config.module}
+    del limits["sources"], limits["documents"]
+    return Cleaning(
+        limits=readers.Limits(**limits),
+        rules=clean.Rules(**config.clean),
+        test_fraction=config.split.test_fraction,
+        validation_fraction=config.split.validation_fraction,
+        seed=config.split.seed,
+        prompts_per_conversation=config.prompts.per_conversation,
+        prompt_min_chars=config.prompts.min_chars,
+        num_shards=config.num_shards,
+        directory=str(workdir / "records"),
+        ticks=str(workdir / ".ticks"),
+    )
+
+
+def clean_pipeline(sources: list[readers.Source], settings: Cleaning, root: beam.Pipeline) -> None:
+    """read -> clean, split -> unique records -> derived records, unique prompts -> shards."""
+    outputs = ("statistics", "prompts")
+    blocks = (
+        root
+        | beam.Create(sources)
+        | "spread sources" >> beam.Reshuffle()
+        | "read" >> beam.FlatMap(read_blocks, settings)
+        | "spread blocks" >> beam.Reshuffle()
+    )
+    cleaned = blocks | "clean" >> beam.FlatMap(clean_block, settings).with_outputs(
+        *outputs, main="main"
+    )
+    kept = (
+        cleaned.main
+        | "by hash" >> beam.GroupByKey()
+        | "unique" >> beam.FlatMap(keep_unique, settings).with_outputs(*outputs, main="main")
+    )
+    prompts = (
+        kept.prompts
+        | "by prompt" >> beam.GroupByKey()
+        | "unique prompts"
+        >> beam.FlatMap(keep_prompts, settings).with_outputs(*outputs, main="main")
+    )
+    _write(settings.directory, settings.num_shards, kept.main, prompts.main)
+    (
+        (cleaned.statistics, kept.statistics, prompts.statistics)
+        | "all statistics" >> beam.Flatten()
+        | "together" >> beam.GroupByKey()
+        | "write statistics" >> beam.Map(write_statistics, os.path.dirname(settings.directory))
+    )
+
+
+def read_blocks(source: readers.Source, settings: Cleaning) -> Iterator[bytes]:
+    """A source's items in pickled blocks."""
+    block: list[readers.Item | readers.Bad] = []
+    chars = 0
+    for item in readers.read(source, settings.limits):
+        block.append(item)
+        if isinstance(item, readers.Item) and isinstance(item.record, Document):
+            chars += len(item.record.text)
+        elif isinstance(item, readers.Item):
+            chars += 1000
+        if len(block) >= BLOCK_ITEMS or chars >= BLOCK_CHARS:
+            yield pickle.dumps(block)
+            block, chars = [], 0
+    if block:
+        yield pickle.dumps(block)
+    _tick(settings.ticks)
+
+
+def split_of(topic: str | None, unit: str, settings: Cleaning) -> str:
+    """The split of an item: whole topics (without one, whole units) are held out for test, units for validation.
+
+    A function of the names alone, so an item stays where it is when the corpus grows.
+    """
+    if _share(settings.seed, "test", unit if topic is None else topic) < settings.test_fraction:
+        return "test"
+    if _share(settings.seed, "validation", unit) < settings.validation_fraction:
+        return "validation"
+    return "train"
+
+
+def _share(*names: object) -> float:
+    """A hash of the names as a number in [0, 1)."""
+    digest = hashlib.blake2b("\0".join(map(str, names)).encode("utf-8", "replace"), digest_size=7)
+    return int.from_bytes(digest.digest(), "big") / 2**56
+
+
+def clean_block(block: bytes, settings: Cleaning) -> Iterator[Any]:
+    """Pickled items -> (partition, [(hash, split, id, record bytes)]), and statistics."""
+    statistics = Statistics()
+    parts: dict[int, list[tuple[bytes, str, str, bytes]]] = {}
+    for item in pickle.loads(block):
+        if isinstance(item, readers.Bad):
+            statistics.quarantine(item)
+            continue
+        split = split_of(item.topic, item.unit, settings)
+        if item.train_only and split != "train":
+            statistics.drop(item.record, split, "belongs to a held-out unit")
+            continue
+        record, reason = _clean_record(item, settings.rules)
+        if reason is not None:
+            statistics.drop(record, split, reason)
+            continue
+        key = dedup.record_hash(record)
+        entry = (key, split, record.id, pickle.dumps(record))
+        parts.setdefault(key[1] % PARTITIONS, []).append(entry)
+    yield from sorted(parts.items())
+    yield TaggedOutput("statistics", (0, statistics.dump()))
+
+
+def _clean_record(item: readers.Item, rules: clean.Rules) -> tuple[Any, str | None]:
+    if isinstance(item.record, Document):
+        return clean.clean_document(item.record, item.html, rules)
+    if isinstance(item.record, Conversation):
+        return clean.clean_conversation(item.record, rules)
+    replies = [clean.clean_text(c.content, rules.straight_quotes) for c in item.record.candidates]
+    candidates = tuple(
+        dataclasses.replace(c, content=text)
+        for c, text in zip(item.record.candidates, replies, strict=True)
+    )
+    reason = next(
+        (
+            r
+            for r in (clean.reject(t, dataclasses.replace(rules, min_chars=1)) for t in replies)
+            if r
+        ),
+        None,
+    )
+    return dataclasses.replace(item.record, candidates=candidates), reason
+
+
+def keep_unique(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
+    """One partition's records -> those to keep by (set, split, shard), and prompts by their hash."""
+    statistics = Statistics()
+    kept, dropped = dedup.unique(
+        (key, split, record_id, (split, data))
+        for block in group[1]
+        for key, split, record_id, data in block
+    )
+    for (split, data), keeper in dropped:
+        statistics.drop(pickle.loads(data), split, "duplicate", f" (the same as {keeper})")
+    shards: dict[tuple[str, int], list[Payload]] = {}
+    prompts: dict[int, list[tuple[bytes, str, str, bytes]]] = {}
+    for split, data in kept:
+        record = pickle.loads(data)
+        statistics.keep(record, split)
+        _add(shards, record, split, settings.num_shards)
+        if isinstance(record, Conversation):
+            for entry in _prompts(record, split, settings):
+                prompts.setdefault(entry[0][0] % PARTITIONS, []).append(entry)
+    yield from sorted(shards.items())
+    yield from (TaggedOutput("prompts", part) for part in sorted(prompts.items()))
+    yield TaggedOutput("statistics", (0, statistics.dump()))
+
+
+def _add(shards: dict, record: Any, split: str, num_shards: int) -> None:
+    name = f"{_kind(record)}-{split}"
+    shard = records.shard_of(record.id, num_shards)
+    shards.setdefault((name, shard), []).append((record.id, record.to_bytes()))
+
+
+def _kind(record: Any) -> str:
+    return type(record).__name__.lower() + "s"
+
+
+def _prompts(
+    record: Conversation, split: str, settings: Cleaning
+) -> Iterator[tuple[bytes, str, str, bytes]]:
+    """Prefixes of a conversation that end with the user: (hash, split, id, pickled Prompt).
+
+    A few are drawn to be prompts. Of a training conversation *every* such prefix is given, the
+    others without a Prompt (b""): a held-out prompt must be none of them.
+    """
+    hashes = list(dedup.prefix_hashes(record.messages))
+    ends = [i for i, m in enumerate(record.messages) if m.role == "user"]
+    able = [i for i in ends if len(record.messages[i].content) >= settings.prompt_min_chars]
+    drawn = sorted(able, key=lambda i: _share(settings.seed, "prompt", record.id, i))
+    chosen = set(drawn[: settings.prompts_per_conversation])
+    for i in ends:
+        key = f"{record.id}:{i:03d}"
+        if i in chosen:
+            prompt = Prompt(key, record.messages[: i + 1], record.source)
+            yield hashes[i], split, key, pickle.dumps(prompt)
+        elif split == "train":
+            yield hashes[i], split, key, b""
+
+
+def keep_prompts(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
+    """One partition's prompts without duplicates; what occurs in training is no held-out prompt."""
+    statistics = Statistics()
+    entries: dict[bytes, list[tuple[str, str, bytes]]] = {}
+    for block in group[1]:
+        for key, split, prompt_id, data in block:
+            entries.setdefault(key, []).append((split, prompt_id, data))
+    shards: dict[tuple[str, int], list[Payload]] = {}
+    for _, same in sorted(entries.items()):
+        seen = any(split == "train" for split, _, _ in same)
+        candidates = sorted((e for e in same if e[2]), key=lambda e: dedup.keep_order(e[0], e[1]))
+        allowed = [e for e in candidates if not seen or e[0] == "train"]
+        for entry in candidates:
+            split, _, data = entry
+            prompt = pickle.loads(data)
+            if entry not in allowed:
+                statistics.drop(prompt, split, "occurs in a training conversation")
+            elif entry is not allowed[0]:
+                statistics.drop(prompt, split, "duplicate")
+            else:
+                statistics.keep(prompt, split)
+                _add(shards, prompt, split, settings.num_shards)
+    yield from sorted(shards.items())
+    yield TaggedOutput("statistics", (0, statistics.dump()))
+
+
+def _write(directory: str, num_shards: int, *collections: beam.PCollection) -> None:
+    """Collections of ((set, shard), payloads) -> shards of records."""
+    (
+        collections
+        | "all records" >> beam.Flatten()
+        | "by shard" >> beam.GroupByKey()
+        | "write shard" >> beam.Map(write_shard, directory, num_shards)
+    )
+
+
+def write_shard(
+    group: tuple[tuple[str, int], Iterable[list[Payload]]], directory: str, num_shards: int
+) -> None:
+    """Sorts and writes one shard."""
+    (name, shard), blocks = group
+    kind, split = name.rsplit("-", 1)
+    path = records.shard_path(directory, kind, split, shard, num_shards)
+    records.write_shard(path, (payload for block in blocks for payload in block))
+
+
+def _fill_empty_shards(directory: str, num_shards: int) -> None:
+    """A record set is complete only with all its shards, the empty ones too."""
+    for name in records.record_sets(directory):
+        kind, split = name.rsplit("-", 1)
+        for shard in range(num_shards):
+            path = records.shard_path(directory, kind, split, shard, num_shards)
+            if not path.exists():
+                records.write_shard(path, [])
+
+
+# --- what happened ---
+
+
+class Statistics:
+    """Counts by (source, kind, split, outcome) with a few examples each, and the quarantine."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, str, str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str, str, str]] = Counter()
+        self.examples: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
+        self.bad: list[tuple[str, int, str]] = []
+
+    def keep(self, record: Any, split: str) -> None:
+        """Counts a record that is written."""
+        self._count(record, split, "kept")
+
+    def drop(self, record: Any, split: str, reason: str, remark: str = "") -> None:
+        """Counts a record that is left out, and may show it."""
+        key = self._count(record, split, reason)
+        self._show(key, record.id, " ".join(_text(record)[:160].split()) + remark)
+
+    def quarantine(self, bad: readers.Bad) -> None:
+        """Notes what could not be read."""
+        self.bad.append((bad.file, bad.line, bad.reason))
+
+    def merge(self, dumped: bytes) -> None:
+        """Adds what dump() of another one returned."""
+        counts, sizes, examples, bad = pickle.loads(dumped)
+        self.counts.update(counts)
+        self.bytes.update(sizes)
+        for key, shown in examples.items():
+            for record_id, text in shown:
+                self._show(key, record_id, text)
+        self.bad += bad
+
+    def dump(self) -> bytes:
+        """For another process."""
+        return pickle.dumps((self.counts, self.bytes, self.examples, self.bad))
+
+    def _count(self, record: Any, split: str, outcome: str) -> tuple[str, str, str, str]:
+        source = record.prompt.source if isinstance(record, Comparison) else record.source
+        key = (source, _kind(record), split, outcome)
+        self.counts[key] += 1
+        self.bytes[key] += len(_text(record).encode("utf-8", "replace"))
+        return key
+
+    def _show(self, key: tuple[str, str, str, str], record_id: str, text: str) -> None:
+        # The smallest ids: the same examples whatever the order of the blocks.
+        shown = self.examples.setdefault(key, [])
+        shown.append((record_id, text))
+        shown.sort()
+        del shown[EXAMPLES:]
+
+
+def _text(record: Any) -> str:
+    if isinstance(record, Document):
+        return record.text
+    if isinstance(record, Comparison):
+        return "\n".join(c.content for c in record.candidates)
+    return "\n".join(m.content for m in record.messages)
+
+
+def write_statistics(group: tuple[int, Iterable[bytes]], directory: str) -> None:
+    """Merges all statistics; writes them and the quarantine."""
+    total = Statistics()
+    for dumped in group[1]:
+        total.merge(dumped)
+    rows = [
+        {
+            "source": key[0], "kind": key[1], "split": key[2], "outcome": key[3],
+            "count": count, "bytes": total.bytes[key], "examples": total.examples.get(key, []),
+        }
+        for key, count in sorted(total.counts.items())
+    ]  # fmt: skip
+    bad = [{"file": f, "line": n, "reason": r} for f, n, r in sorted(total.bad)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
+    files.atomic_write(epath.Path(directory) / QUARANTINE, lines.encode("utf-8", "replace"))
+    content = json.dumps({"rows": rows, "quarantined": len(bad), "reasons": _reasons(bad)})
+    files.atomic_write(epath.Path(directory) / STATISTICS, content)
+
+
+def _reasons(bad: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
+    """(reason, how often, up to three places) of the quarantine."""
+    places: dict[str, list[str]] = {}
+    for row in bad:
+        places.setdefault(row["reason"], []).append(f"{row['file']}:{row['line']}")
+    return [(reason, len(found), found[:EXAMPLES]) for reason, found in sorted(places.items())]
+
+
+def _check_quality(statistics: dict[str, Any], config: ConfigDict, workdir: epath.Path) -> None:
+    """UserError when too much is bad, or nothing is left to train on or to validate with."""
+    kept: Counter[tuple[str, str]] = Counter()
+    read = 0
+    for row in statistics["rows"]:
+        if row["kind"] != "prompts":
+            read += row["count"]
+        if row["outcome"] == "kept":
+            kept[row["kind"], row["split"]] += row["count"]
+    bad = statistics["quarantined"]
+    if bad > config.max_bad_fraction * (bad + read):
+        reasons = ", ".join(f"{reason} ({n})" for reason, n, _ in statistics["reasons"][:3])
+        raise UserError(
+            f"{bad} of {bad + read} inputs could not be read: {reasons}; see {workdir / QUARANTINE}, mend them or "
+            f"raise config.max_bad_fraction ({config.max_bad_fraction})"
+        )
+    trained = [kind for kind in ("documents", "conversations") if kept[kind, "train"]]
+    if not trained:
+        raise UserError(
+            f"no document is left for training: config.clean and config.split dropped all {read}"
+        )
+    for kind in trained:
+        if not kept[kind, "validation"]:
+            raise UserError(
+                f"none of the {kept[kind, 'train']} {kind} fell into validation; raise "
+                f"config.split.validation_fraction ({config.split.validation_fraction}) or give more data"
+            )
+
+
+def clean_results(statistics: dict[str, Any]) -> dict[str, Any]:
+    """Figures for the manifest: kept counts and bytes per record set, dropped counts per reason."""
+    kept: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    for row in statistics["rows"]:
+        if row["outcome"] == "kept":
+            kept[f"{row['kind']}-{row['split']}"] += row["count"]
+            size[f"{row['kind']}-{row['split']}"] += row["bytes"]
+        else:
+            dropped[f"{row['kind']}: {row['outcome']}"] += row["count"]
+    return {
+        "records": dict(kept), "bytes": dict(size), "dropped": dict(dropped),
+        "quarantined": statistics["quarantined"],
+    }  # fmt: skip
+
+
+def clean_report(statistics: dict[str, Any], opened: artifact.Run) -> str:
+    """report.md: what is kept by source and split, what was dropped and why, with examples."""
+    splits = dedup.SPLITS
+    table: dict[tuple[str, str], Counter[str]] = {}
+    lines = []
+    for row in statistics["rows"]:
+        cell = table.setdefault((row["source"], row["kind"]), Counter())
+        if row["outcome"] == "kept":
+            cell[row["split"]] += row["count"]
+            cell["bytes"] += row["bytes"]
+        else:
+            cell["dropped"] += row["count"]
+    out = [f"# Corpus {opened.identity}", "", "## Kept", ""]
+    out += [
+        f"| source | kind | {' | '.join(splits)} | bytes kept | dropped |",
+        "|---|---|" + "---:|" * 5,
+    ]
+    for (source, kind), cell in sorted(table.items()):
+        counts = " | ".join(f"{cell[s]:,}" for s in splits)
+        out.append(f"| {source} | {kind} | {counts} | {cell['bytes']:,} | {cell['dropped']:,} |")
+    out += [
+        "",
+        "## Dropped",
+        "",
+        "| source | kind | split | reason | count |",
+        "|---|---|---|---|---:|",
+    ]
+    for row in statistics["rows"]:
+        if row["outcome"] != "kept":
+            out.append(
+                f"| {row['source']} | {row['kind']} | {row['split']} | {row['outcome']} | {row['count']:,} |"
+            )
+            head = f"- {row['source']}, {row['kind']}, {row['split']}, {row['outcome']}:"
+            lines += [head] + [f"  - `{key}`: {_code(text)}" for key, text in row["examples"]]
+    out += ["", "Examples:", "", *lines, "", f"## Quarantined: {statistics['quarantined']:,}", ""]
+    for reason, count, places in statistics["reasons"]:
+        out.append(f"- {reason}: {count:,} ({', '.join(f'`{p}`' for p in places)})")
+    return "\n".join(out) + "\n"
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'") + "`"
+
+
+# --- tokenize ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizing:
+    """What the workers of 'tokenize' need to know."""
+
+    corpus: str
+    vocabulary: str
+    module: str | None
+    num_shards: int
+    directory: str
+    ticks: str
+
+
+def run_tokenize(config: ConfigDict, workdir: str) -> None:
+    """corpus, vocabulary -> records/<task>-<split> of TokenExamples, for every task of config.tasks."""
+    for name in ("corpus", "vocabulary"):
+        if config.inputs[name] is None:
+            raise UserError(f"config.inputs.{name} is not set; give the workdir of that stage")
+    with artifact.open_run(config, workdir, "prepare") as opened:
+        if opened.finished:
+            print(f"prepare: {workdir} is done")
+            return
+        settings = Tokenizing(
+            corpus=str(config.inputs.corpus),
+            vocabulary=str(config.inputs.vocabulary),
+            module=config.module,
+            num_shards=config.num_shards,
+            directory=str(opened.workdir / "records"),
+            ticks=str(opened.workdir / ".ticks"),
+        )
+        from gptlab.data import tasks
+
+        tasks.use(settings.corpus, settings.vocabulary, settings.module)
+        mixtures = {name: tasks.add_mixture(name, dict(r)) for name, r in config.mixtures.items()}
+        slices = tasks.slices(config.tasks, config.slices)
+        with _progress(opened, settings.ticks, len(slices), "tokenizing", "slice"):
+            _run_pipeline(config.beam, functools.partial(tokenize_pipeline, slices, settings))
+        _fill_empty_shards(settings.directory, config.num_shards)
+        counts = json.loads((opened.workdir / STATISTICS).read_text())
+        _check_tokens(counts, slices)
+        files.atomic_write(opened.workdir / "report.md", token_report(counts, mixtures, opened))
+        opened.results(token_sets=counts, mixtures=mixtures)
+        opened.complete(records.digest(settings.directory))
+
+
+def tokenize_pipeline(slices: list[Any], settings: Tokenizing, root: beam.Pipeline) -> None:
+    """slices of tasks -> token examples -> shards, and their counts."""
+    done = (
+        root
+        | beam.Create(slices)
+        | "spread slices" >> beam.Reshuffle()
+        | "tokenize" >> beam.FlatMap(tokenize_slice, settings).with_outputs("counts", main="main")
+    )
+    _write(settings.directory, settings.num_shards, done.main)
+    (
+        done.counts
+        | "together" >> beam.GroupByKey()
+        | "write counts" >> beam.Map(write_counts, os.path.dirname(settings.directory))
+    )
+
+
+def tokenize_slice(part: Any, settings: Tokenizing) -> Iterator[Any]:
+    """One slice of a task's split -> ((set, shard), payloads), and counts."""
+    from gptlab.data import tasks
+
+    tasks.use(settings.corpus, settings.vocabulary, settings.module)
+    name = f"{part.task}-{part.split}"
+    counts: Counter[str] = Counter()
+    shards: dict[int, list[Payload]] = {}
+    waiting = 0
+    for example in tasks.examples(part):
+        counts.update(
+            examples=1, tokens=len(example.tokens), learnt_tokens=int(example.loss_mask.sum())
+        )
+        shard = records.shard_of(example.id, settings.num_shards)
+        shards.setdefault(shard, []).append((example.id, example.to_bytes()))
+        waiting += 1
+        if waiting >= BLOCK_ITEMS:
+            yield from (((name, s), payloads) for s, payloads in sorted(shards.items()))
+            shards, waiting = {}, 0
+    yield from (((name, s), payloads) for s, payloads in sorted(shards.items()))
+    yield TaggedOutput("counts", (0, (name, dict(counts))))
+    _tick(settings.ticks)
+
+
+def write_counts(group: tuple[int, Iterable[tuple[str, dict[str, int]]]], directory: str) -> None:
+    """Adds up the slices' counts per record set."""
+    totals: dict[str, Counter[str]] = {}
+    for name, counts in group[1]:
+        totals.setdefault(name, Counter(examples=0, tokens=0, learnt_tokens=0)).update(counts)
+    content = json.dumps({name: dict(total) for name, total in sorted(totals.items())})
+    files.atomic_write(epath.Path(directory) / STATISTICS, content)
+
+
+def _check_tokens(counts: dict[str, dict[str, int]], slices: list[Any]) -> None:
+    for task in sorted({part.task for part in slices}):
+        if not counts.get(f"{task}-train", {}).get("learnt_tokens"):
+            raise UserError(
+                f"task {task!r} gave no token to learn from in train; look at its source"
+            )
+
+
+def token_report(
+    counts: dict[str, dict[str, int]], mixtures: dict[str, Any], opened: artifact.Run
+) -> str:
+    """report.md: examples and tokens of every record set, and the mixtures' rates."""
+    out = [
+        f"# Tokens {opened.identity}",
+        "",
+        "| set | examples | tokens | learnt tokens |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in counts.items():
+        out.append(
+            f"| {name} | {row['examples']:,} | {row['tokens']:,} | {row['learnt_tokens']:,} |"
+        )
+    for name, rates in mixtures.items():
+        out += [
+            "",
+            f"Mixture {name}: " + ", ".join(f"{task} {rate:g}" for task, rate in rates.items()),
+        ]
+    return "\n".join(out) + "\n"
+
+
+# --- Beam ---
+
+
+def _run_pipeline(config: ConfigDict, build: Callable[[beam.Pipeline], None]) -> None:
+    """Runs a pipeline on config.beam.runner and waits for its end.
+
+    Beam's own 'DirectRunner' tries a Go binary that it downloads first; its FnApiRunner is the
+    part that works offline.
+    """
+    options = list(config.options)
+    runner: Any = config.runner
+    if runner == "DirectRunner":
+        runner = FnApiRunner()
+        mode = "multi_processing" if config.num_workers > 1 else "in_memory"
+        options += [f"--direct_num_workers={config.num_workers}", f"--direct_running_mode={mode}"]
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    try:
+        pipeline = beam.Pipeline(runner=runner, options=PipelineOptions(options))
+        build(pipeline)
+        pipeline.run().wait_until_finish()
+    except (RuntimeError, UserError) as error:
+        # Beam adds the step's name to the message of a worker's exception.
+        cause = _user_error(error)
+        raise cause from error if cause is not None else error
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        text = str(error)
+        if "UserError: " in text:  # from another process only the text arrives
+            return UserError(
+                text.rsplit("UserError: ", 1)[1].split(" [while running")[0].split("\n")[0]
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _tick(path: str) -> None:
+    """One unit of work is done: one byte more in a file, which every process can append to."""
+    if os.path.isdir(os.path.dirname(path)):
+        with open(path, "ab") as file:
+            file.write(b".")
+
+
+class _progress:  # noqa: N801  (used as a function)
+    """Shows the ticks of all workers while a pipeline runs."""
+
+    def __init__(self, opened: artifact.Run, ticks: str, total: int, desc: str, unit: str):
+        self._ticks = ticks
+        self._bar = opened.progress(total, desc, unit=unit)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        if os.path.exists(self._ticks):
+            os.unlink(self._ticks)
+        self._bar.__enter__()
+        self._thread.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._bar.__exit__(*exception)
+        if os.path.exists(self._ticks):
+            os.unlink(self._ticks)
+
+    def _watch(self) -> None:
+        seen = 0
+        stopping = False
+        while not stopping:
+            stopping = self._stop.wait(0.5)
+            now = os.path.getsize(self._ticks) if os.path.exists(self._ticks) else 0
+            if now > seen:
+                self._bar.update(now - seen)
+                seen = now
+
+
+if __name__ == "__main__":
+    program.main(run, "prepare")
