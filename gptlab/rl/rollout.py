@@ -40,6 +40,7 @@ class Rollout:
 
     samples: Samples
     old_logprobs: Array  # float32 [B, R], policy
+    entropy: Array  # float32 [B, R], of the policy's distribution at each response token
     ref_logprobs: Array  # float32 [B, R], reference
     values: Array  # float32 [B, R], critic, before each response token
     scores: Array  # float32 [B], reward of the whole reply

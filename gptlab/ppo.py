@@ -1,0 +1,634 @@
+"""Loop 4, PPO: rollout -> score -> advantages -> update, against a frozen reference.
+
+    python -m gptlab.ppo --config=configs/ppo.py --workdir=runs/ppo \
+        --config.inputs.init=runs/sft --config.inputs.reward=runs/reward \
+        --config.inputs.prompts=runs/clean --config.inputs.vocabulary=runs/vocabulary
+
+A step samples `prompts_per_step * samples_per_prompt` replies, pays them the reward's score and a KL penalty
+per token, and makes epochs * minibatches optimiser steps on policy and critic (InstructGPT, arXiv
+2203.02155; lm-human-preferences, 1909.08593; the details and their tests: RLHF.md, section 7). The critic
+starts as the reward model. `ptx.coef` mixes in the pretraining gradient; `reward.kind='scorer'` pays by
+a program instead of a model. How long it takes and what to expect stand in the config.
+
+Dimensions: B episodes, P prompt, R response, T = P + R, U optimiser steps (epochs * minibatches).
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gptlab.data import batches, packing, records
+from gptlab.data.batches import PromptBatch, PromptBatches, TokenBatch
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.model.decode import Sampling
+from gptlab.model.heads import ScalarModel, scalar_from_language
+from gptlab.model.sharding import constrain
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.rl import advantages as adv
+from gptlab.rl import kl as kl_lib
+from gptlab.rl import rewards, rollout
+from gptlab.rl.rollout import Rollout, Samples
+from gptlab.run import artifact, profile, program
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.scorers import registry
+from gptlab.train import checkpoint, losses
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
+from gptlab.train import step as step_lib
+from gptlab.train.checkpoint import Checkpoints
+from gptlab.train.log import StepLog
+from gptlab.train.optimizer import make_optimizer
+from gptlab.train.state import TrainState
+
+WHITENINGS = ("minibatch", "rollout", "none")
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class PPOState:
+    """All that a step changes; `policy.step` and `critic.step` count optimiser steps."""
+
+    policy: TrainState
+    critic: TrainState
+    kl_coef: jax.Array  # float32 []
+
+
+@flax.struct.dataclass
+class Episodes:
+    """What the losses read; rows are cut into minibatches."""
+
+    samples: Samples
+    old_logprobs: jax.Array  # float32 [B, R]
+    old_values: jax.Array  # float32 [B, R]
+    advantages: jax.Array  # float32 [B, R]
+    returns: jax.Array  # float32 [B, R]
+    value_mask: jax.Array  # float32 [B, R]
+
+
+def make_policy_loss(model: LanguageModel, config: ConfigDict) -> step_lib.LossFn:
+    """Clipped surrogate over response tokens: sums and their weight, so that accumulation is exact."""
+
+    def loss_fn(params: Any, batch: Episodes, rng: jax.Array) -> Any:
+        del rng  # no dropout in RL: the ratio compares two values of one function
+        samples, temperature = batch.samples, config.sampling.temperature
+        logprobs, _ = rollout.response_logprobs(model, params, samples, temperature)  # [B, R]
+        loss, metrics = losses.ppo_policy_loss(
+            logprobs, batch.old_logprobs, batch.advantages, samples.response_mask, config.policy_clip
+        )
+        weight = jnp.sum(samples.response_mask)
+        return loss * weight, (weight, {k: v * weight for k, v in metrics.items()})
+
+    return loss_fn
+
+
+def make_value_loss(model: ScalarModel, config: ConfigDict) -> step_lib.LossFn:
+    """Clipped value loss over the value mask, times vf_coef."""
+
+    def loss_fn(params: Any, batch: Episodes, rng: jax.Array) -> Any:
+        del rng
+        samples = batch.samples
+        values = rollout.token_scalars(model, params, samples.tokens, samples.lengths)  # [B, T]
+        values = rollout.at_response(values, samples.prompt_lengths, samples.response.shape[1])
+        loss, metrics = losses.ppo_value_loss(
+            values, batch.old_values, batch.returns, batch.value_mask, config.value_clip
+        )
+        weight = jnp.sum(batch.value_mask)
+        metrics = {**metrics, "value_loss": loss}
+        return config.vf_coef * loss * weight, (weight, {k: v * weight for k, v in metrics.items()})
+
+    return loss_fn
+
+
+def make_ptx_loss(model: LanguageModel) -> step_lib.LossFn:
+    """Next-token loss on pretraining rows (PPO-ptx, InstructGPT eq. 2), a mean over tokens."""
+
+    def loss_fn(params: Any, batch: TokenBatch, rng: jax.Array) -> Any:
+        del rng
+        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
+        loss, weight, _ = losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)
+        return loss, (weight, {"ptx_loss": loss})
+
+    return loss_fn
+
+
+def make_policy_grads(model: LanguageModel, config: ConfigDict) -> Callable[..., Any]:
+    """(params, minibatch, ptx rows or None) -> (gradients, loss, metrics): g_ppo + c g_ptx, one step."""
+    policy_loss, ptx_loss = make_policy_loss(model, config), make_ptx_loss(model)
+
+    def policy_grads(params: Any, batch: Episodes, ptx: TokenBatch | None) -> Any:
+        key = jax.random.key(0)  # nothing is drawn
+        grads, loss, metrics = step_lib.accumulate(
+            policy_loss, params, batch, config.accumulation_steps, key
+        )
+        if ptx is not None:
+            extra, ptx_value, ptx_metrics = step_lib.accumulate(
+                ptx_loss, params, ptx, config.accumulation_steps, key
+            )
+            coef = config.ptx.coef
+            grads = jax.tree.map(lambda g, e: g + coef * e, grads, extra)
+            loss, metrics = loss + coef * ptx_value, {**metrics, **ptx_metrics}
+        return grads, loss, metrics
+
+    return policy_grads
+
+
+def prepare_episodes(
+    data: Rollout, kl_coef: jax.Array, config: ConfigDict
+) -> tuple[Episodes, Metrics]:
+    """From a rollout to what the losses read: rewards, advantages, returns."""
+    samples, mask = data.samples, data.samples.response_mask
+    # (1) Rewards: KL on every token, the score on one.
+    paid = rewards.assemble(
+        data.scores,
+        data.old_logprobs,
+        data.ref_logprobs,
+        mask,
+        samples.finished,
+        kl_coef,
+        no_eos_score=config.no_eos_score,
+        position=config.score_position,
+        whiten=config.whiten_rewards,
+    )
+    # (2) Advantages and, from them unwhitened, returns: [B, R] both.
+    advantages, returns = adv.gae(
+        paid.total, data.values, paid.value_mask, gamma=config.gamma, lam=config.lam
+    )
+    if config.whiten_advantages == "rollout":
+        advantages = adv.whiten(advantages, mask, keep_mean=False)
+    old_values = data.values * paid.value_mask
+    episodes = Episodes(samples, data.old_logprobs, old_values, advantages, returns, paid.value_mask)
+    per_response = lambda x: jnp.mean(jnp.sum(x, axis=1))  # noqa: E731
+    metrics = {
+        "score": jnp.mean(paid.scores),
+        "raw_score": jnp.mean(data.scores),
+        "non_score_reward": per_response(paid.non_score),
+        "kl": kl_lib.sequence_kl(data.old_logprobs, data.ref_logprobs, mask),
+        "kl_k3": kl_lib.sequence_kl(data.old_logprobs, data.ref_logprobs, mask, "k3"),
+        "kl_coef": kl_coef,
+        "entropy": losses.masked_mean(data.entropy, mask),
+        "response_len": per_response(mask),
+        "eos_rate": jnp.mean(samples.finished.astype(jnp.float32)),
+        "value_explained_var": adv.explained_variance(data.values, returns, paid.value_mask),
+        "rollout_logprob_diff": losses.masked_mean(
+            jnp.abs(samples.decode_logprobs - data.old_logprobs), mask
+        ),
+    }
+    return episodes, metrics
+
+
+def make_update(
+    policy_grads: Callable[..., Any],
+    value_loss: step_lib.LossFn,
+    transforms: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    schedule: Callable[[Any], Any],
+    controller: kl_lib.FixedKL | kl_lib.AdaptiveKL,
+    config: ConfigDict,
+) -> Callable[..., tuple[PPOState, Metrics]]:
+    """The whole update of a step, to be compiled as one: (state, rollout, ptx rows, key) -> state, metrics."""
+    policy_tx, critic_tx = transforms
+    updates = config.epochs * config.minibatches  # U
+
+    def one(state: tuple[TrainState, TrainState], inputs: Any, episodes: Episodes) -> Any:
+        """One optimiser step of policy and critic on one minibatch."""
+        policy, critic = state
+        rows, ptx = inputs  # rows int32 [B / minibatches]
+        batch = jax.tree.map(lambda x: _split_rows(x[rows]), episodes)
+        if config.whiten_advantages == "minibatch":
+            mask = batch.samples.response_mask
+            white = adv.whiten(batch.advantages, mask, keep_mean=False)
+            batch = batch.replace(advantages=white)
+        grads, loss, metrics = policy_grads(policy.params, batch, ptx)
+        policy, norms = step_lib.apply_updates(policy, grads, policy_tx, config.on_nonfinite)
+        grads, critic_loss, value_metrics = step_lib.accumulate(
+            value_loss, critic.params, batch, config.accumulation_steps, jax.random.key(0)
+        )
+        critic, critic_norms = step_lib.apply_updates(critic, grads, critic_tx, config.on_nonfinite)
+        metrics = {**metrics, **value_metrics, "policy_loss": loss}
+        critic_norms = {k.replace("train/", "train/critic_"): v for k, v in critic_norms.items()}
+        train = {"train/loss": loss + critic_loss, **norms, **critic_norms}
+        return (policy, critic), (metrics, train)
+
+    def update(state: PPOState, data: Rollout, ptx: TokenBatch | None, key: jax.Array) -> Any:
+        # (1, 2) Rewards, advantages, returns, with the coefficient of before.
+        episodes, figures = prepare_episodes(data, state.kl_coef, config)
+        lr = schedule(step_lib.applied_updates(state.policy.opt_state))
+        # (3) Epochs x minibatches, reshuffled every epoch.
+        count = data.scores.shape[0]
+        keys = jax.random.split(key, config.epochs)
+        order = jax.vmap(lambda k: jax.random.permutation(k, count))(keys)  # [epochs, B]
+        order = order.reshape(updates, count // config.minibatches)  # [U, B / minibatches]
+        ptx = jax.tree.map(lambda x: _stack(x, updates), ptx)  # [U, b, T]
+        (policy, critic), (metrics, train) = jax.lax.scan(
+            functools.partial(one, episodes=episodes), (state.policy, state.critic), (order, ptx)
+        )
+        # (4) The KL coefficient, after the batch that was paid with the old one.
+        kl_coef = controller.update(state.kl_coef, figures["kl"], count)
+        first = metrics.pop("ratio_max_abs_diff")[0]  # before any step: 0 but for rounding
+        means = {name: jnp.mean(x) for name, x in {**metrics, **figures}.items()}
+        train = {name: x[-1] if "param_norm" in name else jnp.mean(x) for name, x in train.items()}
+        train = {**train, "train/lr": lr, "ppo/ratio_max_dev": first}
+        return PPOState(policy, critic, kl_coef), train | {f"ppo/{k}": v for k, v in means.items()}
+
+    return update
+
+
+def _split_rows(x: jax.Array) -> jax.Array:
+    """Rows over the data axes again: a gather by permuted indices would leave them on every device."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+def _stack(x: jax.Array, parts: int) -> jax.Array:
+    """[parts * b, ...] -> [parts, b, ...], each part with a share of every device's rows."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+class Actor:
+    """Compiled sampling and scoring, and the frozen models: what a rollout is made with.
+
+    Policy and reference go through one executable, critic and reward model through another: equal parameters
+    give equal numbers, bit for bit.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: LanguageModel,
+        scalar_model: ScalarModel,
+        reference: Any,
+        reward_params: Any | None,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+    ):
+        """reward_params have the normalisation folded in; None with reward.kind='scorer'."""
+        sampling = Sampling(**config.sampling.to_dict(), stop_tokens=(tokenizer.end_id,))
+        rollout.check_sampling(sampling)
+        temperature, pad_id = sampling.temperature, tokenizer.pad_id
+        self.reference, self._reward_params = reference, reward_params
+        self._tokenizer, self._mesh = tokenizer, mesh
+        self._text_scorer = None
+        if config.reward.kind == "scorer":
+            self._text_scorer = registry.make(config.reward.scorer, config.inputs)
+        self.sample = jax.jit(
+            lambda params, batch, key: rollout.sample(
+                model, params, batch.tokens, batch.lengths, key, sampling, pad_id
+            )
+        )
+        self.logprobs = jax.jit(
+            lambda params, samples: rollout.response_logprobs(model, params, samples, temperature)
+        )
+        self.scalars = jax.jit(
+            lambda params, samples: rollout.token_scalars(
+                scalar_model, params, samples.tokens, samples.lengths
+            )
+        )
+        self._at_response = jax.jit(
+            lambda x, s: rollout.at_response(x, s.prompt_lengths, s.response.shape[1])
+        )
+        self._at_last = jax.jit(lambda x, s: rollout.at_last(x, s.lengths))
+
+    def scores(self, samples: Samples, prompts: list[records.Prompt]) -> jax.Array:
+        """float32 [B] of whole replies; `prompts` are those of this process's rows."""
+        if self._text_scorer is None:
+            return self._at_last(self.scalars(self._reward_params, samples), samples)
+        scores = self._text_scorer(prompts, self.texts(samples))
+        return mesh_lib.put_batch(np.asarray(scores, np.float32), self._mesh)
+
+    def texts(self, samples: Samples) -> list[str]:
+        """The replies of this process's rows."""
+        response, mask = (rollout.local_rows(x) for x in (samples.response, samples.response_mask))
+        return [
+            self._tokenizer.decode(row[keep > 0].tolist())
+            for row, keep in zip(response, mask, strict=True)
+        ]
+
+    def score(
+        self, policy: Any, critic: Any, samples: Samples, prompts: list[records.Prompt]
+    ) -> Rollout:
+        """The rollout of samples that `policy` drew."""
+        old_logprobs, entropy = self.logprobs(policy, samples)
+        ref_logprobs, _ = self.logprobs(self.reference, samples)
+        values = self._at_response(self.scalars(critic, samples), samples)
+        scores = self.scores(samples, prompts)
+        return Rollout(samples, old_logprobs, entropy, ref_logprobs, values, scores)
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Trains for total_episodes, or goes on where `workdir` stands.
+
+    Raises:
+      UserError: an input or a config value is wrong, or a loss is not finite.
+      Interrupted: SIGTERM or SIGINT; the state is saved.
+    """
+    with artifact.open_run(config, workdir, "ppo") as run:
+        if run.finished:
+            print(f"{workdir}: this policy is already trained")
+            return
+        train(config, run)
+
+
+def train(config: ConfigDict, run: artifact.Run) -> None:
+    """Everything between opening the run and completing it."""
+    # (1) Inputs, checked before anything is compiled.
+    check(config)
+    tokenizer = Tokenizer.load(config.inputs.vocabulary)
+    compute = config.compute.to_dict()
+    model_config = ModelConfig.build(checkpoint.load_model_config(config.inputs.init), compute)
+    model = LanguageModel(model_config)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    episodes = config.prompts_per_step * config.samples_per_prompt  # B
+    mesh_lib.check_batch_size("prompts_per_step", config.prompts_per_step, mesh)
+    if episodes % config.minibatches:
+        raise UserError(f"config.minibatches={config.minibatches} does not divide {episodes} episodes")
+    size = episodes // config.minibatches
+    mesh_lib.check_batch_size("minibatches: one", size, mesh, config.accumulation_steps)
+    total = math.ceil(config.total_episodes / episodes)
+    updates = config.epochs * config.minibatches
+    length = config.data.prompt_len + config.sampling.max_new_tokens
+    controller = kl_lib.make_controller(config.kl)
+
+    # (2) Data: prompts of the training and the held-out split, pretraining rows for ptx.
+    data = read_prompts(config, tokenizer, "train", config.prompts_per_step, mesh)
+    held_out = read_prompts(config, tokenizer, "validation", episodes, mesh)
+    ptx_rows = read_ptx(config, updates, mesh)
+
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        # (3) Policy and reference from SFT, critic from the reward model.
+        load_policy = functools.partial(
+            checkpoint.load_params, mesh=mesh, init_fn=functools.partial(init_params, model)
+        )
+        reference = load_policy(config.inputs.reference or config.inputs.init)
+        scalar_model, critic, reward_params = load_scalars(config, model, mesh)
+        policy_tx, schedule = make_optimizer(config.optimizer, total * updates)
+        critic_tx, _ = make_optimizer(config.value_optimizer, total * updates)
+        policy, policy_sh = state_lib.state_from_params(
+            load_policy(config.inputs.init), policy_tx, mesh
+        )
+        critic, critic_sh = state_lib.state_from_params(critic, critic_tx, mesh)
+        whole = NamedSharding(mesh, PartitionSpec())
+        shardings = PPOState(policy_sh, critic_sh, whole)
+        state = PPOState(policy, critic, jax.device_put(controller.initial(), whole))
+        actor = Actor(config, model, scalar_model, reference, reward_params, tokenizer, mesh)
+        update = jax.jit(
+            make_update(
+                make_policy_grads(model, config),
+                make_value_loss(scalar_model, config),
+                (policy_tx, critic_tx),
+                schedule,
+                controller,
+                config,
+            ),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        )
+        sample_key, update_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+
+        # (4) The newest checkpoint, if there is one; prompts, keys and metrics follow its step.
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        start, state = restore(checkpoints, state, shardings, updates)
+        run.metrics.rewind(start)
+        log = StepLog(run, config, episodes * length, model_config.flops_per_token(length))
+
+        # (5) The loop.
+        stream = stack.enter_context(contextlib.closing(data.iterate(start)))
+        profiler = stack.enter_context(
+            contextlib.closing(profile.step_profiler(config.profile, run.workdir))
+        )
+        progress = stack.enter_context(run.progress(total, "ppo", initial=start))
+        figures: dict[str, float] = {}
+        for done in range(start + 1, total + 1):
+            profiler.step(done)
+            warm = done > start + 1
+            with run.goodput.measure("data"):
+                prompts = repeat_rows(next(stream), config.samples_per_prompt)
+                asked = [data.prompts[i] for i in prompts.index]
+                prompts = mesh_lib.put_batch(prompts, mesh)
+                ptx = None if ptx_rows is None else mesh_lib.put_batch(ptx_rows.at(done - 1), mesh)
+            # Each phase is waited for: they depend on each other anyway, and goodput can tell them apart.
+            with run.goodput.measure("rollout" if warm else "compile"):
+                samples = actor.sample(
+                    state.policy.params, prompts, jax.random.fold_in(sample_key, done)
+                )
+                jax.block_until_ready(samples)
+            with run.goodput.measure("score" if warm else "compile"):
+                scored = actor.score(state.policy.params, state.critic.params, samples, asked)
+                jax.block_until_ready(scored)
+            with run.goodput.measure("step" if warm else "compile"):
+                key = jax.random.fold_in(update_key, done)
+                state, metrics = update(state, scored, ptx, key)
+                jax.block_until_ready(metrics)
+                log.push(done, metrics)
+            progress.update(score=float(metrics["ppo/score"]), kl=float(metrics["ppo/kl"]))
+            stop, last = run.stop_requested() and done < total, done == total
+            save = checkpoints.due(done) or stop or last
+            evaluate = done % config.eval_every_steps == 0 or last
+            if config.sample_every_steps and done % config.sample_every_steps == 0:
+                write_samples(run, done, actor, scored, asked)
+            if not (save or evaluate):
+                continue
+            log.flush()
+            if evaluate:
+                with run.goodput.measure("eval"):
+                    figures = evaluate_policy(config, actor, state, held_out, mesh, eval_key)
+                run.metrics.write(done, figures)
+            if save:
+                with run.goodput.measure("save"):
+                    checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"saved at step {done} of {total}")
+            log.resume()
+
+        # (6) Results.
+        checkpoints.wait()
+        if not figures:
+            figures = evaluate_policy(config, actor, state, held_out, mesh, eval_key)
+        run.results(
+            steps=total,
+            episodes=total * episodes,
+            kl_coef=float(state.kl_coef),
+            tokens_per_sec=log.mean_tokens_per_sec(),
+            **{name.removeprefix("eval/"): value for name, value in figures.items()},
+        )
+        run.complete(state_lib.digest(state.policy.params))
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for a config that could only fail later."""
+    choices = {
+        "advantage": ("gae",),
+        "whiten_advantages": WHITENINGS,
+        "score_position": rewards.SCORE_POSITIONS,
+    }
+    for name, allowed in choices.items():
+        if config[name] not in allowed:
+            raise UserError(f"config.{name}={config[name]!r} is not one of {allowed}")
+    if config.reward.kind not in ("model", "scorer"):
+        raise UserError(f"config.reward.kind={config.reward.kind!r}: 'model' or 'scorer'")
+    for name in ("total_episodes", "epochs", "minibatches", "samples_per_prompt"):
+        if config[name] < 1:
+            raise UserError(f"config.{name}={config[name]} must be at least 1")
+    needed = ["init", "vocabulary", "prompts"]
+    needed += ["reward"] if config.reward.kind == "model" else []
+    needed += ["tokens"] if config.ptx.coef else []
+    for name in needed:
+        if not config.inputs[name]:
+            raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    if config.compute.dropout:
+        raise UserError(
+            f"config.compute.dropout={config.compute.dropout}: RL runs without dropout, or the "
+            "probability ratio would compare two different functions; set it to 0.0"
+        )
+
+
+def read_prompts(
+    config: ConfigDict, tokenizer: Tokenizer, split: str, batch_size: int, mesh: Mesh
+) -> PromptBatches:
+    """Prompts of a split; the held-out ones may be fewer than a batch."""
+    directory = epath.Path(config.inputs.prompts) / "records"
+    prompts = list(records.RecordReader(directory, "prompts", split, records.Prompt))
+    parts = mesh_lib.data_size(mesh)
+    if split != "train":
+        batch_size = min(batch_size, max(parts, len(prompts) // parts * parts))
+    return PromptBatches(
+        prompts,
+        tokenizer,
+        batch_size,
+        config.data.prompt_len,
+        config.seed,
+        *mesh_lib.process_block(mesh),
+    )
+
+
+def read_ptx(config: ConfigDict, updates: int, mesh: Mesh) -> batches.TrainBatches | None:
+    """Pretraining rows, ptx.batch_size for each optimiser step; None when the coefficient is 0."""
+    if not config.ptx.coef:
+        return None
+    mesh_lib.check_batch_size("ptx.batch_size", config.ptx.batch_size, mesh, config.accumulation_steps)
+    source = packing.packed(config.inputs.tokens, config.ptx.name, "train", config.ptx.seq_len)
+    rows = config.ptx.batch_size * updates
+    return batches.TrainBatches(source, rows, config.seed, *mesh_lib.process_block(mesh))
+
+
+def load_scalars(
+    config: ConfigDict, model: LanguageModel, mesh: Mesh
+) -> tuple[ScalarModel, Any, Any | None]:
+    """(model of critic and reward, critic's parameters, reward's parameters or None).
+
+    The critic starts as the normalised reward model; with a scorer, as the policy's trunk and a zero head, so that
+    its first value is 0 and no noise.
+    """
+    if config.reward.kind == "model":
+        scalar_model, params, gain, bias = rewards.load_reward_model(
+            config.inputs.reward, mesh, config.compute.to_dict()
+        )
+        if scalar_model.config.vocab_size != model.config.vocab_size:
+            raise UserError(
+                f"config.inputs.reward has a vocabulary of {scalar_model.config.vocab_size}, "
+                f"config.inputs.init of {model.config.vocab_size}: they don't belong together"
+            )
+        params = jax.jit(rewards.fold_normalisation)(params, gain, bias)
+        return scalar_model, jax.tree.map(jnp.copy, params), params
+    scalar_model = ScalarModel(model.config, "zero")
+    trunk = checkpoint.load_params(config.inputs.init, mesh, functools.partial(init_params, model))
+    whole = NamedSharding(mesh, PartitionSpec())
+    head = {"kernel": jnp.zeros((model.config.d_model, 1)), "bias": jnp.zeros((1,))}
+    return scalar_model, scalar_from_language(trunk, jax.device_put(head, whole)), None
+
+
+def items_of(state: PPOState) -> dict[str, Any]:
+    """The state as checkpoint items; `params` is the policy, as in every stage with one."""
+    return {
+        "params": state.policy.params,
+        "opt_state": state.policy.opt_state,
+        "critic": state.critic.params,
+        "critic_opt_state": state.critic.opt_state,
+        "rl": {"kl_coef": state.kl_coef},
+    }
+
+
+def restore(
+    checkpoints: Checkpoints, state: PPOState, shardings: PPOState, updates: int
+) -> tuple[int, PPOState]:
+    """(finished steps, state): the newest checkpoint, or what was given."""
+    wanted = state_lib.abstract(items_of(state), items_of(shardings))
+    restored = checkpoints.restore_latest(wanted)
+    if restored is None:
+        return 0, state
+    done, items, _ = restored
+    count = jax.device_put(np.asarray(done * updates, np.int32), shardings.kl_coef)
+    return done, PPOState(
+        TrainState(count, items["params"], items["opt_state"]),
+        TrainState(jnp.copy(count), items["critic"], items["critic_opt_state"]),
+        items["rl"]["kl_coef"],
+    )
+
+
+def repeat_rows(batch: PromptBatch, times: int) -> PromptBatch:
+    """Every prompt `times` in a row."""
+    return jax.tree.map(lambda x: np.repeat(x, times, axis=0), batch)
+
+
+def evaluate_policy(
+    config: ConfigDict,
+    actor: Actor,
+    state: PPOState,
+    held_out: PromptBatches,
+    mesh: Mesh,
+    key: jax.Array,
+) -> dict[str, float]:
+    """Means over held-out prompts, one reply each, drawn with the same keys every time."""
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def sums(index: jax.Array, samples: Samples, logprobs: Any, ref: Any, scores: Any) -> Any:
+        real = (index >= 0).astype(jnp.float32)
+        paid = rewards.replace_unfinished(scores, samples.finished, config.no_eos_score)
+        mask = samples.response_mask
+        rows = {
+            "score": paid,
+            "raw_score": scores,
+            "kl": jnp.sum(kl_lib.k1(logprobs, ref) * mask, axis=1),
+            "response_len": jnp.sum(mask, axis=1),
+            "eos_rate": samples.finished.astype(jnp.float32),
+            "n": jnp.ones_like(scores),
+        }
+        return {name: jnp.sum(row * real) for name, row in rows.items()}
+
+    total: dict[str, float] = {}
+    for i, batch in enumerate(held_out.eval(config.eval_batches)):
+        asked = [held_out.prompts[max(row, 0)] for row in batch.index]
+        batch = mesh_lib.put_batch(batch, mesh)
+        samples = actor.sample(state.policy.params, batch, jax.random.fold_in(key, i))
+        logprobs, _ = actor.logprobs(state.policy.params, samples)
+        ref, _ = actor.logprobs(actor.reference, samples)
+        out = sums(batch.index, samples, logprobs, ref, actor.scores(samples, asked))
+        for name, value in jax.device_get(out).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    count = total.pop("n")
+    return {f"eval/validation/{name}": value / count for name, value in total.items()}
+
+
+def write_samples(
+    run: artifact.Run, step: int, actor: Actor, data: Rollout, prompts: list[records.Prompt]
+) -> None:
+    """The first few replies of a step, with their scores."""
+    scores = rollout.local_rows(data.scores)
+    replies = actor.texts(data.samples)
+    for prompt, reply, score in list(zip(prompts, replies, scores, strict=True))[:4]:
+        text = [message.content for message in prompt.messages]
+        line = {"step": step, "prompt": text, "reply": reply, "score": float(score)}
+        run.metrics.write_sample(line)
+
+
+if __name__ == "__main__":
+    program.main(run, "ppo")
