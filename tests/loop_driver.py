@@ -1,0 +1,64 @@
+"""Runs a program in this process as the command line would, and has it killed at a chosen moment.
+
+    python tests/loop_driver.py STAGE CONFIG.py WORKDIR MOMENT
+
+MOMENT is 'never', 'step:N' (SIGKILL right after step N was dispatched; a checkpoint exists) or 'save:N' (SIGKILL while
+checkpoint N is on its way to the disk). What is killed is the real program; nothing of it knows.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_step(number: int, workdir: str) -> None:
+    from gptlab.train.checkpoint import checkpoint_steps
+    from gptlab.train.log import StepLog
+
+    push = StepLog.push
+
+    def pushed(self, step, metrics):
+        push(self, step, metrics)
+        if step == number:
+            while not checkpoint_steps(workdir):  # one is on its way, in the background
+                time.sleep(0.01)
+            die()
+
+    StepLog.push = pushed
+
+
+def kill_in_save(number: int, workdir: str) -> None:
+    from gptlab.train import checkpoint
+
+    save = checkpoint.Checkpoints.save
+
+    def saving(self, step, items, meta, metrics=None):
+        save(self, step, items, meta, metrics)
+        if step == number:
+            directory = Path(workdir) / checkpoint.DIRECTORY
+            # Saving goes on in the background: wait until some of it is there, and not all of it.
+            while not list(directory.glob(f"{number}.*/*")):
+                if (directory / str(number)).exists():
+                    print("the save was over too soon", file=sys.stderr)
+                    break
+            die()
+
+    checkpoint.Checkpoints.save = saving
+
+
+if __name__ == "__main__":
+    stage, config, workdir, moment = sys.argv[1:]
+    kind, _, number = moment.partition(":")
+    if kind != "never":
+        {"step": kill_at_step, "save": kill_in_save}[kind](int(number), workdir)
+    sys.argv = [f"gptlab/{stage}.py", f"--config={config}", f"--workdir={workdir}"]
+    runpy.run_module(f"gptlab.{stage}", run_name="__main__", alter_sys=True)

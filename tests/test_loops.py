@@ -1,0 +1,327 @@
+"""Every loop meets the same demands; a loop is one row of LOOPS.
+
+It runs, its loss falls, it writes the common metrics and compiles nothing after its first steps; on
+8 devices, as 2 processes, or stopped and continued anywhere it computes what it computes on one.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from configs import pretrain as pretrain_config
+from configs import sft as sft_config
+from gptlab.run import artifact, metrics
+from gptlab.run.errors import Interrupted
+from gptlab.train import checkpoint
+from gptlab.train.log import StepLog
+from tests.rl import artifacts
+
+ROOT = Path(__file__).parents[1]
+STEPS, CADENCE = 12, 4
+COMMON = ("train/loss", "train/grad_norm", "train/param_norm", "train/lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One loop: `config` makes a run of STEPS steps from the tiny artifacts."""
+
+    stage: str
+    config: Callable[[SimpleNamespace], ConfigDict]
+    falls_by: float  # nats of train/loss, first to last logged step
+    params_item: str = "params"  # in checkpoints
+
+
+def pretrain(tiny: SimpleNamespace) -> ConfigDict:
+    config = pretrain_config.get_config()
+    config.inputs.update(tokens=tiny.corpus, vocabulary=tiny.vocabulary)
+    config.model = tiny.model
+    config.compute = common.compute(dropout=0.1)
+    config.data.seq_len = 64
+    config.optimizer = common.adamw(1e-2, warmup_steps=2)
+    config.sample.max_new_tokens = 4
+    config.accumulation_steps = 2
+    return config
+
+
+def sft(tiny: SimpleNamespace) -> ConfigDict:
+    config = sft_config.get_config()
+    config.inputs.update(init=tiny.policy, tokens=tiny.corpus, vocabulary=tiny.vocabulary)
+    config.data.seq_len = 64
+    config.compute = common.compute(dropout=0.1)
+    config.optimizer = common.adamw(1e-2)
+    config.sample.max_new_tokens = 4
+    config.total_epochs = None
+    return config
+
+
+LOOPS = [
+    Loop("pretrain", pretrain, falls_by=0.8),
+    Loop("sft", sft, falls_by=0.8),
+]
+
+
+def with_cadence(config: ConfigDict) -> ConfigDict:
+    """STEPS steps that log each, and evaluate, sample and save every CADENCE."""
+    config.update(
+        total_steps=STEPS,
+        batch_size=16,
+        log_every_steps=1,
+        eval_every_steps=CADENCE,
+        eval_batches=2,
+    )
+    if "sample_every_steps" in config:
+        config.sample_every_steps = CADENCE
+    config.checkpoint.every_steps = CADENCE
+    return config
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_corpus, tiny_vocabulary, tiny_comparisons, tiny_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("loops")
+    policy = artifacts.write_policy(root / "policy", tiny_model)
+    return SimpleNamespace(
+        corpus=str(tiny_corpus),
+        vocabulary=str(tiny_vocabulary),
+        comparisons=str(tiny_comparisons),
+        policy=str(policy),
+        model=tiny_model,
+        root=root,
+    )
+
+
+@pytest.fixture(scope="module", params=LOOPS, ids=lambda loop: loop.stage)
+def loop(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def config(loop, tiny):
+    """The loop's run on as many devices as there are, all of them in `fsdp`."""
+    return with_cadence(loop.config(tiny))
+
+
+def command(loop, config, workdir, moment="never"):
+    """The command line of a run in a process of its own."""
+    path = workdir.parent / f"{workdir.name}.config.py"
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"  return ConfigDict(json.loads({config.to_json_best_effort()!r}))\n"
+    )
+    driver = str(ROOT / "tests" / "loop_driver.py")
+    return [sys.executable, driver, loop.stage, str(path), str(workdir), moment]
+
+
+def environment(**extra):
+    """One device a process, instead of the 8 of this one."""
+    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **extra}
+
+
+def run_alone(loop, config, workdir, moment="never"):
+    """Runs it in a process of its own with one device; the CompletedProcess."""
+    workdir.parent.mkdir(exist_ok=True)
+    return subprocess.run(
+        command(loop, config, workdir, moment), env=environment(),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_device(loop, config, tiny):
+    """The workdir of an uninterrupted run in one process with one device: the reference."""
+    workdir = tiny.root / f"{loop.stage}-one-device"
+    done = run_alone(loop, config, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def eight_devices(loop, tiny):
+    """A run in this process on data 2 x fsdp 2 x tensor 2, watched."""
+    config = with_cadence(loop.config(tiny))
+    config.mesh = common.mesh(data=2, fsdp=2, tensor=2)
+    workdir = tiny.root / f"{loop.stage}-eight-devices"
+    watch = SimpleNamespace(workdir=workdir, config=config, step=0, compiled=[], shards={})
+
+    def compiled(event, seconds, **_):
+        if "backend_compile" in event:
+            watch.compiled.append(watch.step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        push, save = StepLog.push, checkpoint.Checkpoints.save
+
+        def pushed(self, step, values):
+            watch.step = step
+            push(self, step, values)
+
+        def saved(self, step, items, *rest):
+            watch.shards = jax.tree.map(
+                lambda x: x.addressable_shards[0].data.shape, items[loop.params_item]
+            )
+            save(self, step, items, *rest)
+
+        patch.setattr(StepLog, "push", pushed)
+        patch.setattr(checkpoint.Checkpoints, "save", saved)
+        jax.monitoring.register_event_duration_secs_listener(compiled)
+        run_here(loop, config, workdir)
+        watch.compiled = list(watch.compiled)
+    return watch
+
+
+def run_here(loop, config, workdir):
+    importlib.import_module(f"gptlab.{loop.stage}").run(config, str(workdir))
+
+
+def figures(workdir, prefixes=("train/", "eval/")):
+    """{(step, name): value}; a line written twice would be an error."""
+    found = {}
+    for line in metrics.read_metrics(workdir):
+        for name, value in line.items():
+            if name.startswith(prefixes):
+                assert (line["step"], name) not in found
+                found[line["step"], name] = value
+    return found
+
+
+def assert_close(workdir, reference, rtol):
+    got, want = figures(workdir), figures(reference)
+    assert got.keys() == want.keys()
+    close = ("train/loss", "train/grad_norm", "train/param_norm", "train/lr")
+    for key in want:
+        if key[1] in close or key[1].endswith("/loss"):
+            np.testing.assert_allclose(got[key], want[key], rtol=rtol, err_msg=str(key))
+
+
+def assert_identical(workdir, reference):
+    got, want = (artifact.read_manifest(path) for path in (workdir, reference))
+    assert got["digest"] == want["digest"], "parameters differ"
+    assert got["results"].keys() == want["results"].keys()
+    assert figures(workdir) == figures(reference)
+
+
+def test_it_learns_and_writes_the_common_metrics(loop, eight_devices):
+    found = figures(eight_devices.workdir)
+    assert {step for step, _ in found} >= set(range(1, STEPS + 1))
+    for name in COMMON:
+        assert all(np.isfinite(found[step, name]) for step in range(1, STEPS + 1)), name
+    first, last = found[1, "train/loss"], found[STEPS, "train/loss"]
+    assert last < first - loop.falls_by
+    assert any(name.startswith("eval/") for _, name in found)
+    speeds = figures(eight_devices.workdir, "perf/")
+    assert all(v > 0 for (_, name), v in speeds.items() if name == "perf/tokens_per_sec") and speeds
+    manifest = artifact.read_manifest(eight_devices.workdir)
+    phases = {name.split("/")[1] for name in manifest["starts"][-1]["goodput"]}
+    assert phases >= {"compile_s", "data_s", "step_s", "eval_s", "save_s"}
+
+
+def test_nothing_is_compiled_after_the_first_cadence(eight_devices):
+    # Step 1 compiles the step, step CADENCE the evaluation, sampling and saving.
+    assert eight_devices.compiled, "the listener hears nothing"
+    late = [step for step in eight_devices.compiled if CADENCE < step < STEPS]
+    assert not late, f"compiled again at steps {late}"
+
+
+def test_parameters_are_split_over_fsdp_and_tensor(eight_devices):
+    layers = eight_devices.shards["backbone"]["layers"]
+    assert layers["feed_forward"]["up"]["kernel"] == (2, 32 // 2, 64 // 2)
+    assert layers["attention"]["out"]["kernel"] == (2, 32 // 2, 32 // 2)
+    assert eight_devices.shards["backbone"]["embedding"] == (320 // 2, 32 // 2)
+
+
+def test_eight_devices_compute_what_one_does(eight_devices, one_device):
+    assert_close(eight_devices.workdir, one_device, rtol=1e-3)
+
+
+@pytest.mark.parametrize("moment", ["step:6", f"save:{2 * CADENCE}"])
+def test_killed_and_resumed_is_bit_for_bit_the_same(loop, config, one_device, moment, tiny):
+    workdir = tiny.root / f"{loop.stage}-killed-{moment.replace(':', '-')}"
+    killed = run_alone(loop, config, workdir, moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "too soon" not in killed.stderr
+    assert checkpoint.checkpoint_steps(workdir) == [CADENCE]
+    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
+    assert manifest["status"] == "running"
+    resumed = run_alone(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, one_device)
+
+
+def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devices, tiny):
+    workdir = tiny.root / f"{loop.stage}-stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        push = StepLog.push
+
+        def pushed(self, step, values):
+            push(self, step, values)
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(StepLog, "push", pushed)
+        with pytest.raises(Interrupted, match=f"step 6 of {STEPS}"):
+            run_here(loop, eight_devices.config, workdir)
+    assert artifact.read_manifest(workdir, allow_unfinished=True)["status"] == "interrupted"
+    assert checkpoint.checkpoint_steps(workdir)[-1] == 6
+    run_here(loop, eight_devices.config, workdir)
+    assert_identical(workdir, eight_devices.workdir)
+
+
+def test_a_finished_run_is_not_run_again(loop, eight_devices, capsys):
+    before = (eight_devices.workdir / "metrics.jsonl").read_bytes()
+    run_here(loop, eight_devices.config, eight_devices.workdir)
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1
+    assert (eight_devices.workdir / "metrics.jsonl").read_bytes() == before
+
+
+def two_processes(loop, config, workdir):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    line = command(loop, config, workdir)
+    started = [
+        subprocess.Popen(
+            line,
+            env=environment(
+                GPTLAB_COORDINATOR=f"127.0.0.1:{port}",
+                GPTLAB_NUM_PROCESSES="2",
+                GPTLAB_PROCESS_ID=str(number),
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [p.returncode for p in started] == [0, 0], "\n".join(outputs)
+
+
+# One loop shows it in every test run; the others take their time with `-m slow`.
+@pytest.mark.parametrize(
+    "loop",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] * (x.stage != "pretrain"), id=x.stage)
+        for x in LOOPS
+    ],
+    indirect=True,
+)
+def test_two_processes_compute_what_one_does(loop, config, one_device, tiny):
+    workdir = tiny.root / f"{loop.stage}-two-processes"
+    two_processes(loop, config, workdir)
+    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == 2
+    assert_close(workdir, one_device, rtol=1e-3)
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS
