@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from gptlab.data import records
 from gptlab.data.records import CandidateSet, Comparison
 from gptlab.people import labellers
-from gptlab.run import artifact, program
+from gptlab.run import artifact, processes, program
 from gptlab.run.errors import UserError
 from gptlab.scorers import registry
 
@@ -53,18 +53,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         )
         source = epath.Path(config.inputs.candidates) / "records"
         target = run.workdir / "records"
+        run.metrics.rewind(-1)  # A run that was killed starts anew: it takes seconds.
         for split in _splits(source):
             sets = list(records.RecordReader(source, "candidates", split, CandidateSet))
+            if not sets:
+                raise UserError(f"records candidates-{split} in {source} are empty")
             comparisons = labeller.compare(sets)
-            records.write_shards(target, "comparisons", split, comparisons)
             figures = _figures(comparisons, labeller)
+            if processes.is_first():
+                records.write_shards(target, "comparisons", split, comparisons)
+                print(
+                    f"rank: {split}: {len(sets)} sets ranked by {labeller.name}; "
+                    f"accuracy at best {figures['ceiling/accuracy']:.3f}, "
+                    f"two labellers agree {figures['agreement']:.3f}"
+                )
             run.results(**{f"{split}/{name}": value for name, value in figures.items()})
             for comparison in comparisons[:_SAMPLES]:
                 run.metrics.write_sample({"step": 0, "split": split, **_sample(comparison)})
-            print(
-                f"rank: {split}: {len(sets)} sets ranked by {labeller.name}; accuracy at best "
-                f"{figures['ceiling/accuracy']:.3f}, two labellers agree {figures['agreement']:.3f}"
-            )
+        processes.barrier("rank")
         run.complete(records.digest(target))
 
 

@@ -87,6 +87,29 @@ def test_the_same_run_ranks_the_same_and_is_not_done_twice(config, tmp_path, cap
     assert artifact.read_manifest(tmp_path / "three")["digest"] != one["digest"]
 
 
+def test_a_killed_run_starts_anew(config, tmp_path, monkeypatch):
+    """Killed before its records are written, it ends as an undisturbed run does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rank.records, "digest", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rank.run(config, tmp_path / "killed")
+    rank.run(config, tmp_path / "killed")
+    rank.run(config, tmp_path / "whole")
+    killed, whole = (artifact.read_manifest(tmp_path / name) for name in ("killed", "whole"))
+    assert killed["digest"] == whole["digest"] and killed["results"] == whole["results"]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("killed", "whole")]
+    assert samples[0] == samples[1]
+
+
+def test_an_empty_split_is_named(config, tiny_candidates, tmp_path):
+    broken = tmp_path / "candidates"
+    shutil.copytree(tiny_candidates, broken)
+    records.write_shards(broken / "records", "candidates", "test", [])
+    config.inputs.candidates = str(broken)
+    with pytest.raises(UserError, match="records candidates-test in .* are empty"):
+        rank.run(config, tmp_path / "run")
+
+
 def test_what_is_wrong_is_said_in_one_line(config, tiny_clean, tmp_path):
     config.backend = "people"
     with pytest.raises(UserError, match="config.backend='people'"):

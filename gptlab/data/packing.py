@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from gptlab.data import records
-from gptlab.run import files
+from gptlab.run import files, processes
 from gptlab.run.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -68,6 +68,8 @@ def packed(
 ) -> PackedSource:
     """Packed rows of `<workdir>/records/<name>-<split>`, made on first use and kept beside it.
 
+    All processes of a run must call it in the same order: the first makes the rows.
+
     They are made again when the records, seq_len or `overlong` are not those they were made from.
 
     Raises:
@@ -80,8 +82,9 @@ def packed(
     suffix = "" if overlong == "split" else f"-{overlong}"
     directory = workdir / "packed" / f"{name}-{split}-T{seq_len}{suffix}"
     key = _key(reader.paths, seq_len, overlong)
-    if _settings(directory) != key:
+    if processes.is_first() and _settings(directory) != key:
         _build(reader, directory, key)
+    processes.barrier(f"packed {directory}")
     return PackedSource(directory)
 
 
@@ -96,9 +99,13 @@ class PackedSource:
         self.directory = epath.Path(directory)
         self.stats: dict[str, Any] = json.loads((self.directory / _STATS).read_text())
         self.seq_len: int = self.stats["seq_len"]
-        self._rows = grain.ArrayRecordDataSource(
-            [str(_row_path(self.directory, block)) for block in range(self.stats["blocks"])]
-        )
+        paths = [str(_row_path(self.directory, block)) for block in range(self.stats["blocks"])]
+        try:
+            self._rows = grain.ArrayRecordDataSource(paths)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise self._damaged(error) from error
+        if len(self._rows) != self.stats["rows"]:
+            raise self._damaged(f"{len(self._rows)} of {self.stats['rows']} rows are there")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -112,14 +119,16 @@ class PackedSource:
         try:
             data = b"".join(self._rows.__getitems__(list(indices)))
         except RuntimeError as error:
-            first_line = str(error).splitlines()[0]
-            raise UserError(
-                f"packed rows in {self.directory} are corrupt ({first_line}); delete that "
-                "directory and they are made again"
-            ) from error
+            raise self._damaged(error) from error
         stacked = np.frombuffer(data, "<i4").reshape(len(indices), len(_STORED), self.seq_len)
         fields = dict(zip(_STORED, np.moveaxis(stacked, 1, 0), strict=True))
         return fields | {"positions": _positions(fields["segment_ids"])}
+
+    def _damaged(self, reason: object) -> UserError:
+        return UserError(
+            f"packed rows in {self.directory} are damaged ({str(reason).splitlines()[0]}); delete "
+            "that directory and they are made again"
+        )
 
 
 def _cut(examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlong) -> Chunks:
@@ -276,7 +285,7 @@ def _build(
             temporary / _STATS, json.dumps({**key, **totals, "blocks": blocks}, indent=2) + "\n"
         )
         if _settings(directory) == key:
-            return  # Another process of this run was first, and may be reading: its rows are ours.
+            return  # Another run was first, and may be reading: its rows are the same.
         if directory.exists():
             directory.rmtree()
         temporary.replace(directory)

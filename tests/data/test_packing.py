@@ -170,7 +170,7 @@ def test_rows_are_made_once_and_again_only_when_their_source_changes(tmp_path, m
 
 
 def test_two_that_pack_at_once_end_with_the_same_rows(tmp_path, monkeypatch):
-    """As two processes of a run do on a shared disk."""
+    """As two runs of a sweep do."""
     write(tmp_path, [example("a", range(1, 9))])
     both_build, build = threading.Barrier(2, timeout=30), packing._build
     monkeypatch.setattr(packing, "_build", lambda *args: (both_build.wait(), build(*args)))
@@ -214,8 +214,16 @@ def test_damaged_rows_are_named(tmp_path):
     data[len(data) // 2 : len(data) // 2 + 9] = b"corrupted"
     path.write_bytes(bytes(data))
     source = packing.packed(tmp_path, "pretrain", "train", 1000)
-    with pytest.raises(UserError, match=f"packed rows in {directory} are corrupt"):
+    with pytest.raises(UserError, match=f"packed rows in {directory} are damaged"):
         source.rows(range(len(source)))
+    for break_it in (
+        lambda: path.write_bytes(bytes(data[:70_000])),
+        lambda: records.write_ordered(path, [b""]),
+        path.unlink,
+    ):
+        break_it()
+        with pytest.raises(UserError, match=f"packed rows in {directory} are damaged"):
+            packing.packed(tmp_path, "pretrain", "train", 1000)
 
 
 def test_packing_keeps_up_with_millions_of_tokens():
