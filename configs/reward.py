@@ -37,7 +37,13 @@ def get_config(arg: str = "rounds") -> ConfigDict:
                 "demonstrations",
             ),
             "compute": common.compute(unroll=4),
-            "data": {"seq_len": 256 if reviews else 128, "max_candidates": 2 if reviews else 4},
+            "data": {
+                "seq_len": 256 if reviews else 128,
+                "max_candidates": 2 if reviews else 4,
+                # Train on the labels of some folds of the prompts only, (0,) of 1 being all.
+                "num_folds": 1,
+                "folds": (0,),
+            },
             "batch_size": 32,
             "accumulation_steps": 1,
             "optimizer": common.adamw(3e-4, warmup_steps=4),

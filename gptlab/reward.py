@@ -202,6 +202,9 @@ def check(config: ConfigDict) -> None:
     for name in ("init", "vocabulary", "comparisons"):
         if not config.inputs[name]:
             raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    folds, count = config.data.folds, config.data.num_folds
+    if not folds or min(folds) < 0 or max(folds) >= count:
+        raise UserError(f"config.data.folds={folds} must be some of the {count} from 0 on")
     if config.normalise not in NORMALISATIONS:
         raise UserError(f"config.normalise={config.normalise!r} is not one of {NORMALISATIONS}")
     if (config.normalise == "demonstrations") != bool(config.inputs.demonstrations):
@@ -212,12 +215,19 @@ def check(config: ConfigDict) -> None:
 
 
 def read_comparisons(config: ConfigDict, split: str) -> list[Comparison]:
-    """The comparisons of one split, pooled over every input named comparisons*."""
+    """The comparisons of one split, pooled over every input named comparisons*.
+
+    Of train, those whose prompt is in one of config.data.folds: models of other folds, a judge say,
+    share no label with this one. The held-out splits stay whole.
+    """
     pooled: list[Comparison] = []
     for name in sorted(name for name in config.inputs if name.startswith("comparisons")):
         if config.inputs[name]:
             directory = epath.Path(config.inputs[name]) / "records"
             pooled += records.RecordReader(directory, "comparisons", split, Comparison)
+    if split == "train":
+        folds, count = set(config.data.folds), config.data.num_folds
+        pooled = [c for c in pooled if records.shard_of(c.prompt.id, count) in folds]
     return pooled
 
 

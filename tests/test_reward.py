@@ -126,6 +126,19 @@ def test_rounds_are_pooled(config, tiny_comparisons, tiny_clean):
     assert len(pooled) == 2 * one and {c.simulated for c in pooled} == {True, False}
 
 
+def test_folds_share_no_prompt_and_lose_none(config):
+    """A judge on other folds has seen no label, and no prompt, of the reward model."""
+    changed = ConfigDict(config.to_dict())
+    changed.data.num_folds = 4
+    parts = []
+    for folds in ((0, 1, 2), (3,)):
+        changed.data.folds = folds
+        parts.append({c.prompt.id for c in reward.read_comparisons(changed, "train")})
+        assert len(reward.read_comparisons(changed, "validation")) == 24
+    everything = {c.prompt.id for c in reward.read_comparisons(config, "train")}
+    assert all(parts) and not parts[0] & parts[1] and parts[0] | parts[1] == everything
+
+
 def test_human_pairs_of_a_clean_corpus_train_too(config, tiny_clean, tmp_path):
     changed = ConfigDict(config.to_dict())
     changed.inputs.comparisons = str(tiny_clean)
@@ -211,6 +224,7 @@ def test_head_starts_with_std_of_stiennon(policy, config):
         ({"normalise": "mean"}, "config.normalise"),
         ({"normalise": "demonstrations"}, "inputs.demonstrations"),
         ({"data": {"seq_len": 4096, "max_candidates": 4}}, "config.data.seq_len"),
+        ({"data": {"num_folds": 2, "folds": (2,)}}, "config.data.folds"),
         ({"batch_size": 7}, "config.batch_size"),
     ],
 )
