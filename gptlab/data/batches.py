@@ -61,7 +61,12 @@ BatchT = TypeVar("BatchT", TokenBatch, ComparisonBatch, PromptBatch)
 
 
 class _Batches(Generic[BatchT]):
-    """What the batch sources share: which entries make up the batch at a step, and prefetching."""
+    """What the batch sources share: which entries make up the batch at a step, and prefetching.
+
+    Attributes:
+      steps_per_epoch: whole batches in an epoch. What is left over is not lost: it begins the first
+        batch of the next epoch.
+    """
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ class _Batches(Generic[BatchT]):
         self._first = process_index * self._local
         self._entries = entries
         self._process = (process_index, process_count)
-        self.steps_per_epoch: int = entries // batch_size
+        self.steps_per_epoch = entries // batch_size
 
     def at(self, step: int) -> BatchT:
         """This process's rows of the batch at a step (numpy)."""

@@ -330,5 +330,8 @@ def _settings(directory: epath.Path) -> dict[str, Any] | None:
     path = directory / _STATS
     if not path.exists():
         return None
-    stats = json.loads(path.read_text())
+    try:
+        stats = json.loads(path.read_text())
+    except ValueError:
+        return None  # Damaged: the rows are made again.
     return {name: stats.get(name) for name in ("schema", "source", "seq_len", "overlong")}

@@ -167,6 +167,12 @@ def test_rows_are_made_once_and_again_only_when_their_source_changes(tmp_path, m
     packing.packed(tmp_path, "pretrain", "train", 8)
     packing.packed(tmp_path, "pretrain", "train", 4)
     assert built[2:] == ["pretrain-train-T4-drop", "pretrain-train-T8"]
+    # Rows of another schema, or without a readable description, are made again.
+    stats = tmp_path / "packed" / "pretrain-train-T8" / "packed.json"
+    for content in (stats.read_text().replace('"schema": 1', '"schema": 0'), "{"):
+        stats.write_text(content)
+        assert len(packing.packed(tmp_path, "pretrain", "train", 8)) == 2
+    assert built[4:] == ["pretrain-train-T8"] * 2
 
 
 def test_two_that_pack_at_once_end_with_the_same_rows(tmp_path, monkeypatch):
