@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -33,6 +34,10 @@ from gptlab.data.records import (
 from gptlab.people import labellers
 from gptlab.run import artifact
 from gptlab.scorers import registry
+
+# A busy machine is no defect: property tests have no deadline for a single example.
+hypothesis.settings.register_profile("gptlab", deadline=None)
+hypothesis.settings.load_profile("gptlab")
 
 TINY_VOCAB_SIZE = 320  # 9 control tokens, 256 bytes and the commonest pieces
 SPLITS = {"train": 160, "validation": 24, "test": 24}

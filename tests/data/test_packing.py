@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlab.data import packing, records
@@ -73,7 +73,6 @@ def corpora(draw):
     ]
 
 
-@settings(deadline=None)
 @given(corpora(), st.integers(1, 17))
 def test_every_token_with_loss_is_a_target_once_after_its_predecessor(examples, seq_len):
     rows = packing.pack(examples, seq_len)
@@ -105,7 +104,6 @@ def test_every_token_with_loss_is_a_target_once_after_its_predecessor(examples, 
     np.testing.assert_array_equal(packing._positions(rows["segment_ids"]), rows["positions"])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 64), max_size=60))
 def test_rows_are_assigned_as_best_fit_decreasing_does(slots):
     """As many rows as the textbook algorithm, chunk by chunk."""

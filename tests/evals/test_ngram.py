@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptlab.data.records import TokenExample
@@ -53,7 +53,6 @@ sequences = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(sequences, sequences, st.integers(1, 3))
 def test_probabilities_are_the_textbooks(train, held_out, order):
     fitted = ngram.grams_of(map(example, train), V)
@@ -63,7 +62,6 @@ def test_probabilities_are_the_textbooks(train, held_out, order):
     np.testing.assert_allclose(np.exp(model.logprobs(measured)), expected, rtol=1e-10)
 
 
-@settings(deadline=None)
 @given(sequences, st.integers(1, 3), st.tuples(st.integers(0, V), st.integers(0, V)))
 def test_probabilities_sum_to_one_after_any_context(train, order, context):
     model = ngram.fit(ngram.grams_of(map(example, train), V), V, order)
