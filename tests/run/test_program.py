@@ -1,5 +1,6 @@
 """Programs as a user meets them: real processes, their last line and their exit code."""
 
+import json
 import os
 import signal
 import socket
@@ -60,38 +61,67 @@ def test_runs_and_then_does_nothing_twice(tmp_path):
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        ([], "--config is missing; give --config=configs/FILE.py"),
-        (["--config=tests/run/demo_confg.py"], "Did you mean tests/run/demo_config.py?"),
-        ([f"--config={CONFIG}"], "--workdir is missing; give --workdir=DIR, where"),
-        (
-            [f"--config={CONFIG}", "--workdir=x", "--config.optimizer.rl=1"],
-            "--config.optimizer.rl: tests/run/demo_config.py has no such key. "
-            "Did you mean --config.optimizer.lr?",
-        ),
-        (
-            [f"--config={CONFIG}", "--workdir=x", "--config.lr=1"],
-            "Did you mean --config.optimizer.lr?",
-        ),
-        (
-            [f"--config={CONFIG}", "--workdir=x", "--config.seed=1e3"],
-            "--config.seed=1e3: invalid literal for int() with base 10: '1e3'",
-        ),
-        ([f"--config={CONFIG}", "--workdr=x"], "no flag --workdr. Did you mean --workdir?"),
-        ([f"--config={CONFIG}", "--workdir=x", "seed=1"], "'seed=1' is no flag; write --config."),
-        (
-            [f"--config={CONFIG}:quick", "--workdir=x"],
-            "demo_config.py:8: ValueError: unknown argument 'quick'; there is 'slow'",
-        ),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_answered_in_one_line(arguments, line):
-    code, out, err = finish(start(*arguments))
-    assert code == 2
-    assert err.startswith("gptlab demo: ") and err.count("\n") == 1
-    assert line in err
+MISTAKES = [
+    ([], "--config is missing; give --config=configs/FILE.py"),
+    (["--config=tests/run/demo_confg.py"], "Did you mean tests/run/demo_config.py?"),
+    ([f"--config={CONFIG}"], "--workdir is missing; give --workdir=DIR, where"),
+    (
+        [f"--config={CONFIG}", "--workdir=x", "--config.optimizer.rl=1"],
+        "--config.optimizer.rl: tests/run/demo_config.py has no such key. "
+        "Did you mean --config.optimizer.lr?",
+    ),
+    ([f"--config={CONFIG}", "--workdir=x", "--config.lr=1"], "Did you mean --config.optimizer.lr?"),
+    (
+        [f"--config={CONFIG}", "--workdir=x", "--config.seed=1e3"],
+        "--config.seed=1e3: invalid literal for int() with base 10: '1e3'",
+    ),
+    ([f"--config={CONFIG}", "--workdr=x"], "no flag --workdr. Did you mean --workdir?"),
+    ([f"--config={CONFIG}", "--workdir=x", "seed=1"], "'seed=1' is no flag; write --config."),
+    (["--config.seed=1", f"--config={CONFIG}", "--workdir=x"], "before a value for --config was"),
+    (
+        [f"--config={CONFIG}:quick", "--workdir=x"],
+        "demo_config.py:8: ValueError: unknown argument 'quick'; there is 'slow'",
+    ),
+]
+# Importing JAX takes seconds, so one process does it and forks one for each command line.
+FORKING = """
+import json, os, sys
+from gptlab.run import program
+from tests.run import demo_program
+
+for arguments in json.loads(sys.argv[1]):
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        sys.argv = ["demo_program", *arguments]
+        try:
+            program.main(demo_program.run, "demo")
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code)
+    os.close(write)
+    output = os.fdopen(read).read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), output]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers():
+    lines = json.dumps([arguments for arguments, _ in MISTAKES])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, lines],
+        cwd=ROOT, text=True, capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)))
+def test_a_mistake_on_the_command_line_is_answered_in_one_line(answers, number):
+    code, output = answers[number]
+    assert code == 2, output
+    assert output.startswith("gptlab demo: ") and output.count("\n") == 1
+    assert MISTAKES[number][1] in output
 
 
 @pytest.mark.parametrize(
@@ -231,3 +261,26 @@ def test_load_config_is_locked_and_takes_the_argument():
         config.nmu_steps = 1
     with pytest.raises(UserError, match="no file"):
         program.load_config("tests/run/nothing.py")
+
+
+def test_compiled_programs_are_kept_between_processes(tmp_path):
+    code = """
+import jax, jax.numpy as jnp
+from gptlab.run import program
+program.enable_compilation_cache()
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+print(any(event == "/jax/compilation_cache/cache_hits" for event in hits))
+"""
+    seen = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT, env=os.environ | {"GPTLAB_CACHE": str(tmp_path)},
+            text=True, capture_output=True, timeout=60, check=True,
+        ).stdout.strip()
+        for _ in range(2)
+    ]  # fmt: skip
+    assert seen == ["False", "True"]
+    assert any(tmp_path.iterdir())
