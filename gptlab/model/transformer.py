@@ -74,7 +74,10 @@ class ModelConfig:
             UserError: a key is unknown or missing, or a value is not one of the choices.
         """
         fields = [f.name for f in dataclasses.fields(cls)]
-        names = {"model": fields[: fields.index("dtype")], "compute": fields[fields.index("dtype") :]}
+        names = {
+            "model": fields[: fields.index("dtype")],
+            "compute": fields[fields.index("dtype") :],
+        }
         for part, given in (("model", architecture), ("compute", compute)):
             for key in given:
                 if key not in names[part]:
@@ -93,7 +96,9 @@ class ModelConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)!r} is not one of {list(choices)}")
-        positive = "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff max_len unroll"
+        positive = (
+            "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff max_len unroll"
+        )
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -208,7 +213,9 @@ class Attention(nn.Module):
         v = self._heads(x, "value", c.num_kv_heads, "kv_heads")
         norms = None
         if c.qk_norm != "none":
-            norms = [Norm("rmsnorm", c.norm_eps, False, None, name=f"{n}_norm") for n in ("query", "key")]
+            norms = [
+                Norm("rmsnorm", c.norm_eps, False, None, name=f"{n}_norm") for n in ("query", "key")
+            ]
         if c.qk_norm == "before_rope":
             q, k = norms[0](q), norms[1](k)
         if c.position == "rope":

@@ -65,25 +65,19 @@ def llama_family(model_class, config_class, eps, **kwargs):
 def llama():
     """Llama: RMSNorm, RoPE, SwiGLU, grouped queries, untied."""
     fields = {"qkv_bias": False, "tie_embeddings": False, "qk_norm": "none"}
-    return llama_family(
-        transformers.LlamaForCausalLM, transformers.LlamaConfig, 1e-5, **fields
-    )
+    return llama_family(transformers.LlamaForCausalLM, transformers.LlamaConfig, 1e-5, **fields)
 
 
 def qwen2():
     """Qwen2: Llama with biases on queries, keys and values, tied."""
     fields = {"qkv_bias": True, "tie_embeddings": True, "qk_norm": "none"}
-    return llama_family(
-        transformers.Qwen2ForCausalLM, transformers.Qwen2Config, 1e-6, **fields
-    )
+    return llama_family(transformers.Qwen2ForCausalLM, transformers.Qwen2Config, 1e-6, **fields)
 
 
 def qwen3():
     """Qwen3: Llama with normalised queries and keys before RoPE, tied."""
     fields = {"qkv_bias": False, "tie_embeddings": True, "qk_norm": "before_rope"}
-    return llama_family(
-        transformers.Qwen3ForCausalLM, transformers.Qwen3Config, 1e-6, **fields
-    )
+    return llama_family(transformers.Qwen3ForCausalLM, transformers.Qwen3Config, 1e-6, **fields)
 
 
 def gpt2_params(get):
@@ -137,7 +131,10 @@ LLAMA_LAYER = {
 
 def llama_params(get):
     """Our parameters of a model of the Llama family; torch's linears are [out, in]."""
-    tree = {"embedding": get("model.embed_tokens.weight"), "final_norm/scale": get("model.norm.weight")}
+    tree = {
+        "embedding": get("model.embed_tokens.weight"),
+        "final_norm/scale": get("model.norm.weight"),
+    }
     if not np.array_equal(get("lm_head.weight"), tree["embedding"]):
         tree["unembedding"] = get("lm_head.weight")
     for ours, theirs in LLAMA_LAYER.items():

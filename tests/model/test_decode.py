@@ -111,9 +111,7 @@ def test_keys_decide_and_draws_differ_by_position():
     assert (generate(model, params, DRAW).tokens != other.tokens).any()
     # A flat distribution, the same key: were the key reused, every position would draw alike.
     logits = jnp.zeros((1, 512))
-    drawn = {
-        int(decode.sample(logits, keys()[:1], jnp.array([p]), DRAW)[0][0]) for p in range(20)
-    }
+    drawn = {int(decode.sample(logits, keys()[:1], jnp.array([p]), DRAW)[0][0]) for p in range(20)}
     assert len(drawn) > 15
 
 

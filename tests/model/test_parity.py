@@ -54,9 +54,7 @@ def test_padded_logits(golden, side):
     """Positions and mask come from the padding: either side gives the reference's logits."""
     config, params, arrays = golden
     mask = arrays[f"{side}_mask"]
-    logits = forward(
-        config, params, arrays[f"{side}_tokens"], arrays[f"{side}_positions"], mask
-    )
+    logits = forward(config, params, arrays[f"{side}_tokens"], arrays[f"{side}_positions"], mask)
     logits = np.asarray(logits)
     real = mask.astype(bool)
     np.testing.assert_allclose(logits[real], arrays[f"{side}_logits"][real], atol=TOLERANCE)

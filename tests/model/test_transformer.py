@@ -24,7 +24,9 @@ def build(name="tiny", **changes):
     params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [2 * x + 0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    noisy = [
+        2 * x + 0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
+    ]
     return model, jax.tree.unflatten(tree, noisy)
 
 

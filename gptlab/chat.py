@@ -1,0 +1,295 @@
+"""Talk to a trained model in the terminal.
+
+    python -m gptlab.chat --workdir=runs/sft                # any stage that trained a language model
+    python -m gptlab.chat --workdir=runs/quickstart         # a rounds workdir: the promoted policy
+
+Replies appear token by token. The conversation is kept over turns; when the context window is full,
+the oldest turns are left out. Commands: /reset, /system TEXT, /context TEXT (accompanies the next
+message), /help, /quit. Ctrl-C stops a reply, not the program. Input may be piped: one message a line.
+
+The first reply takes some seconds for compiling, later starts take them from the cache.
+"""
+
+import argparse
+import codecs
+import functools
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from gptlab.data import chat
+from gptlab.data.records import Message
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.model import decode
+from gptlab.model.sharding import MESH_AXES
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.run import artifact, program
+from gptlab.run.errors import EXIT_USER_ERROR, UserError
+from gptlab.train import checkpoint
+
+HELP = "/reset forgets the conversation; /system TEXT; /context TEXT for the next message; /quit"
+
+_prefill = jax.jit(decode.prefill, static_argnames=("model", "slots"))
+_sample = jax.jit(decode.sample, static_argnames="sampling")
+
+
+class Policy:
+    """A language model on one device, ready to stream."""
+
+    def __init__(self, model: LanguageModel, params: Any, tokenizer: Tokenizer):
+        unstack = jax.jit(decode.unstack_layers, static_argnums=0)
+        self.model, self.tokenizer = model, tokenizer
+        self.params = unstack(model.config, params)
+
+    def stream(
+        self, prompt: Sequence[int], key: jax.Array, sampling: decode.Sampling
+    ) -> Iterator[int]:
+        """The reply's tokens, one by one, up to and without its stop token.
+
+        What `decode.generate` would draw for this prompt and key. Prompt and reply together fit
+        the context window (Session sees to it).
+        """
+        window = self.model.config.max_len
+        # A few widths only, so that few programs are compiled.
+        width = min(window, max(16, 1 << (len(prompt) - 1).bit_length()))
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        at, keys = jnp.array([len(prompt)], jnp.int32), key[None]
+        cache, logits = _prefill(self.model, self.params, tokens, at, slots=window)
+        token, _ = _sample(logits, keys, at, sampling=sampling)
+        for _ in range(sampling.max_new_tokens):
+            drawn = int(token[0])
+            if drawn in sampling.stop_tokens:
+                return
+            yield drawn
+            cache, token, _ = decode.decode_step(
+                self.model, self.params, cache, token, at, keys, sampling
+            )
+            at = at + 1
+
+
+class Session:
+    """One conversation with a policy."""
+
+    def __init__(self, policy: Policy, sampling: decode.Sampling, seed: int):
+        self._policy, self._sampling = policy, sampling
+        self._key, self._turn = jax.random.key(seed), 0
+        self.system: str | None = None
+        self.context: str | None = None
+        self.messages: list[Message] = []
+        room = policy.model.config.max_len - sampling.max_new_tokens
+        if room < 8:
+            raise UserError(
+                f"--max_new_tokens={sampling.max_new_tokens} leaves no room for a message in the "
+                f"context window of {policy.model.config.max_len} tokens"
+            )
+        self._room = room
+
+    def reset(self) -> None:
+        """Forgets every turn; the system message stays."""
+        self.messages, self.context = [], None
+
+    def prompt(self) -> list[int]:
+        """Ids that ask for the next reply: the system message and the turns that fit."""
+        system = [] if self.system is None else [Message("system", self.system, None)]
+        return chat.encode_prompt(self._policy.tokenizer, [*system, *self.messages], self._room)
+
+    def reply(self, text: str) -> Generator[str, None, None]:
+        """Takes the user's message; yields the reply piece by piece, whole characters only.
+
+        What was yielded is kept as the assistant's turn, however the iteration ends.
+
+        Raises:
+            UserError: the system message leaves no room for the message, which is then forgotten.
+        """
+        self.messages.append(Message("user", text, self.context))
+        try:
+            ids = self.prompt()
+        except UserError:
+            self.messages.pop()
+            raise
+        self.context = None
+        key = jax.random.fold_in(self._key, self._turn)
+        self._turn += 1
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        said: list[str] = []
+        try:
+            for token in self._policy.stream(ids, key, self._sampling):
+                piece = utf8.decode(self._policy.tokenizer.decode_bytes([token]))
+                if piece:
+                    said.append(piece)
+                    yield piece
+            if rest := utf8.decode(b"", final=True):
+                said.append(rest)
+                yield rest
+        finally:
+            self.messages.append(Message("assistant", "".join(said), None))
+
+
+def policy_workdir(workdir: str | Path) -> Path:
+    """The artifact to talk to: of a rounds workdir its promoted policy, else the workdir itself."""
+    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
+    if manifest["stage"] != "rounds":
+        return Path(workdir)
+    policy = manifest.get("results", {}).get("policy")
+    if policy is None:
+        raise UserError(
+            f"{workdir}: no round has finished yet; give the workdir of a stage under "
+            f"{Path(workdir) / 'artifacts'}"
+        )
+    # The whole tree may have been moved since.
+    for path in (Path(policy), Path(workdir) / "artifacts" / Path(policy).name):
+        if path.exists():
+            return path
+    raise UserError(f"{workdir}: its policy {policy} is gone")
+
+
+def load_policy(workdir: str | Path, dtype: str) -> Policy:
+    """Loads a stage's best checkpoint on this process's first device.
+
+    Raises:
+        UserError: no artifact, no language model or no vocabulary in its lineage.
+    """
+    workdir = policy_workdir(workdir)
+    tokenizer = Tokenizer.load(_find_stage(artifact.lineage(workdir), "train_tokenizer", workdir))
+    compute = {"dtype": dtype, "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
+    model = LanguageModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
+    mesh = jax.make_mesh(
+        (1,) * 5, MESH_AXES, axis_types=(AxisType.Auto,) * 5, devices=jax.local_devices()[:1]
+    )
+    params = checkpoint.load_params(workdir, mesh, functools.partial(init_params, model))
+    return Policy(model, params, tokenizer)
+
+
+def _find_stage(tree: Mapping[str, Any], stage: str, workdir: str | Path) -> str:
+    """The nearest artifact of a stage among what an artifact was made from."""
+    level = [tree]
+    while level:
+        for node in level:
+            if node["manifest"]["stage"] == stage:
+                return str(node["path"])
+        level = [child for node in level for child in node["inputs"].values()]
+    raise UserError(f"{workdir} was made without a {stage} artifact: its vocabulary is unknown")
+
+
+def converse(session: Session, lines: TextIO, interactive: bool) -> None:
+    """Answers line after line until /quit or the end of input."""
+    while True:
+        try:
+            line = _read(lines, interactive)
+            if line is None or line == "/quit":
+                return
+            if not line:
+                continue
+            if line.startswith("/"):
+                _command(session, line)
+                continue
+            _answer(session, line)
+        except KeyboardInterrupt:
+            print("\n(/quit to leave)", file=sys.stderr, flush=True)
+        except UserError as error:
+            print(f"gptlab chat: {error}", file=sys.stderr, flush=True)
+
+
+def _read(lines: TextIO, interactive: bool) -> str | None:
+    """The next line without surrounding space; None at the end."""
+    if not interactive:
+        line = lines.readline()
+        return line.strip() if line else None
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None
+
+
+def _answer(session: Session, text: str) -> None:
+    """Prints the reply as it comes; Ctrl-C ends it and keeps what was said."""
+    pieces = session.reply(text)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+        print(" [stopped]", flush=True)
+
+
+def _command(session: Session, line: str) -> None:
+    name, _, text = line.partition(" ")
+    text = text.strip()
+    if name == "/reset":
+        session.reset()
+        said = "the conversation starts anew"
+    elif name == "/system":
+        session.system = text or None
+        said = "the system message is set" if text else "there is no system message any more"
+    elif name == "/context":
+        session.context = text or None
+        said = "the next message has this context" if text else "the next message has no context"
+    elif name == "/help":
+        said = HELP
+    else:
+        raise UserError(f"there is no command {name}: {HELP}")
+    print(f"({said})", file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors in one line, like every other error."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m gptlab.chat", description="Talk to a trained model.")
+    parser.add_argument("--workdir", required=True, help="of a training stage or of rounds")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="0: off")
+    parser.add_argument("--top_p", type=float, default=0.95, help="1: off")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument("--system", default=None, help="a system message")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        args = _arguments(argv)
+        program.enable_compilation_cache()
+        policy = load_policy(args.workdir, args.dtype)
+        tokenizer = policy.tokenizer
+        sampling = decode.Sampling(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+            stop_tokens=(tokenizer.end_id, tokenizer.eos_id),
+        )
+        session = Session(policy, sampling, args.seed)
+        session.system = args.system
+        interactive = sys.stdin.isatty()
+        if interactive:
+            import readline  # noqa: F401  (line editing and history for input())
+
+            config = policy.model.config
+            print(f"{config.num_params():,} parameters, window {config.max_len} tokens. {HELP}")
+        converse(session, sys.stdin, interactive)
+    except UserError as error:
+        print(f"gptlab chat: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
