@@ -1,11 +1,11 @@
 """Talk to a trained model in the terminal.
 
-    python -m gptlab.chat --workdir=runs/sft                # any stage that trained a language model
-    python -m gptlab.chat --workdir=runs/quickstart         # a rounds workdir: the promoted policy
+    python -m gptlab.chat --workdir=runs/sft           # any stage that trained a language model
+    python -m gptlab.chat --workdir=runs/quickstart    # a rounds workdir: the promoted policy
 
 Replies appear token by token. The conversation is kept over turns; when the context window is full,
 the oldest turns are left out. Commands: /reset, /system TEXT, /context TEXT (accompanies the next
-message), /help, /quit. Ctrl-C stops a reply, not the program. Input may be piped: one message a line.
+message), /help, /quit. Ctrl-C stops a reply, not the program. Piped input: one message a line.
 
 The first reply takes some seconds for compiling, later starts take them from the cache.
 """

@@ -93,7 +93,7 @@ def write_cache(
         start: int32 [B], with start + T <= S (a larger start would be moved back to fit).
 
     Returns:
-        The updated cache, written in place by XLA when its buffers are donated or carried by a loop.
+        The updated cache; XLA writes it in place when it is donated or carried by a loop.
     """
     write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice(slots, new, (0, at, 0)))
     keys, values = cache

@@ -11,6 +11,7 @@ layer's cache is a buffer of its own, which XLA updates in place inside the loop
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,9 @@ def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, 
     backbone = dict(params["backbone"])
     layers = backbone.pop("layers")
     if not isinstance(layers, tuple):
-        layers = tuple(jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers))
+        layers = tuple(
+            jax.tree.map(operator.itemgetter(i), layers) for i in range(config.num_layers)
+        )
     return {"backbone": jax.tree.map(cast, backbone | {"layers": layers})}
 
 

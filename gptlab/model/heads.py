@@ -15,8 +15,8 @@ from gptlab.model.transformer import Backbone, Dense, ModelConfig
 class ScalarModel(nn.Module):
     """Reward model or critic: float32 [B, T], one number after each token.
 
-    `init='reward'`: weights ~ N(0, 1/(D+1)), bias 0 (Stiennon et al. 2020, appendix B).
-    `init='zero'`: all zero, for a value head on a trunk that already predicts (Ziegler et al. 2019).
+    `init_scheme='reward'`: weights ~ N(0, 1/(D+1)), bias 0 (Stiennon et al. 2020, appendix B).
+    `init_scheme='zero'`: all zero, for a value head on a shared trunk (Ziegler et al. 2019).
     """
 
     config: ModelConfig

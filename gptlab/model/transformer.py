@@ -206,22 +206,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, rope, cache=None, start=None):
-        """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], the cache with T more slots filled)."""
+        """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], cache with T more slots filled)."""
         c = self.config
         q = self._heads(x, "query", c.num_heads, "heads")  # [B, T, H, K]
         k = self._heads(x, "key", c.num_kv_heads, "kv_heads")  # [B, T, Hkv, K]
         v = self._heads(x, "value", c.num_kv_heads, "kv_heads")
-        norms = None
-        if c.qk_norm != "none":
-            norms = [
-                Norm("rmsnorm", c.norm_eps, False, None, name=f"{n}_norm") for n in ("query", "key")
-            ]
         if c.qk_norm == "before_rope":
-            q, k = norms[0](q), norms[1](k)
+            q, k = self._normalize(q, k)
         if c.position == "rope":
             q, k = attn.apply_rope(q, rope), attn.apply_rope(k, rope)
         if c.qk_norm == "after_rope":
-            q, k = norms[0](q), norms[1](k)
+            q, k = self._normalize(q, k)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, Hkv, T, K]
         if cache is not None:
             cache = attn.write_cache(cache, k, v, start)
@@ -235,7 +230,12 @@ class Attention(nn.Module):
         out = Dense(c.d_model, ("heads", "embed"), std, c.use_bias, c.dtype, name="out")(out)
         return out, cache
 
-    def _heads(self, x, name, heads, axis):
+    def _normalize(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        eps = self.config.norm_eps
+        query_norm = Norm("rmsnorm", eps, False, None, name="query_norm")
+        return query_norm(q), Norm("rmsnorm", eps, False, None, name="key_norm")(k)
+
+    def _heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
         c = self.config
         y = Dense(heads * c.head_dim, ("embed", axis), INIT_STD, c.qkv_bias, c.dtype, name=name)(x)
         return y.reshape(*x.shape[:2], heads, c.head_dim)
@@ -317,7 +317,7 @@ class Backbone(nn.Module):
         return self.final_norm(x)
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-        """Int32 [B, T] twice -> what the first layer reads: x [B, T, D] and the RoPE tables or None."""
+        """Int32 [B, T] twice -> what the first layer reads: x [B, T, D] and RoPE tables or None."""
         c = self.config
         if tokens.shape[1] > c.max_len:
             raise UserError(f"{tokens.shape[1]} tokens do not fit the context window: {c.max_len=}")

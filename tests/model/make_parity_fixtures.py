@@ -1,4 +1,4 @@
-"""Makes the parity fixtures: tiny random Hugging Face models, as our parameters, with their outputs.
+"""Makes the parity fixtures: tiny random Hugging Face models in our parameters, with outputs.
 
     python -m venv torchenv && torchenv/bin/pip install torch==2.13.0 transformers==5.23.0
     torchenv/bin/python tests/model/make_parity_fixtures.py
