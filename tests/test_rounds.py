@@ -1,0 +1,258 @@
+"""Rounds: each stage once, only what a change concerns again, on after any stop, all on record."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptlab import rounds
+from gptlab.run import artifact
+from gptlab.run.errors import UserError
+from tests import rounds_driver
+
+TEXT = "a document of one's own\n"
+TOTAL = len(rounds.ONCE) + 2 * len(rounds.EACH_ROUND)
+
+
+@pytest.fixture
+def documents(tmp_path):
+    directory = tmp_path / "documents"
+    directory.mkdir()
+    (directory / "a.txt").write_text(TEXT)
+    return directory
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "run"
+    root.mkdir()
+    undo = rounds_driver.install(root)
+    yield root
+    undo()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two finished rounds, to be copied; and the stages that ran, in order."""
+    directory = tmp_path_factory.mktemp("rounds")
+    (directory / "documents").mkdir()
+    (directory / "documents" / "a.txt").write_text(TEXT)
+    (directory / "run").mkdir()
+    undo = rounds_driver.install(directory / "run")
+    calls = run(directory / "run", directory / "documents")
+    undo()
+    return directory / "run", calls
+
+
+@pytest.fixture
+def done(finished, root):
+    """A copy of the finished rounds in `root`; the stages that had run."""
+    shutil.copytree(finished[0], root, dirs_exist_ok=True)
+    return finished[1]
+
+
+def run(root, documents, **changes):
+    """Runs the rounds; returns the (program, artifact) of each stage that did any work."""
+    calls = root / rounds_driver.CALLS
+    calls.write_text("")
+    rounds.run(rounds_driver.tiny_config(documents, **changes), str(root))
+    return [tuple(line.split()) for line in calls.read_text().splitlines()]
+
+
+def programs(calls):
+    return [program for program, _ in calls]
+
+
+def manifest_times(root):
+    return {p.parent.name: p.stat().st_mtime_ns for p in root.glob("artifacts/*/manifest.json")}
+
+
+def record(root, number):
+    return json.loads((root / "rounds" / f"{number}.json").read_text())
+
+
+def test_two_rounds_in_order(root, documents, capsys):
+    calls = run(root, documents)
+    assert programs(calls) == [
+        "prepare", "train_tokenizer", "prepare", "pretrain", "sft", "reward",
+        *["collect", "rank", "reward", "reward", "ppo", "evaluate"] * 2,
+    ]  # fmt: skip
+    assert len({name for _, name in calls}) == TOTAL  # nothing is shared by mistake
+    printed = capsys.readouterr().out
+    assert f"[ 1/{TOTAL}] clean" in printed and "about" in printed and "left" in printed
+    assert "gptlab.chat" in printed and "report.md" in printed
+    results = artifact.read_manifest(root)["results"]
+    assert results["promoted"] == [True, True]
+    assert results["policy"].endswith(f"ppo-{record(root, 2)['policy']}")
+    for name in ("report.md", "losses.png", "reward_kl.png", "gold_kl.png", "calibration.png"):
+        assert (root / name).stat().st_size > 0
+
+
+def test_a_second_run_does_nothing_twice(root, documents, done):
+    before = manifest_times(root)
+    assert run(root, documents) == []
+    assert manifest_times(root) == before
+
+
+def test_identities_are_known_before_anything_runs(root, done):
+    for program, name in done:
+        manifest = artifact.read_manifest(root / "artifacts" / name)
+        assert name == f"{program}-{manifest['identity']}"
+
+
+@pytest.mark.parametrize(
+    "change, rerun",
+    [
+        ({"stages.ppo.kl.coef": 0.5}, {"collect", "rank", "reward", "ppo", "evaluate"}),
+        ({"stages.ppo.kl.coef": 0.5, "num_rounds": 1}, {"ppo", "evaluate"}),
+        ({"stages.evaluate.data.num_prompts": 16}, {"evaluate"}),
+        ({"stages.evaluate.report_samples": 5, "stages.pretrain.log_every_steps": 1}, {"evaluate"}),
+        ({"stages.sft.optimizer.lr": 0.5}, {"sft", "collect", "rank", "reward", "ppo", "evaluate"}),
+        ({"ppo_init": "previous"}, {"ppo", "evaluate"}),  # of round 2
+        ({"stages.pretrain.checkpoint.every_steps": 1, "stages.ppo.eval_batches": 2}, set()),
+    ],
+)
+def test_a_change_runs_only_what_depends_on_it(root, documents, done, change, rerun):
+    after = run(root, documents, **change)
+    assert set(programs(after)) == rerun
+    assert not set(after) & set(done)
+    assert run(root, documents) == []  # the first experiment is still there, whole
+
+
+def test_changed_documents_run_everything_again(root, documents, done):
+    (documents / "b.txt").write_text("another one\n")
+    assert len(run(root, documents)) == TOTAL
+
+
+def test_a_new_seed_reaches_every_stage_that_has_one(root, documents, done):
+    again = run(root, documents, seed=1)
+    assert programs(again)[0] == "train_tokenizer"  # preparing has no seed of the experiment's
+    assert len(again) == TOTAL - 1
+
+
+def test_rounds_pool_labels_and_differ_in_their_draws(root, done):
+    first, second = record(root, 1), record(root, 2)
+    for name in rounds.EACH_ROUND:
+        assert first["steps"][name]["identity"] != second["steps"][name]["identity"]
+    labels = [r["steps"]["rank"]["identity"] for r in (first, second)]
+    for name in ("reward", "judge"):
+        inputs = second["steps"][name]["inputs"]
+        assert [inputs["comparisons"], inputs["comparisons_2"]] == labels
+        assert inputs["init"] == record(root, 0)["steps"]["sft"]["identity"]
+        assert "comparisons_2" not in first["steps"][name]["inputs"]
+    assert second["steps"]["collect"]["inputs"]["policy"] == first["policy"]
+    assert second["steps"]["evaluate"]["inputs"]["previous"] == first["policy"]
+    config = json.loads((root / second["steps"]["reward"]["artifact"] / "config.json").read_text())
+    judge = json.loads((root / second["steps"]["judge"]["artifact"] / "config.json").read_text())
+    assert not set(config["data"]["folds"]) & set(judge["data"]["folds"])
+    assert config["seed"] != judge["seed"]
+    seeds = {
+        json.loads((root / r["steps"]["evaluate"]["artifact"] / "config.json").read_text())["seed"]
+        for r in (first, second)
+    }
+    assert seeds == {0}  # the same prompts and draws, so that rounds can be compared
+
+
+@pytest.mark.parametrize("start", ["sft", "previous"])
+def test_ppo_starts_where_it_was_told_to(root, documents, done, start):
+    run(root, documents, ppo_init=start)
+    sft = record(root, 0)["steps"]["sft"]["identity"]
+    inputs = record(root, 2)["steps"]["ppo"]["inputs"]
+    assert inputs["init"] == (sft if start == "sft" else record(root, 1)["policy"])
+    assert inputs["reference"] == sft
+
+
+def test_a_policy_that_fails_the_gate_is_not_promoted(root, documents, done, capsys):
+    run(root, documents, **{"stages.evaluate.gate.min_gold_difference": 0.5})
+    sft = record(root, 0)["steps"]["sft"]["identity"]
+    for number in (1, 2):
+        assert record(root, number)["failures"] == ["no gain"]
+        assert record(root, number)["policy_after"] == sft
+    assert record(root, 2)["steps"]["collect"]["inputs"]["policy"] == sft
+    # Compared with the round before all the same.
+    assert record(root, 2)["steps"]["evaluate"]["inputs"]["previous"] == record(root, 1)["policy"]
+    assert "not promoted: no gain" in capsys.readouterr().out
+    assert artifact.read_manifest(root)["results"]["policy"].endswith(f"sft-{sft}")
+
+
+def test_lineage_goes_back_to_the_documents(root, done):
+    tree = artifact.lineage(root / record(root, 2)["steps"]["ppo"]["artifact"])
+    while tree["inputs"]:
+        tree = (
+            tree["inputs"].get("init") or tree["inputs"].get("tokens") or tree["inputs"]["corpus"]
+        )
+    (path,) = tree["manifest"]["files"]["sources"]["paths"]
+    assert path.endswith("documents/a.txt")
+
+
+def test_written_configs_are_the_exact_ones(root, done):
+    for path in (root / "configs").glob("*.py"):
+        spec = importlib.util.spec_from_file_location("written", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        manifest = artifact.read_manifest(root / "artifacts" / path.stem)
+        identities = {name: entry["identity"] for name, entry in manifest["inputs"].items()}
+        raw = {f"files:{name}": entry["digest"] for name, entry in manifest["files"].items()}
+        config = module.get_config()
+        found = artifact.identity(manifest["stage"], config, {**identities, **raw})
+        assert path.stem == f"{manifest['stage']}-{found}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_goes_on_after_a_stop(tmp_path, documents, number):
+    root = tmp_path / "run"
+    command = [sys.executable, "-m", "tests.rounds_driver", str(root), str(documents)]
+    process = subprocess.Popen([*command, "0.5"], stderr=subprocess.DEVNULL)
+    calls = root / rounds_driver.CALLS
+    deadline = time.monotonic() + 120
+    while not calls.exists() or len(calls.read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    done = manifest_times(root)
+    finished = calls.read_text().splitlines()
+    assert 4 <= len(finished) < TOTAL
+    subprocess.run([*command, "0"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    again = calls.read_text().splitlines()
+    assert again[: len(finished)] == finished and len(again) == len(set(again)) == TOTAL
+    after = manifest_times(root)
+    for line in finished:
+        assert after[line.split()[1]] == done[line.split()[1]]
+    assert artifact.read_manifest(root)["status"] == "done"
+
+
+def test_a_subprocess_speaks_for_itself(tmp_path, documents, capfd):
+    config = rounds_driver.tiny_config(documents)
+    planner = rounds.Planner(config, tmp_path)
+    step = planner.step("rank", 1)  # without its candidates
+    path = rounds.write_config(step, tmp_path / "configs")
+    with pytest.raises(UserError, match="round 1: rank stopped at the mistake"):
+        rounds.run_subprocess(step, path, lambda: False)
+    assert "config.inputs.candidates is not set" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_rounds": 0}, "num_rounds=0"),
+        ({"num_rounds": 9}, "num_rounds=9"),
+        ({"backend": "cloud"}, "config.backend='cloud'"),
+        ({"ppo_init": "base"}, "config.ppo_init='base'"),
+    ],
+)
+def test_mistakes_are_named(root, documents, change, message):
+    with pytest.raises(UserError, match=message):
+        run(root, documents, **change)
+
+
+def test_missing_documents_are_named_before_anything_runs(root, tmp_path):
+    with pytest.raises(UserError, match="config.data.documents"):
+        run(root, tmp_path / "nowhere")
+    assert not (root / "artifacts").exists()
