@@ -547,6 +547,7 @@ def run_tokenize(config: ConfigDict, workdir: str) -> None:
             directory=str(opened.workdir / "records"),
             ticks=str(opened.workdir / ".ticks"),
         )
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
         from gptlab.data import tasks
 
         tasks.use(settings.corpus, settings.vocabulary, settings.module)

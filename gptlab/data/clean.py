@@ -19,6 +19,8 @@ from gptlab.run.errors import UserError
 # What ftfy leaves: invisible characters that only confuse a vocabulary (joiners belong to emoji
 # and scripts: kept).
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff\ufff9-\ufffc]")
+_BREAKS = re.compile("[\x0b\x0c]")  # vertical tab, form feed
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 _ODD_BLANKS = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _PLAIN = re.compile(r"[ -%'-~\n]*")  # printable ASCII without &: ftfy would change nothing
 _TRAILING = re.compile(r"[ \t]+(?=\n|$)")
@@ -60,15 +62,15 @@ def html_text(page: str) -> str:
 
 
 def clean_text(text: str, straight_quotes: bool = True) -> str:
-    """Repaired Unicode (mojibake, entities, control characters; NFC), even white space; idempotent.
+    """Repaired Unicode (mojibake, entities, control characters; NFC), even white space.
 
     Indentation and single blank lines stay: they carry the structure of code and paragraphs.
     """
     if not _PLAIN.fullmatch(text):
         text = ftfy.fix_text(text, uncurl_quotes=straight_quotes, unescape_html="auto")
-        text = _ODD_BLANKS.sub(" ", _INVISIBLE.sub("", text))
-    text = _MANY_BREAKS.sub("\n\n", _TRAILING.sub("", text))
-    return text.strip("\n").rstrip() if text.startswith((" ", "\t")) else text.strip()
+        text = _CONTROL.sub("", _INVISIBLE.sub("", _BREAKS.sub("\n", text)))
+        text = _ODD_BLANKS.sub(" ", text)
+    return _MANY_BREAKS.sub("\n\n", _TRAILING.sub("", text)).strip()
 
 
 def clean_document(document: Document, html: bool, rules: Rules) -> tuple[Document, str | None]:

@@ -204,17 +204,17 @@ def _read_text(file: BinaryIO, source: Source, limits: Limits) -> Lines:
         return Item(Document(key, text, "file"), unit=key)
 
     for number, line in _bounded_lines(file, limits.max_line_bytes):
-        if line is None:
-            yield number, Bad(path, number, f"line longer than {limits.max_line_bytes} bytes")
-        ends = line is None or (size >= limits.stretch_bytes and not line.strip())
-        if (ends or size >= 2 * limits.stretch_bytes) and stretch:
-            if (item := flush()) is not None:
-                yield number, item
-            stretch, size, first, part = [], 0, number, part + 1
         if line is not None:
             stretch.append(line)
             size += len(line)
-    if (stretch or not part) and number >= 0 and (item := flush()) is not None:
+        else:
+            yield number, Bad(path, number, f"line longer than {limits.max_line_bytes} bytes")
+        enough = 2 if line is not None and line.strip() else 1  # rather cut between paragraphs
+        if line is None or size >= enough * limits.stretch_bytes:
+            if stretch and (item := flush()) is not None:
+                yield number, item
+            stretch, size, first, part = [], 0, number + 1, part + 1
+    if (stretch or not part) and (item := flush()) is not None:
         yield number, item
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
+from absl import logging
 
 from gptlab.data import chat, records
 from gptlab.data.records import Conversation, Document, RecordReader, TokenExample
@@ -241,6 +242,8 @@ def _register() -> None:
 
 
 _register()
+tf.config.set_visible_devices([], "GPU")  # text only: the accelerators are left to JAX
+logging.set_verbosity(logging.WARNING)  # seqio announces every slice
 
 
 def add_mixture(name: str, rates: Mapping[str, float]) -> dict[str, float]:
