@@ -1,12 +1,14 @@
-"""PPO from an SFT model against a reward model, for a model of about 1M parameters on two CPU cores.
+"""PPO from an SFT model against a reward model, for a model of about 1M parameters on two CPU
+cores.
 
     python -m gptlab.ppo --config=configs/ppo.py --workdir=runs/ppo \\
         --config.inputs.init=runs/sft --config.inputs.reward=runs/reward \\
         --config.inputs.prompts=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
-Arguments name a recipe of RLHF.md, section 4: 'cpu' (the default, 60 steps of 64 episodes), 'instructgpt'
-(one inner epoch of 8 minibatches, fixed KL coefficient, constant learning rate), 'ziegler' (4 epochs,
-adaptive KL, whitened rewards), 'scorer' (no reward model: the share of some words, a canary).
+Arguments name a recipe of RLHF.md, section 4: 'cpu' (the default, 60 steps of 64 episodes),
+'instructgpt' (one inner epoch of 8 minibatches, fixed KL coefficient, constant learning rate),
+'ziegler' (4 epochs, adaptive KL, whitened rewards), 'scorer' (no reward model: the share of some
+words, a canary).
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +27,16 @@ def get_config(arg: str = "cpu") -> ConfigDict:
         {
             "seed": 0,
             # `reference` is what the KL is measured against; without it, `init` itself.
-            "inputs": common.inputs("init", "reference", "reward", "prompts", "vocabulary", "tokens"),
+            "inputs": common.inputs(
+                "init", "reference", "reward", "prompts", "vocabulary", "tokens"
+            ),
             "compute": common.compute(unroll=4),
             "data": {"prompt_len": 48},
             "sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 32},
-            "total_episodes": 60 * 64,
-            "prompts_per_step": 64,
+            # One of the two is set; a step is one rollout of batch_size episodes.
+            "total_steps": placeholder(int),
+            "total_episodes": placeholder(int),
+            "batch_size": 64,
             "samples_per_prompt": 1,
             "minibatches": 4,
             "epochs": 1,
@@ -41,7 +47,7 @@ def get_config(arg: str = "cpu") -> ConfigDict:
             ),
             "policy_clip": 0.2,
             "value_clip": 0.2,
-            "vf_coef": 1.0,  # the critic is a network of its own: this matters to its clip_norm only
+            "vf_coef": 1.0,  # of a critic of its own: matters to its clip_norm
             # 'model': inputs.reward, normalised. 'scorer': a program, scorers/registry.py.
             "reward": {
                 "kind": "model",
@@ -68,8 +74,9 @@ def get_config(arg: str = "cpu") -> ConfigDict:
         }
     )
     config.no_eos_score = -1.0
+    config.total_episodes = 60 * 64
     if arg == "instructgpt":
-        config.update(prompts_per_step=512, minibatches=8, total_episodes=256_000)
+        config.update(batch_size=512, minibatches=8, total_episodes=256_000)
         config.data.prompt_len, config.sampling.max_new_tokens = 1024, 1024
         # 10 iterations of 8 optimiser steps of warm-up, then constant.
         config.optimizer = common.adamw(
@@ -82,7 +89,7 @@ def get_config(arg: str = "cpu") -> ConfigDict:
         config.ptx.update(coef=1.0, batch_size=512, seq_len=1024)
     if arg == "ziegler":
         config.update(
-            prompts_per_step=512,
+            batch_size=512,
             minibatches=1,
             epochs=4,
             total_episodes=1_000_000,

@@ -4,13 +4,15 @@
         --config.inputs.policy=runs/sft --config.inputs.prompts=runs/clean \
         --config.inputs.vocabulary=runs/vocabulary
 
-Writes records/candidates-{train,validation}; a prompt's split stays its split, so labels are split by prompt
-before anything is trained on them. The key of a reply is a function of (seed, split, prompt, number of
-the reply) alone: batch size and interruptions change nothing, and a killed run goes on after its last
-finished batch. About 60 replies of 32 tokens a second with the quickstart's model on two CPU cores.
+Writes records/candidates-{train,validation}; a prompt's split stays its split, so labels are split
+by prompt before anything is trained on them. The key of a reply is a function of (seed, split,
+prompt, number of the reply) alone: batch size and interruptions change nothing, and a killed run
+goes on after its last finished batch. About 60 replies of 32 tokens a second with the quickstart's
+model on two CPU cores.
 
-Replies that a policy gives twice to one prompt are kept and counted (`duplicate_rate`): they are what it
-says, a set without them would show a more varied policy than there is. They teach a reward model nothing
+Replies that a policy gives twice to one prompt are kept and counted (`duplicate_rate`): they are
+what it says, a set without them would show a more varied policy than there is. They teach a reward
+model nothing
 and cost it nothing: equal rewards have a gradient of exactly zero.
 """
 
@@ -93,9 +95,11 @@ def check(config: ConfigDict) -> None:
 
 
 def choose_prompts(config: ConfigDict, split: str) -> list[tuple[int, Prompt]]:
-    """(number, prompt) of the prompts to answer: the first of a seeded order, back in their own order.
+    """(number, prompt) of the prompts to answer: the first of a seeded order, back in their own
+    order.
 
-    config.num_prompts[split] says how many; None is all. A prompt's number is its place in the records.
+    config.num_prompts[split] says how many; None is all. A prompt's number is its place in the
+    records.
     """
     directory = epath.Path(config.inputs.prompts) / "records"
     reader = records.RecordReader(directory, "prompts", split, Prompt)
@@ -104,8 +108,11 @@ def choose_prompts(config: ConfigDict, split: str) -> list[tuple[int, Prompt]]:
     return [(int(i), reader[int(i)]) for i in chosen]
 
 
-def make_generate(model: LanguageModel, config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> Any:
-    """Compiled (params, batch of prompts, numbers [B], key) -> (tokens [B, K, R], lengths, finished).
+def make_generate(
+    model: LanguageModel, config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh
+) -> Any:
+    """Compiled (params, batch of prompts, numbers [B], key) -> (tokens [B, K, R], lengths,
+    finished).
 
     Outputs are whole on every process.
     """

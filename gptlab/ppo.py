@@ -4,11 +4,12 @@
         --config.inputs.init=runs/sft --config.inputs.reward=runs/reward \
         --config.inputs.prompts=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
-A step samples `prompts_per_step * samples_per_prompt` replies, pays them the reward's score and a KL penalty
-per token, and makes epochs * minibatches optimiser steps on policy and critic (InstructGPT, arXiv
-2203.02155; lm-human-preferences, 1909.08593; the details and their tests: RLHF.md, section 7). The critic
-starts as the reward model. `ptx.coef` mixes in the pretraining gradient; `reward.kind='scorer'` pays by
-a program instead of a model. How long it takes and what to expect stand in the config.
+A step samples `batch_size` replies (`samples_per_prompt` to each prompt), pays them the reward's
+score and a KL penalty per token, and makes epochs * minibatches optimiser steps on policy and
+critic (InstructGPT, arXiv 2203.02155; lm-human-preferences, 1909.08593; the details and their
+tests: RLHF.md, section 7). The critic starts as the reward model. `ptx.coef` mixes in the
+pretraining gradient; `reward.kind='scorer'` pays by a program instead of a model. How long it takes
+and what to expect stand in the config.
 
 Dimensions: B episodes, P prompt, R response, T = P + R, U optimiser steps (epochs * minibatches).
 """
@@ -24,24 +25,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, packing, records
-from gptlab.data.batches import PromptBatch, PromptBatches, TokenBatch
+from gptlab.data import batches, packing
+from gptlab.data.batches import PromptBatches, TokenBatch
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.model.decode import Sampling
-from gptlab.model.heads import ScalarModel, scalar_from_language
+from gptlab.model.heads import ScalarModel
 from gptlab.model.sharding import constrain
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import advantages as adv
+from gptlab.rl import episodes as episodes_lib
 from gptlab.rl import kl as kl_lib
+from gptlab.rl import prompts as prompts_lib
 from gptlab.rl import rewards, rollout
-from gptlab.rl.rollout import Rollout, Samples
+from gptlab.rl.actor import Actor
+from gptlab.rl.episodes import Episodes
+from gptlab.rl.rollout import Rollout
 from gptlab.run import artifact, profile, program
 from gptlab.run.errors import Interrupted, UserError
-from gptlab.scorers import registry
 from gptlab.train import checkpoint, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
@@ -64,27 +66,19 @@ class PPOState:
     kl_coef: jax.Array  # float32 []
 
 
-@flax.struct.dataclass
-class Episodes:
-    """What the losses read; rows are cut into minibatches."""
-
-    samples: Samples
-    old_logprobs: jax.Array  # float32 [B, R]
-    old_values: jax.Array  # float32 [B, R]
-    advantages: jax.Array  # float32 [B, R]
-    returns: jax.Array  # float32 [B, R]
-    value_mask: jax.Array  # float32 [B, R]
-
-
 def make_policy_loss(model: LanguageModel, config: ConfigDict) -> step_lib.LossFn:
-    """Clipped surrogate over response tokens: sums and their weight, so that accumulation is exact."""
+    """Clipped surrogate over response tokens, as sums and their weight: accumulation is exact."""
 
     def loss_fn(params: Any, batch: Episodes, rng: jax.Array) -> Any:
         del rng  # no dropout in RL: the ratio compares two values of one function
         samples, temperature = batch.samples, config.sampling.temperature
         logprobs, _ = rollout.response_logprobs(model, params, samples, temperature)  # [B, R]
         loss, metrics = losses.ppo_policy_loss(
-            logprobs, batch.old_logprobs, batch.advantages, samples.response_mask, config.policy_clip
+            logprobs,
+            batch.old_logprobs,
+            batch.advantages,
+            samples.response_mask,
+            config.policy_clip,
         )
         weight = jnp.sum(samples.response_mask)
         return loss * weight, (weight, {k: v * weight for k, v in metrics.items()})
@@ -113,7 +107,7 @@ def make_value_loss(model: ScalarModel, config: ConfigDict) -> step_lib.LossFn:
 def make_ptx_loss(model: LanguageModel) -> step_lib.LossFn:
     """Next-token loss on pretraining rows (PPO-ptx, InstructGPT eq. 2), a mean over tokens."""
 
-    def loss_fn(params: Any, batch: TokenBatch, rng: jax.Array) -> Any:
+    def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
         del rng
         logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
         loss, weight, _ = losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)
@@ -123,7 +117,7 @@ def make_ptx_loss(model: LanguageModel) -> step_lib.LossFn:
 
 
 def make_policy_grads(model: LanguageModel, config: ConfigDict) -> Callable[..., Any]:
-    """(params, minibatch, ptx rows or None) -> (gradients, loss, metrics): g_ppo + c g_ptx, one step."""
+    """(params, minibatch, ptx rows or None) -> (g_ppo + c g_ptx, loss, metrics)."""
     policy_loss, ptx_loss = make_policy_loss(model, config), make_ptx_loss(model)
 
     def policy_grads(params: Any, batch: Episodes, ptx: TokenBatch | None) -> Any:
@@ -143,50 +137,6 @@ def make_policy_grads(model: LanguageModel, config: ConfigDict) -> Callable[...,
     return policy_grads
 
 
-def prepare_episodes(
-    data: Rollout, kl_coef: jax.Array, config: ConfigDict
-) -> tuple[Episodes, Metrics]:
-    """From a rollout to what the losses read: rewards, advantages, returns."""
-    samples, mask = data.samples, data.samples.response_mask
-    # (1) Rewards: KL on every token, the score on one.
-    paid = rewards.assemble(
-        data.scores,
-        data.old_logprobs,
-        data.ref_logprobs,
-        mask,
-        samples.finished,
-        kl_coef,
-        no_eos_score=config.no_eos_score,
-        position=config.score_position,
-        whiten=config.whiten_rewards,
-    )
-    # (2) Advantages and, from them unwhitened, returns: [B, R] both.
-    advantages, returns = adv.gae(
-        paid.total, data.values, paid.value_mask, gamma=config.gamma, lam=config.lam
-    )
-    if config.whiten_advantages == "rollout":
-        advantages = adv.whiten(advantages, mask, keep_mean=False)
-    old_values = data.values * paid.value_mask
-    episodes = Episodes(samples, data.old_logprobs, old_values, advantages, returns, paid.value_mask)
-    per_response = lambda x: jnp.mean(jnp.sum(x, axis=1))  # noqa: E731
-    metrics = {
-        "score": jnp.mean(paid.scores),
-        "raw_score": jnp.mean(data.scores),
-        "non_score_reward": per_response(paid.non_score),
-        "kl": kl_lib.sequence_kl(data.old_logprobs, data.ref_logprobs, mask),
-        "kl_k3": kl_lib.sequence_kl(data.old_logprobs, data.ref_logprobs, mask, "k3"),
-        "kl_coef": kl_coef,
-        "entropy": losses.masked_mean(data.entropy, mask),
-        "response_len": per_response(mask),
-        "eos_rate": jnp.mean(samples.finished.astype(jnp.float32)),
-        "value_explained_var": adv.explained_variance(data.values, returns, paid.value_mask),
-        "rollout_logprob_diff": losses.masked_mean(
-            jnp.abs(samples.decode_logprobs - data.old_logprobs), mask
-        ),
-    }
-    return episodes, metrics
-
-
 def make_update(
     policy_grads: Callable[..., Any],
     value_loss: step_lib.LossFn,
@@ -195,7 +145,7 @@ def make_update(
     controller: kl_lib.FixedKL | kl_lib.AdaptiveKL,
     config: ConfigDict,
 ) -> Callable[..., tuple[PPOState, Metrics]]:
-    """The whole update of a step, to be compiled as one: (state, rollout, ptx rows, key) -> state, metrics."""
+    """A step's whole update, compiled as one: (state, rollout, ptx rows, key) -> state, metrics."""
     policy_tx, critic_tx = transforms
     updates = config.epochs * config.minibatches  # U
 
@@ -221,7 +171,7 @@ def make_update(
 
     def update(state: PPOState, data: Rollout, ptx: TokenBatch | None, key: jax.Array) -> Any:
         # (1, 2) Rewards, advantages, returns, with the coefficient of before.
-        episodes, figures = prepare_episodes(data, state.kl_coef, config)
+        episodes, figures = episodes_lib.prepare(data, state.kl_coef, config)
         lr = schedule(step_lib.applied_updates(state.policy.opt_state))
         # (3) Epochs x minibatches, reshuffled every epoch.
         count = data.scores.shape[0]
@@ -244,83 +194,13 @@ def make_update(
 
 
 def _split_rows(x: jax.Array) -> jax.Array:
-    """Rows over the data axes again: a gather by permuted indices would leave them on every device."""
+    """Rows over the data axes again: a gather by permuted indices leaves them on every device."""
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def _stack(x: jax.Array, parts: int) -> jax.Array:
     """[parts * b, ...] -> [parts, b, ...], each part with a share of every device's rows."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-
-class Actor:
-    """Compiled sampling and scoring, and the frozen models: what a rollout is made with.
-
-    Policy and reference go through one executable, critic and reward model through another: equal parameters
-    give equal numbers, bit for bit.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        model: LanguageModel,
-        scalar_model: ScalarModel,
-        reference: Any,
-        reward_params: Any | None,
-        tokenizer: Tokenizer,
-        mesh: Mesh,
-    ):
-        """reward_params have the normalisation folded in; None with reward.kind='scorer'."""
-        sampling = Sampling(**config.sampling.to_dict(), stop_tokens=(tokenizer.end_id,))
-        rollout.check_sampling(sampling)
-        temperature, pad_id = sampling.temperature, tokenizer.pad_id
-        self.reference, self._reward_params = reference, reward_params
-        self._tokenizer, self._mesh = tokenizer, mesh
-        self._text_scorer = None
-        if config.reward.kind == "scorer":
-            self._text_scorer = registry.make(config.reward.scorer, config.inputs)
-        self.sample = jax.jit(
-            lambda params, batch, key: rollout.sample(
-                model, params, batch.tokens, batch.lengths, key, sampling, pad_id
-            )
-        )
-        self.logprobs = jax.jit(
-            lambda params, samples: rollout.response_logprobs(model, params, samples, temperature)
-        )
-        self.scalars = jax.jit(
-            lambda params, samples: rollout.token_scalars(
-                scalar_model, params, samples.tokens, samples.lengths
-            )
-        )
-        self._at_response = jax.jit(
-            lambda x, s: rollout.at_response(x, s.prompt_lengths, s.response.shape[1])
-        )
-        self._at_last = jax.jit(lambda x, s: rollout.at_last(x, s.lengths))
-
-    def scores(self, samples: Samples, prompts: list[records.Prompt]) -> jax.Array:
-        """float32 [B] of whole replies; `prompts` are those of this process's rows."""
-        if self._text_scorer is None:
-            return self._at_last(self.scalars(self._reward_params, samples), samples)
-        scores = self._text_scorer(prompts, self.texts(samples))
-        return mesh_lib.put_batch(np.asarray(scores, np.float32), self._mesh)
-
-    def texts(self, samples: Samples) -> list[str]:
-        """The replies of this process's rows."""
-        response, mask = (rollout.local_rows(x) for x in (samples.response, samples.response_mask))
-        return [
-            self._tokenizer.decode(row[keep > 0].tolist())
-            for row, keep in zip(response, mask, strict=True)
-        ]
-
-    def score(
-        self, policy: Any, critic: Any, samples: Samples, prompts: list[records.Prompt]
-    ) -> Rollout:
-        """The rollout of samples that `policy` drew."""
-        old_logprobs, entropy = self.logprobs(policy, samples)
-        ref_logprobs, _ = self.logprobs(self.reference, samples)
-        values = self._at_response(self.scalars(critic, samples), samples)
-        scores = self.scores(samples, prompts)
-        return Rollout(samples, old_logprobs, entropy, ref_logprobs, values, scores)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -346,20 +226,28 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     model_config = ModelConfig.build(checkpoint.load_model_config(config.inputs.init), compute)
     model = LanguageModel(model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
-    episodes = config.prompts_per_step * config.samples_per_prompt  # B
-    mesh_lib.check_batch_size("prompts_per_step", config.prompts_per_step, mesh)
+    episodes = config.batch_size  # B
+    if episodes % config.samples_per_prompt:
+        raise UserError(
+            f"config.samples_per_prompt={config.samples_per_prompt} does not divide "
+            f"config.batch_size={episodes} episodes"
+        )
+    num_prompts = episodes // config.samples_per_prompt
+    mesh_lib.check_batch_size("batch_size / samples_per_prompt", num_prompts, mesh)
     if episodes % config.minibatches:
-        raise UserError(f"config.minibatches={config.minibatches} does not divide {episodes} episodes")
+        raise UserError(
+            f"config.minibatches={config.minibatches} does not divide {episodes} episodes"
+        )
     size = episodes // config.minibatches
     mesh_lib.check_batch_size("minibatches: one", size, mesh, config.accumulation_steps)
-    total = math.ceil(config.total_episodes / episodes)
+    total = total_steps(config)
     updates = config.epochs * config.minibatches
     length = config.data.prompt_len + config.sampling.max_new_tokens
     controller = kl_lib.make_controller(config.kl)
 
     # (2) Data: prompts of the training and the held-out split, pretraining rows for ptx.
-    data = read_prompts(config, tokenizer, "train", config.prompts_per_step, mesh)
-    held_out = read_prompts(config, tokenizer, "validation", episodes, mesh)
+    data = prompts_lib.read_prompts(config, tokenizer, "train", num_prompts, mesh)
+    held_out = prompts_lib.read_prompts(config, tokenizer, "validation", episodes, mesh)
     ptx_rows = read_ptx(config, updates, mesh)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -368,7 +256,13 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             checkpoint.load_params, mesh=mesh, init_fn=functools.partial(init_params, model)
         )
         reference = load_policy(config.inputs.reference or config.inputs.init)
-        scalar_model, critic, reward_params = load_scalars(config, model, mesh)
+        scalar_model, critic, reward_params = rewards.load_critic(
+            config.inputs.reward if config.reward.kind == "model" else None,
+            config.inputs.init,
+            model_config,
+            mesh,
+            compute,
+        )
         policy_tx, schedule = make_optimizer(config.optimizer, total * updates)
         critic_tx, _ = make_optimizer(config.value_optimizer, total * updates)
         policy, policy_sh = state_lib.state_from_params(
@@ -376,7 +270,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
         critic, critic_sh = state_lib.state_from_params(critic, critic_tx, mesh)
         whole = NamedSharding(mesh, PartitionSpec())
-        shardings = PPOState(policy_sh, critic_sh, whole)
+        shardings: Any = PPOState(policy_sh, critic_sh, whole)  # type: ignore[arg-type]
         state = PPOState(policy, critic, jax.device_put(controller.initial(), whole))
         actor = Actor(config, model, scalar_model, reference, reward_params, tokenizer, mesh)
         update = jax.jit(
@@ -410,11 +304,12 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             profiler.step(done)
             warm = done > start + 1
             with run.goodput.measure("data"):
-                prompts = repeat_rows(next(stream), config.samples_per_prompt)
+                prompts = prompts_lib.repeat_rows(next(stream), config.samples_per_prompt)
                 asked = [data.prompts[i] for i in prompts.index]
                 prompts = mesh_lib.put_batch(prompts, mesh)
                 ptx = None if ptx_rows is None else mesh_lib.put_batch(ptx_rows.at(done - 1), mesh)
-            # Each phase is waited for: they depend on each other anyway, and goodput can tell them apart.
+            # Each phase is waited for: they depend on each other anyway, and goodput can tell them
+            # apart.
             with run.goodput.measure("rollout" if warm else "compile"):
                 samples = actor.sample(
                     state.policy.params, prompts, jax.random.fold_in(sample_key, done)
@@ -426,21 +321,19 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             with run.goodput.measure("step" if warm else "compile"):
                 key = jax.random.fold_in(update_key, done)
                 state, metrics = update(state, scored, ptx, key)
-                jax.block_until_ready(metrics)
                 log.push(done, metrics)
+                log.flush()  # the next rollout waits for this update anyway
             progress.update(score=float(metrics["ppo/score"]), kl=float(metrics["ppo/kl"]))
             stop, last = run.stop_requested() and done < total, done == total
             save = checkpoints.due(done) or stop or last
             evaluate = done % config.eval_every_steps == 0 or last
             if config.sample_every_steps and done % config.sample_every_steps == 0:
-                write_samples(run, done, actor, scored, asked)
+                for example in actor.examples(scored, asked):
+                    run.metrics.write_sample({"step": done, **example})
             if not (save or evaluate):
                 continue
-            log.flush()
             if evaluate:
-                with run.goodput.measure("eval"):
-                    figures = evaluate_policy(config, actor, state, held_out, mesh, eval_key)
-                run.metrics.write(done, figures)
+                figures = evaluate_policy(run, done, actor, state.policy.params, held_out, eval_key)
             if save:
                 with run.goodput.measure("save"):
                     checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
@@ -452,7 +345,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         # (6) Results.
         checkpoints.wait()
         if not figures:
-            figures = evaluate_policy(config, actor, state, held_out, mesh, eval_key)
+            figures = evaluate_policy(run, start, actor, state.policy.params, held_out, eval_key)
         run.results(
             steps=total,
             episodes=total * episodes,
@@ -475,7 +368,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name}={config[name]!r} is not one of {allowed}")
     if config.reward.kind not in ("model", "scorer"):
         raise UserError(f"config.reward.kind={config.reward.kind!r}: 'model' or 'scorer'")
-    for name in ("total_episodes", "epochs", "minibatches", "samples_per_prompt"):
+    for name in ("epochs", "minibatches", "samples_per_prompt"):
         if config[name] < 1:
             raise UserError(f"config.{name}={config[name]} must be at least 1")
     needed = ["init", "vocabulary", "prompts"]
@@ -491,59 +384,27 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def read_prompts(
-    config: ConfigDict, tokenizer: Tokenizer, split: str, batch_size: int, mesh: Mesh
-) -> PromptBatches:
-    """Prompts of a split; the held-out ones may be fewer than a batch."""
-    directory = epath.Path(config.inputs.prompts) / "records"
-    prompts = list(records.RecordReader(directory, "prompts", split, records.Prompt))
-    parts = mesh_lib.data_size(mesh)
-    if split != "train":
-        batch_size = min(batch_size, max(parts, len(prompts) // parts * parts))
-    return PromptBatches(
-        prompts,
-        tokenizer,
-        batch_size,
-        config.data.prompt_len,
-        config.seed,
-        *mesh_lib.process_block(mesh),
-    )
+def total_steps(config: ConfigDict) -> int:
+    """Steps of batch_size episodes; exactly one of total_steps and total_episodes is set."""
+    steps, episodes = config.total_steps, config.total_episodes
+    if (steps is None) == (episodes is None) or (steps or episodes) < 1:
+        raise UserError(
+            f"set exactly one of config.total_steps ({steps}) and config.total_episodes "
+            f"({episodes}), to at least 1"
+        )
+    return steps if steps is not None else math.ceil(episodes / config.batch_size)
 
 
 def read_ptx(config: ConfigDict, updates: int, mesh: Mesh) -> batches.TrainBatches | None:
     """Pretraining rows, ptx.batch_size for each optimiser step; None when the coefficient is 0."""
     if not config.ptx.coef:
         return None
-    mesh_lib.check_batch_size("ptx.batch_size", config.ptx.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_batch_size(
+        "ptx.batch_size", config.ptx.batch_size, mesh, config.accumulation_steps
+    )
     source = packing.packed(config.inputs.tokens, config.ptx.name, "train", config.ptx.seq_len)
     rows = config.ptx.batch_size * updates
     return batches.TrainBatches(source, rows, config.seed, *mesh_lib.process_block(mesh))
-
-
-def load_scalars(
-    config: ConfigDict, model: LanguageModel, mesh: Mesh
-) -> tuple[ScalarModel, Any, Any | None]:
-    """(model of critic and reward, critic's parameters, reward's parameters or None).
-
-    The critic starts as the normalised reward model; with a scorer, as the policy's trunk and a zero head, so that
-    its first value is 0 and no noise.
-    """
-    if config.reward.kind == "model":
-        scalar_model, params, gain, bias = rewards.load_reward_model(
-            config.inputs.reward, mesh, config.compute.to_dict()
-        )
-        if scalar_model.config.vocab_size != model.config.vocab_size:
-            raise UserError(
-                f"config.inputs.reward has a vocabulary of {scalar_model.config.vocab_size}, "
-                f"config.inputs.init of {model.config.vocab_size}: they don't belong together"
-            )
-        params = jax.jit(rewards.fold_normalisation)(params, gain, bias)
-        return scalar_model, jax.tree.map(jnp.copy, params), params
-    scalar_model = ScalarModel(model.config, "zero")
-    trunk = checkpoint.load_params(config.inputs.init, mesh, functools.partial(init_params, model))
-    whole = NamedSharding(mesh, PartitionSpec())
-    head = {"kernel": jnp.zeros((model.config.d_model, 1)), "bias": jnp.zeros((1,))}
-    return scalar_model, scalar_from_language(trunk, jax.device_put(head, whole)), None
 
 
 def items_of(state: PPOState) -> dict[str, Any]:
@@ -574,60 +435,20 @@ def restore(
     )
 
 
-def repeat_rows(batch: PromptBatch, times: int) -> PromptBatch:
-    """Every prompt `times` in a row."""
-    return jax.tree.map(lambda x: np.repeat(x, times, axis=0), batch)
-
-
 def evaluate_policy(
-    config: ConfigDict,
+    run: artifact.Run,
+    step: int,
     actor: Actor,
-    state: PPOState,
+    policy: Any,
     held_out: PromptBatches,
-    mesh: Mesh,
     key: jax.Array,
 ) -> dict[str, float]:
-    """Means over held-out prompts, one reply each, drawn with the same keys every time."""
-
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def sums(index: jax.Array, samples: Samples, logprobs: Any, ref: Any, scores: Any) -> Any:
-        real = (index >= 0).astype(jnp.float32)
-        paid = rewards.replace_unfinished(scores, samples.finished, config.no_eos_score)
-        mask = samples.response_mask
-        rows = {
-            "score": paid,
-            "raw_score": scores,
-            "kl": jnp.sum(kl_lib.k1(logprobs, ref) * mask, axis=1),
-            "response_len": jnp.sum(mask, axis=1),
-            "eos_rate": samples.finished.astype(jnp.float32),
-            "n": jnp.ones_like(scores),
-        }
-        return {name: jnp.sum(row * real) for name, row in rows.items()}
-
-    total: dict[str, float] = {}
-    for i, batch in enumerate(held_out.eval(config.eval_batches)):
-        asked = [held_out.prompts[max(row, 0)] for row in batch.index]
-        batch = mesh_lib.put_batch(batch, mesh)
-        samples = actor.sample(state.policy.params, batch, jax.random.fold_in(key, i))
-        logprobs, _ = actor.logprobs(state.policy.params, samples)
-        ref, _ = actor.logprobs(actor.reference, samples)
-        out = sums(batch.index, samples, logprobs, ref, actor.scores(samples, asked))
-        for name, value in jax.device_get(out).items():
-            total[name] = total.get(name, 0.0) + float(value)
-    count = total.pop("n")
-    return {f"eval/validation/{name}": value / count for name, value in total.items()}
-
-
-def write_samples(
-    run: artifact.Run, step: int, actor: Actor, data: Rollout, prompts: list[records.Prompt]
-) -> None:
-    """The first few replies of a step, with their scores."""
-    scores = rollout.local_rows(data.scores)
-    replies = actor.texts(data.samples)
-    for prompt, reply, score in list(zip(prompts, replies, scores, strict=True))[:4]:
-        text = [message.content for message in prompt.messages]
-        line = {"step": step, "prompt": text, "reply": reply, "score": float(score)}
-        run.metrics.write_sample(line)
+    """Writes and returns the held-out figures, named eval/validation/..."""
+    with run.goodput.measure("eval"):
+        figures = actor.held_out(policy, held_out, run.config.eval_batches, key)
+    figures = {f"eval/validation/{name}": value for name, value in figures.items()}
+    run.metrics.write(step, figures)
+    return figures
 
 
 if __name__ == "__main__":

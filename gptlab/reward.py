@@ -4,12 +4,12 @@
         --config.inputs.init=runs/sft --config.inputs.comparisons=runs/rank \
         --config.inputs.vocabulary=runs/vocabulary
 
-Starts from the SFT model's backbone with a fresh scalar head and always reads *all* comparisons: every
-input whose name starts with `comparisons` is pooled, one a round. Trains one epoch (more overfit at once),
-keeps the checkpoint of the smallest validation loss, then normalises the reward once and freezes that in
-the results (`normalisation`), which rl.rewards.load_reward_model applies. report.md and the manifest
-hold the accuracy on held-out labels beside its ceiling, 'longer wins' and a linear model, and the
-calibration.
+Starts from the SFT model's backbone with a fresh scalar head and always reads *all* comparisons:
+every input whose name starts with `comparisons` is pooled, one a round. Trains one epoch (more
+overfit at once), keeps the checkpoint of the smallest validation loss, then normalises the reward
+once and freezes that in the results (`normalisation`), which rl.rewards.load_reward_model applies.
+report.md and the manifest hold the accuracy on held-out labels beside its ceiling, 'longer wins'
+and a linear model, and the calibration.
 """
 
 import contextlib
@@ -48,14 +48,12 @@ from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
 
 NORMALISATIONS = ("samples", "demonstrations", "none")
-# The linear model on TF-IDF features that the reward model has to beat, fitted on the same labels.
-_BASELINE = {"min_count": 2, "inverse_penalty": 1.0}
 
 
 def make_loss_fn(model: ScalarModel) -> step_lib.LossFn:
-    """The loss of a microbatch of prompts: sums and their weight, so that accumulation stays exact."""
+    """The loss of a microbatch of prompts, as sums and their weight: accumulation stays exact."""
 
-    def loss_fn(params: Any, batch: ComparisonBatch, rng: jax.Array) -> Any:
+    def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
         dropout_key = rng if model.config.dropout > 0 else None
         scores = rewards.candidate_rewards(model, params, batch, dropout_key)  # [B, N]
         loss, weight, sums = losses.ranking_loss_sums(scores, batch.ranks, batch.weight)
@@ -274,7 +272,7 @@ class Scorer:
         self._mesh = mesh
         replicated = NamedSharding(mesh, PartitionSpec())
 
-        def score(params: Any, batch: ComparisonBatch) -> Any:
+        def score(params: Any, batch: Any) -> Any:
             scores = rewards.candidate_rewards(model, params, batch)
             loss, weight, sums = losses.ranking_loss_sums(scores, batch.ranks, batch.weight)
             return scores, batch.ranks > 0, batch.weight > 0, {**sums, "loss": loss, "n": weight}
@@ -351,10 +349,13 @@ def evaluate_model(
     data: ComparisonBatches,
     held_out: ComparisonBatches,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Figures and tables on the held-out comparisons, of normalised scores."""
+    """Figures and tables on the held-out comparisons, of normalised scores.
+
+    Beside them, a linear model on TF-IDF features that was fitted on the same labels.
+    """
     scores = normalisation["gain"] * scorer.candidates(params, held_out) + normalisation["bias"]
     comparisons = held_out.comparisons
-    linear = classifiers.fit_comparisons(data.comparisons, **_BASELINE)
+    linear = classifiers.fit_comparisons(data.comparisons)
     lengths = per_candidate(comparisons, lambda c: [len(x.content) for x in c.candidates], scores)
     baseline = per_candidate(
         comparisons,
@@ -400,7 +401,7 @@ def evaluate_model(
 
 def per_candidate(
     comparisons: Sequence[Comparison],
-    of: Callable[[Comparison], Sequence[float]],
+    of: Callable[[Comparison], Any],
     like: np.ndarray,
 ) -> np.ndarray:
     """float64 [n, N] of one value a candidate, NaN where there is none; N as in `like` [*, N]."""
@@ -444,7 +445,9 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def write_report(workdir: epath.Path, figures: dict[str, float], tables: dict[str, Any]) -> None:
     """report.md and calibration.png."""
-    sections = {"Held-out comparisons": report.markdown_table(("figure", "value"), [*figures.items()])}
+    sections = {
+        "Held-out comparisons": report.markdown_table(("figure", "value"), [*figures.items()])
+    }
     for name, rows in tables.items():
         if rows:
             header = tuple(rows[0])

@@ -77,7 +77,11 @@ def test_a_stopped_run_goes_on_and_ends_the_same(collected, config, tmp_path, mo
     generated = []
     original = collect.write_part
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "write_part", lambda path, *a: (generated.append(path.name), original(path, *a)))
+        patch.setattr(
+            collect,
+            "write_part",
+            lambda path, *a: (generated.append(path.name), original(path, *a)),
+        )
         collect.run(config, str(tmp_path / "run"))
     assert len(generated) == 4 and not set(generated) & set(done)  # 3 batches a split, 2 were there
     ours, theirs = (artifact.read_manifest(p) for p in (tmp_path / "run", collected))

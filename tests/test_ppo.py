@@ -1,6 +1,7 @@
 """Loop 4 on tiny artifacts: the canary, the first step, the update's parts, resuming."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def config(policy, reward_model, tiny_clean, tiny_vocabulary, tiny_corpus):
     config.data.prompt_len = 24
     config.sampling.max_new_tokens = 8
     config.sampling.temperature = 0.8
-    config.update(prompts_per_step=16, minibatches=2, epochs=2, total_episodes=16 * 4)
+    config.update(batch_size=16, minibatches=2, epochs=2, total_episodes=16 * 4)
     config.update(eval_every_steps=4, sample_every_steps=2, eval_batches=1)
     config.optimizer.update(lr=1e-3, warmup_steps=0)
     config.value_optimizer.update(lr=1e-3, warmup_steps=0)
@@ -94,3 +95,278 @@ def test_first_step_of_an_untouched_policy(trained):
     assert first["ppo/ratio_max_dev"] < 1e-4
     assert first["ppo/rollout_logprob_diff"] < 1e-4
     assert lines_of(trained)[-1]["ppo/kl"] != 0
+
+
+def rerun(config, workdir, **changes):
+    changed = copy_of(config, **changes)
+    ppo.run(changed, str(workdir))
+    return lines_of(workdir)
+
+
+class Vowels:
+    """A programmatic reward: the share of characters that are vowels."""
+
+    name = "vowels"
+
+    def __call__(self, prompts, replies):
+        share = [sum(c in "aeiou" for c in r) / max(len(r), 1) for r in replies]
+        return np.asarray(share, np.float32)
+
+
+@pytest.fixture
+def vowels(monkeypatch):
+    monkeypatch.setattr("gptlab.rl.actor.registry.make", lambda spec, inputs: Vowels())
+
+
+CANARY = {
+    "reward.kind": "scorer", "no_eos_score": None, "batch_size": 64, "minibatches": 2,
+    "epochs": 4, "total_episodes": 64 * 10, "optimizer.lr": 1e-2, "optimizer.final_fraction": 0.5,
+    "sampling.temperature": 1.0, "sample_every_steps": 0, "eval_every_steps": 100,
+}  # fmt: skip
+
+
+def test_sign_canary(config, vowels, tmp_path):
+    """Ten steps on a programmatic reward raise it, and a larger beta lowers the KL."""
+    free = rerun(config, tmp_path / "free", **CANARY, **{"kl.coef": 0.0})
+    held = rerun(config, tmp_path / "held", **CANARY, **{"kl.coef": 1.0})
+    first, last = free[0]["ppo/score"], np.mean([m["ppo/score"] for m in free[-2:]])
+    assert last > first + 0.1
+    assert held[-1]["ppo/kl"] < 0.5 * free[-1]["ppo/kl"]
+
+
+def networks(config):
+    """(actor, policy, critic) as a run starts with, on the mesh of the config."""
+    tokenizer = ppo.Tokenizer.load(config.inputs.vocabulary)
+    mesh = ppo.mesh_lib.make_mesh(config.mesh)
+    architecture = ppo.checkpoint.load_model_config(config.inputs.init)
+    model_config = ppo.ModelConfig.build(architecture, config.compute.to_dict())
+    model = ppo.LanguageModel(model_config)
+    policy = ppo.checkpoint.load_params(
+        config.inputs.init, mesh, functools.partial(ppo.init_params, model)
+    )
+    scalar, critic, paid = ppo.rewards.load_critic(
+        config.inputs.reward if config.reward.kind == "model" else None,
+        config.inputs.init, model_config, mesh, config.compute.to_dict(),
+    )  # fmt: skip
+    actor = ppo.Actor(config, model, scalar, policy, paid, tokenizer, mesh)
+    data = ppo.prompts_lib.read_prompts(config, tokenizer, "train", config.batch_size, mesh)
+    return actor, model, scalar, policy, critic, data, mesh
+
+
+@pytest.fixture(scope="module")
+def scored(config):
+    """One rollout at step 0: (rollout, model, scalar model, policy, critic)."""
+    actor, model, scalar, policy, critic, data, mesh = networks(config)
+    with jax.set_mesh(mesh):
+        batch = data.at(0)
+        asked = [data.prompts[i] for i in batch.index]
+        batch = ppo.mesh_lib.put_batch(batch, mesh)
+        samples = actor.sample(policy, batch, jax.random.key(0))
+        out = actor.score(policy, critic, samples, asked)
+        last = actor._at_last(actor.scalars(critic, samples), samples)
+    return jax.device_get(out), model, scalar, *jax.device_get((policy, critic, last))
+
+
+def test_critic_starts_as_the_reward_model(scored):
+    """RLHF.md 7, row 14: critic(last) = score at step 0, normalisation included, exactly."""
+    data, *_, last = scored
+    np.testing.assert_array_equal(last, data.scores)
+    assert np.std(data.scores) > 0
+
+
+def test_critic_of_a_program_starts_at_zero(config, vowels):
+    """RLHF.md 7, row 15: a trunk that never predicted values has a zero head, so V = 0."""
+    actor, _, scalar, _, critic, data, mesh = networks(copy_of(config, **{"reward.kind": "scorer"}))
+    with jax.set_mesh(mesh):
+        batch = ppo.mesh_lib.put_batch(data.at(0), mesh)
+        values = ppo.rollout.token_scalars(scalar, critic, batch.tokens, batch.lengths)
+    np.testing.assert_array_equal(values, np.zeros(batch.tokens.shape))
+
+
+@pytest.fixture(scope="module")
+def episodes(config, scored):
+    """Episodes in which responses have different lengths and advantages are no zeros."""
+    data = scored[0]
+    lengths = np.arange(1, 17) % 8 + 1
+    mask = (np.arange(8)[None] < lengths[:, None]).astype(np.float32)
+    samples = data.samples.replace(
+        response_mask=mask, lengths=np.asarray(data.samples.prompt_lengths + lengths, np.int32)
+    )
+    changed = data.replace(
+        samples=samples, ref_logprobs=np.asarray(data.old_logprobs + 0.1, np.float32)
+    )
+    out, _ = ppo.episodes_lib.prepare(
+        jax.tree.map(jnp.asarray, changed), jnp.float32(0.05),
+        copy_of(config, whiten_advantages="rollout"),
+    )  # fmt: skip
+    return out
+
+
+def loss_and_grads(loss_fn, params, batch):
+    def mean(params):
+        loss, (weight, _) = loss_fn(params, batch, jax.random.key(0))
+        return loss / weight
+
+    return jax.jit(jax.value_and_grad(mean))(params)
+
+
+def test_padding_cannot_change_a_loss_or_its_gradient(config, scored, episodes):
+    """RLHF.md 7, row 20: policy and value loss, with rubbish wherever a mask is 0."""
+    _, model, scalar, policy, critic, _ = scored
+    mask, values = episodes.samples.response_mask, episodes.value_mask
+    slots = jnp.arange(episodes.samples.tokens.shape[1])[None, :]
+    real = slots < episodes.samples.lengths[:, None]
+    dirty = episodes.replace(
+        samples=episodes.samples.replace(
+            tokens=jnp.where(real, episodes.samples.tokens, 7),
+            response=jnp.where(mask > 0, episodes.samples.response, 9),
+        ),
+        old_logprobs=jnp.where(mask > 0, episodes.old_logprobs, -80.0),
+        advantages=jnp.where(mask > 0, episodes.advantages, 1e3),
+        old_values=jnp.where(values > 0, episodes.old_values, 1e3),
+        returns=jnp.where(values > 0, episodes.returns, -1e3),
+    )
+    for loss_fn, params in (
+        (ppo.make_policy_loss(model, config), policy),
+        (ppo.make_value_loss(scalar, config), critic),
+    ):
+        clean, rubbish = (loss_and_grads(loss_fn, params, b) for b in (episodes, dirty))
+        assert abs(float(clean[0] - rubbish[0])) < 1e-5
+        for a, b in zip(*map(jax.tree.leaves, (clean[1], rubbish[1])), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_ptx_gradient_is_added_in_the_same_step(config, scored, episodes):
+    """RLHF.md 7, row 25: grad = g_ppo + c g_ptx, by accumulation, whatever the microbatches."""
+    _, model, _, policy, _, _ = scored
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(9, 300, (8, 17)), jnp.int32)
+    ones = jnp.ones((8, 16), jnp.int32)
+    ptx = ppo.TokenBatch(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=ones.astype(jnp.float32),
+        segment_ids=ones, positions=jnp.arange(16)[None] * ones,
+    )  # fmt: skip
+    changed = copy_of(config, **{"ptx.coef": 0.7})
+    both = jax.jit(ppo.make_policy_grads(model, changed))(policy, episodes, ptx)
+    alone = jax.jit(ppo.make_policy_grads(model, changed))(policy, episodes, None)
+    _, extra = loss_and_grads(ppo.make_ptx_loss(model), policy, ptx)
+    for total, own, other in zip(*map(jax.tree.leaves, (both[0], alone[0], extra)), strict=True):
+        np.testing.assert_allclose(total, own + 0.7 * other, atol=1e-5)
+    assert abs(float(both[1] - alone[1] - 0.7 * both[2]["ptx_loss"])) < 1e-5
+    halves = jax.jit(ppo.make_policy_grads(model, copy_of(changed, accumulation_steps=2)))
+    for a, b in zip(
+        *map(jax.tree.leaves, (halves(policy, episodes, ptx)[0], both[0])), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_ptx_runs_in_the_loop(config, trained, tmp_path):
+    lines = rerun(
+        config, tmp_path / "run", total_episodes=32,
+        **{"ptx.coef": 1.0, "ptx.batch_size": 8, "ptx.seq_len": 32},
+    )  # fmt: skip
+    assert 0 < lines[-1]["ppo/ptx_loss"] < 20
+    assert lines[0]["train/grad_norm"] != lines_of(trained)[0]["train/grad_norm"]
+
+
+def test_value_clip_is_a_max_with_factor_one_half():
+    """RLHF.md 7, row 21: value and gradient on both sides of the clip, by hand."""
+    loss = lambda v: ppo.losses.ppo_value_loss(  # noqa: E731
+        v, jnp.zeros((1, 2)), jnp.asarray([[1.0, -1.0]]), jnp.ones((1, 2)), 0.2
+    )[0]
+    values = jnp.asarray([[0.5, 0.5]])
+    # (0.5 - 1)^2 = .25 < (0.2 - 1)^2 = .64: clipped, no gradient. (1.5)^2 > (1.2)^2: not.
+    assert abs(float(loss(values)) - 0.5 * (0.64 + 2.25) / 2) < 1e-6
+    np.testing.assert_allclose(jax.grad(loss)(values), [[0.0, 1.5 / 2]], atol=1e-6)
+
+
+def test_advantage_whitening_scopes(config, scored):
+    """RLHF.md 7, row 17: 'rollout' whitens before the cut into minibatches, the others do not."""
+    data = jax.tree.map(jnp.asarray, scored[0])
+    prepared = {
+        kind: ppo.episodes_lib.prepare(
+            data, jnp.float32(0.1), copy_of(config, whiten_advantages=kind)
+        )[0]
+        for kind in ppo.WHITENINGS
+    }
+    raw, white = prepared["none"].advantages, prepared["rollout"].advantages
+    np.testing.assert_array_equal(raw, prepared["minibatch"].advantages)
+    real = np.asarray(data.samples.response_mask) > 0
+    assert abs(np.asarray(white)[real].mean()) < 1e-5
+    assert abs(np.asarray(white)[real].std(ddof=0) - 1) < 1e-3
+    # Row 18: returns are the same whatever happens to the advantages.
+    np.testing.assert_array_equal(prepared["none"].returns, prepared["rollout"].returns)
+    values = np.asarray(prepared["none"].old_values)
+    np.testing.assert_allclose(prepared["none"].returns, np.asarray(raw) + values, atol=1e-6)
+
+
+def test_adaptive_kl_moves_after_the_batch(config, tmp_path):
+    """RLHF.md 7, row 22: step k is paid with the coefficient that step k - 1 left, n = episodes."""
+    lines = rerun(
+        config, tmp_path / "run",
+        **{"kl.kind": "adaptive", "kl.coef": 0.2, "kl.target": 0.05, "kl.horizon": 100},
+    )  # fmt: skip
+    coef = np.float32(0.2)
+    for line in lines:
+        assert abs(line["ppo/kl_coef"] - coef) < 1e-6
+        coef *= 1 + np.clip(line["ppo/kl"] / 0.05 - 1, -0.2, 0.2) * 16 / 100
+    results = artifact.read_manifest(tmp_path / "run")["results"]
+    assert abs(results["kl_coef"] - coef) < 1e-6 and abs(coef - 0.2) > 1e-3
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_stopped_and_resumed_is_bit_identical(config, tmp_path, monkeypatch, stop_after):
+    """The adaptive coefficient, both optimisers, prompts and keys go on where they were."""
+    adaptive = {"kl.kind": "adaptive", "kl.target": 0.05, "kl.horizon": 100}
+    whole = rerun(config, tmp_path / "whole", **adaptive)
+    asked = iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.Run, "stop_requested", lambda self: next(asked) >= stop_after)
+        with pytest.raises(Interrupted):
+            rerun(config, tmp_path / "run", **adaptive)
+    resumed = rerun(config, tmp_path / "run", **adaptive)
+    ours, theirs = (artifact.read_manifest(tmp_path / name) for name in ("run", "whole"))
+    assert ours["digest"] == theirs["digest"]
+    plain = [
+        [{k: v for k, v in m.items() if k.startswith(("ppo/", "train/"))} for m in lines]
+        for lines in (resumed, whole)
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_several_samples_a_prompt(config, tmp_path):
+    lines = rerun(
+        config, tmp_path / "run", samples_per_prompt=2, total_episodes=16, sample_every_steps=1
+    )
+    assert len(lines) == 1
+    samples = [ppo_line for ppo_line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    prompts = [tuple(json.loads(line)["prompt"]) for line in samples]
+    assert prompts[0] == prompts[1] != prompts[2]
+
+
+@pytest.mark.parametrize(
+    "key,value,words",
+    [
+        ("sampling.top_p", 0.9, "top_p"),
+        ("sampling.top_k", 3, "top_k"),
+        ("advantage", "group", "config.advantage"),
+        ("whiten_advantages", "batch", "config.whiten_advantages"),
+        ("score_position", "first", "config.score_position"),
+        ("reward.kind", "human", "config.reward.kind"),
+        ("compute.dropout", 0.1, "config.compute.dropout"),
+        ("minibatches", 3, "config.minibatches"),
+        ("samples_per_prompt", 3, "samples_per_prompt"),
+        ("total_steps", 3, "total_episodes"),
+        ("inputs.reward", None, "inputs.reward"),
+        ("kl.kind", "adapt", "config.kl.kind"),
+        ("sampling.max_new_tokens", 500, "context window"),
+    ],
+)
+def test_mistakes_are_one_line(config, tmp_path, key, value, words):
+    with pytest.raises(UserError, match=words):
+        rerun(config, tmp_path / "run", **{key: value})
+
+
+def test_ptx_needs_its_corpus(config, tmp_path):
+    with pytest.raises(UserError, match="inputs.tokens"):
+        rerun(config, tmp_path / "run", **{"ptx.coef": 1.0, "inputs.tokens": None})

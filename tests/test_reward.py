@@ -195,7 +195,10 @@ def test_figures_by_hand(monkeypatch):
     # Clean order 0 > 2 > 1: ours is right on 0 > 2 only; the pair of equal scores is skipped.
     assert figures["clean_accuracy"] == pytest.approx(1 / 3)
     assert figures["ceiling_accuracy"] == 1.0
-    assert {r["group"]: r["accuracy"] for r in tables["accuracy_by_labeller"]} == {"a": 0.5, "b": 1.0}
+    assert {r["group"]: r["accuracy"] for r in tables["accuracy_by_labeller"]} == {
+        "a": 0.5,
+        "b": 1.0,
+    }
     assert sum(r["count"] for r in tables["reliability"]) == 3
 
 

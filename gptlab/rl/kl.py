@@ -1,4 +1,4 @@
-"""KL between the policy and its reference: estimators from samples, and the coefficient's controller."""
+"""KL between policy and reference: estimators from samples, and the coefficient's controller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptlab.run.errors import UserError
 
 
 def k1(logprobs: Float[Array, "*S"], ref_logprobs: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """d = log pi - log ref at sampled tokens: unbiased, high variance, may be negative for one sample."""
+    """d = log pi - log ref at sampled tokens: unbiased, of high variance, negative at times."""
     return logprobs - ref_logprobs
 
 
@@ -23,7 +23,7 @@ def k2(logprobs: Float[Array, "*S"], ref_logprobs: Float[Array, "*S"]) -> Float[
 
 
 def k3(logprobs: Float[Array, "*S"], ref_logprobs: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """exp(-d) - 1 + d: unbiased and never negative (Schulman 2020, 'Approximating KL divergence')."""
+    """exp(-d) - 1 + d: unbiased, never negative (Schulman 2020, Approximating KL divergence)."""
     difference = logprobs - ref_logprobs
     return jnp.expm1(-difference) + difference
 
@@ -37,9 +37,11 @@ def sequence_kl(
     mask: Float[Array, "B R"],
     estimator: str = "k1",
 ) -> Float[Array, ""]:
-    """Nats per *response*: the estimator summed over a response's tokens, then the mean over responses.
+    """Nats per *response*: the estimator summed over a response's tokens, then the mean over
+    responses.
 
-    This is the KL whose target the adaptive controller holds, and the x axis of reward-against-KL plots.
+    This is the KL whose target the adaptive controller holds, and the x axis of reward-against-KL
+    plots.
     """
     return jnp.mean(jnp.sum(ESTIMATORS[estimator](logprobs, ref_logprobs) * mask, axis=1))
 
@@ -64,7 +66,8 @@ class FixedKL:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveKL:
-    """A proportional controller that holds the sequence KL near `target` (Ziegler 2019, section 2.2).
+    """A proportional controller that holds the sequence KL near `target` (Ziegler 2019, section
+    2.2).
 
         beta <- beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)
 
@@ -82,13 +85,13 @@ class AdaptiveKL:
     def update(
         self, coef: Float[Array, ""], kl: Float[Array, ""], episodes: int
     ) -> Float[Array, ""]:
-        """The next iteration's coefficient, from this batch's sequence KL and number of episodes."""
+        """The next step's coefficient, from this batch's sequence KL and number of episodes."""
         error = jnp.clip(kl / self.target - 1.0, -0.2, 0.2)
         return coef * (1.0 + error * (episodes / self.horizon))
 
 
 def make_controller(spec: Mapping[str, Any]) -> FixedKL | AdaptiveKL:
-    """The controller that `config.kl` = {kind, coef, target, horizon} names; UserError if it makes no sense."""
+    """The controller of `config.kl` = {kind, coef, target, horizon}; UserError if senseless."""
     if spec["coef"] < 0:
         raise UserError(f"config.kl.coef is {spec['coef']}: a KL penalty cannot be negative")
     if spec["kind"] == "fixed":

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from gptlab.data.batches import ComparisonBatch
-from gptlab.model.heads import ScalarModel
-from gptlab.model.transformer import ModelConfig, init_params
+from gptlab.model.heads import ScalarModel, scalar_from_language
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import advantages, kl, rollout
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
+from gptlab.train import state as state_lib
 
 SCORE_POSITIONS = ("last", "after_last")
 
@@ -39,7 +39,8 @@ def replace_unfinished(
 ) -> Float[Array, "B"]:
     """The score of a reply that never ended is *replaced* by `no_eos_score`, not shifted by it.
 
-    A reward model has only seen whole replies, so what it says of half a one means nothing. None keeps it.
+    A reward model has only seen whole replies, so what it says of half a one means nothing. None
+    keeps it.
     """
     if no_eos_score is None:
         return scores
@@ -49,8 +50,9 @@ def replace_unfinished(
 def score_index(mask: Float[Array, "B R"], position: str) -> Int[Array, "B"]:
     """Index of the response token that is paid the score.
 
-    'last' is the last real token (Ziegler 2019). 'after_last' is the slot after it (Huang 2024), where the
-    critic has seen the whole reply; a response that fills all R slots has none and is paid at its last.
+    'last' is the last real token (Ziegler 2019). 'after_last' is the slot after it (Huang 2024),
+    where the critic has seen the whole reply; a response that fills all R slots has none and is
+    paid at its last.
     """
     if position not in SCORE_POSITIONS:
         raise ValueError(f"position {position!r} is none of {SCORE_POSITIONS}")
@@ -86,7 +88,8 @@ def assemble(
 
     Args:
       scores: the reward model's score of each truncated reply.
-      logprobs: log pi_old of each response token, from the scoring forward at the sampling temperature.
+      logprobs: log pi_old of each response token, from the scoring forward at the sampling
+        temperature.
       ref_logprobs: the same from the reference, by the same function.
       mask: 1 on the response's real tokens.
       finished: whether the reply ended by itself.
@@ -107,11 +110,13 @@ def assemble(
 
 
 def candidate_rewards(
-    model: ScalarModel, params: Any, batch: ComparisonBatch, dropout_key: jax.Array | None = None
+    model: ScalarModel, params: Any, batch: Any, dropout_key: jax.Array | None = None
 ) -> Float[Array, "B N"]:
-    """Raw reward of every candidate, read at its last real token; K forwards a prompt, never K (K - 1).
+    """Raw reward of every candidate, read at its last real token; K forwards a prompt, never K (K -
+    1).
 
-    An absent candidate's entry means nothing. Dropout is on when a key for it is given.
+    `batch` is a ComparisonBatch. An absent candidate's entry means nothing. Dropout is on when a
+    key for it is given.
     """
     rows, candidates, width = batch.tokens.shape
     tokens = batch.tokens.reshape(rows * candidates, width)  # [B N, T]
@@ -147,13 +152,56 @@ def load_reward_model(
 
 
 def fold_normalisation(params: Any, gain: float, bias: float) -> Any:
-    """Parameters whose raw output is the normalised score: the head is linear, so gain and bias fit into it.
+    """Parameters whose raw output is the normalised score: the head is linear, so gain and bias fit
+    into it.
 
-    With these a critic starts as the very function that pays it (InstructGPT initialises its value function from
-    the reward model), and no later step can forget the normalisation.
+    With these a critic starts as the very function that pays it (InstructGPT initialises its value
+    function from the reward model), and no later step can forget the normalisation.
     """
     head = {
         "kernel": params["head"]["kernel"] * gain,
         "bias": params["head"]["bias"] * gain + bias,
     }
     return {**params, "head": head}
+
+
+def load_critic(
+    workdir: str | None,
+    policy_workdir: str,
+    policy_config: ModelConfig,
+    mesh: Mesh,
+    compute: Mapping[str, Any],
+) -> tuple[ScalarModel, Any, Any | None]:
+    """The critic as PPO starts it, and the reward model that pays.
+
+    With a reward model, the critic is a copy of it, normalisation included. Without one (a program
+    pays), it is the policy's trunk under a zero head: its first values are 0 and no noise.
+
+    Args:
+      workdir: of the reward model, or None.
+      policy_workdir: of the policy that PPO starts from.
+      policy_config: of that policy.
+      mesh: where the parameters go.
+      compute: `config.compute`.
+
+    Returns:
+      (model of both, critic's parameters, reward's parameters or None).
+
+    Raises:
+      UserError: reward model and policy have different vocabularies.
+    """
+    if workdir is not None:
+        model, params, gain, bias = load_reward_model(workdir, mesh, compute)
+        if model.config.vocab_size != policy_config.vocab_size:
+            raise UserError(
+                f"config.inputs.reward has a vocabulary of {model.config.vocab_size}, "
+                f"config.inputs.init of {policy_config.vocab_size}: they don't belong together"
+            )
+        params = jax.jit(fold_normalisation)(params, gain, bias)
+        return model, jax.tree.map(jnp.copy, params), params
+    model = ScalarModel(policy_config, "zero")
+    language = functools.partial(init_params, LanguageModel(policy_config))
+    trunk = checkpoint.load_params(policy_workdir, mesh, language)
+    _, shardings = state_lib.param_shardings(functools.partial(init_params, model), mesh)
+    head = {"kernel": jnp.zeros((policy_config.d_model, 1)), "bias": jnp.zeros((1,))}
+    return model, scalar_from_language(trunk, jax.device_put(head, shardings["head"])), None

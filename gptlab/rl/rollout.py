@@ -1,8 +1,10 @@
 """Rollouts: sample replies, then read every log-prob and value from one scoring forward.
 
-Shapes: B episodes, P prompt slots, R response slots, T = P + R. Prompts are right padded and a row's response stands
-directly after its prompt, so `tokens` [B, T] is an ordinary right-padded batch. Arrays [B, R] are aligned with the
-response: index t belongs to response token t, which the model predicts at sequence position prompt_length - 1 + t.
+Shapes: B episodes, P prompt slots, R response slots, T = P + R. Prompts are right padded and a
+  row's response stands directly after its prompt, so `tokens` [B, T] is an ordinary right-padded
+  batch. Arrays [B, R] are aligned with the
+response: index t belongs to response token t, which the model predicts at sequence position
+  prompt_length - 1 + t.
 """
 
 from __future__ import annotations
@@ -49,17 +51,19 @@ class Rollout:
 def check_sampling(sampling: decode.Sampling) -> None:
     """UserError unless replies are drawn from softmax(logits / T), the distribution that is scored.
 
-    Under top-k or top-p the policy that acts is not the one whose log-probs enter the ratio: tokens outside the
-    support at sampling time would have ratio x / 0.
+    Under top-k or top-p the policy that acts is not the one whose log-probs enter the ratio: tokens
+    outside the support at sampling time would have ratio x / 0.
     """
     if sampling.temperature <= 0:
         raise UserError(
-            f"temperature is {sampling.temperature}: a policy gradient needs samples, so it must be positive"
+            f"temperature is {sampling.temperature}: a policy gradient needs samples, so it must "
+            "be positive"
         )
     if sampling.top_p != 1.0 or sampling.top_k != 0:
         raise UserError(
-            f"top_p={sampling.top_p}, top_k={sampling.top_k}: rollouts need top_p=1 and top_k=0, because the "
-            "probability ratio is undefined for tokens that truncated sampling excludes"
+            f"top_p={sampling.top_p}, top_k={sampling.top_k}: rollouts need top_p=1 "
+            "and top_k=0, because the probability ratio is undefined for tokens that "
+            "truncated sampling excludes"
         )
 
 
@@ -69,7 +73,8 @@ def truncate_at_stop(
     """Cuts each response after its *first* stop token, which stays.
 
     Returns:
-      the response with `pad_id` after its end, its mask (1 on real tokens), and whether it ended by itself.
+      the response with `pad_id` after its end, its mask (1 on real tokens), and whether it ended by
+      itself.
     """
     stops = jnp.isin(response, jnp.asarray(stop_tokens, response.dtype))  # [B, R]
     stopped_before = jnp.cumsum(stops, axis=1) - stops > 0  # [B, R]
@@ -84,7 +89,7 @@ def join(
     response_mask: Float[Array, "B R"],
     pad_id: int,
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Writes each response directly after its prompt; returns tokens [B, P+R] and total lengths [B]."""
+    """Writes each response directly after its prompt; returns tokens [B, P+R] and lengths [B]."""
     total = prompts.shape[1] + response.shape[1]
     lengths = prompt_lengths + jnp.sum(response_mask, axis=1).astype(jnp.int32)
     slot = jnp.arange(total)[None, :]  # [1, T]
@@ -106,7 +111,7 @@ def sample(
     sampling: decode.Sampling,
     pad_id: int,
 ) -> Samples:
-    """One reply to each row's prompt; row b draws with the key fold_in(key, b), whatever the batch size."""
+    """One reply to each row's prompt; row b draws with fold_in(key, b), whatever the batch size."""
     check_sampling(sampling)
     rows = jnp.arange(prompts.shape[0])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
@@ -134,7 +139,7 @@ def layout(lengths: Int[Array, "B"], width: int) -> tuple[Int[Array, "B T"], Int
 def at_response(
     x: Float[Array, "B T *D"], prompt_lengths: Int[Array, "B"], response_tokens: int
 ) -> Float[Array, "B R *D"]:
-    """Entries of x at the positions that *predict* each response token: [prompt - 1 : prompt - 1 + R]."""
+    """Entries of x where each response token is *predicted*: [prompt - 1 : prompt - 1 + R]."""
     index = prompt_lengths[:, None] - 1 + jnp.arange(response_tokens)[None, :]  # [B, R]
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
@@ -142,11 +147,13 @@ def at_response(
 def response_logprobs(
     model: LanguageModel, params: Any, samples: Samples, temperature: float
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-    """Log-prob of each response token under softmax(logits / T), and that distribution's entropy (nats).
+    """Log-prob of each response token under softmax(logits / T), and that distribution's entropy
+    (nats).
 
-    The scoring forward: rollout, reference and update all come here, so an untouched policy has a KL of exactly 0 and a
-    ratio of 1, and no place can forget the temperature. The hidden states are cut to the response before they meet the
-    vocabulary, which is most of the work of a small model. Both are 0 outside the response.
+    The scoring forward: rollout, reference and update all come here, so an untouched policy has a
+      KL of exactly 0 and a ratio of 1, and no place can forget the temperature. The hidden states
+      are cut to the response before they meet the vocabulary, which is most of the work of a small
+      model. Both are 0 outside the response.
     """
     positions, segment_ids = layout(samples.lengths, samples.tokens.shape[1])
     hidden = model.apply(
@@ -156,7 +163,8 @@ def response_logprobs(
     logits = model.apply({"params": params}, hidden, method=model.logits)  # [B, R, V]
     logits = logits.astype(jnp.float32) / temperature
     log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, R]
-    # A comparison instead of a gather: its gradient is no scatter, and the vocabulary may be sharded.
+    # A comparison instead of a gather: its gradient is no scatter, and the vocabulary may be
+    # sharded.
     hit = samples.response[..., None] == jnp.arange(logits.shape[-1])[None, None, :]
     chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)  # [B, R]
     still = jax.lax.stop_gradient(logits)
@@ -173,9 +181,11 @@ def token_scalars(
     lengths: Int[Array, "B"],
     dropout_key: jax.Array | None = None,
 ) -> Float[Array, "B T"]:
-    """The scalar head at every position of right-padded rows; reward model and critic both come here.
+    """The scalar head at every position of right-padded rows; reward model and critic both come
+    here.
 
-    Dropout is on when a key for it is given: never in RL, where old and new values must be one function's.
+    Dropout is on when a key for it is given: never in RL, where old and new values must be one
+      function's.
     """
     positions, segment_ids = layout(lengths, tokens.shape[1])
     rngs = {} if dropout_key is None else {"dropout": dropout_key}

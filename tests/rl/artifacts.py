@@ -1,4 +1,4 @@
-"""A finished 'sft' artifact with random parameters: a policy to start from, without training one."""
+"""A finished 'sft' artifact with random parameters: a policy to start from, untrained."""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ def test_reward_whitening_keeps_the_mean():
     """RLHF.md 7, row 16, by hand: [1, 3] -> mean 2, std 1, so nothing moves; [0, 4] -> [1, 3]."""
     got = advantages.whiten(jnp.asarray([[1.0, 3.0]]), jnp.ones((1, 2)), keep_mean=True)
     np.testing.assert_allclose(got, [[1.0, 3.0]], atol=1e-5)
-    got = advantages.whiten(jnp.asarray([[0.0, 4.0, 9.0]]), jnp.asarray([[1.0, 1, 0]]), keep_mean=True)
+    got = advantages.whiten(
+        jnp.asarray([[0.0, 4.0, 9.0]]), jnp.asarray([[1.0, 1, 0]]), keep_mean=True
+    )
     np.testing.assert_allclose(got, [[1.0, 3.0, 0.0]], atol=1e-5)
 
 

@@ -37,7 +37,7 @@ def test_sequence_kl_sums_tokens_and_averages_responses():
 
 
 def test_adaptive_coefficient_trajectory_by_hand():
-    """RLHF.md 7, row 22: target 6, horizon 100, n = 50 episodes a batch; errors clipped at +-0.2."""
+    """RLHF.md 7, row 22: target 6, horizon 100, n = 50 episodes; errors clipped at +-0.2."""
     controller = kl.AdaptiveKL(coef=0.2, target=6.0, horizon=100)
     coef = controller.initial()
     trajectory = []

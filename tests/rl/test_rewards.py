@@ -37,7 +37,7 @@ def test_score_at_the_last_token_by_hand():
 
 
 def test_score_one_after_the_last_token_by_hand():
-    """RLHF.md 7, rows 2 and 20: the value mask is one slot longer; a full response has no such slot."""
+    """RLHF.md 7, rows 2 and 20: a value mask one slot longer; a full response has no such slot."""
     got = assemble(position="after_last")
     np.testing.assert_allclose(got.total, [[-0.05, 0.1, 0.73, 0], [0, 0, 0, 0.2 - 0.25]], atol=1e-6)
     np.testing.assert_array_equal(got.value_mask, [[1, 1, 1, 0], [1, 1, 1, 1]])

@@ -27,7 +27,8 @@ def init(model, seed):
 @functools.cache
 def language_model():
     model = LanguageModel(CONFIG)
-    # At initialisation the logits are nearly flat; a test of slices and temperatures needs contrast.
+    # At initialisation the logits are nearly flat; a test of slices and temperatures needs
+    # contrast.
     return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, init(model, 0))
 
 
@@ -37,7 +38,9 @@ def scalar_model():
 
 
 # Not jitted, every operation of a model would be compiled by itself.
-apply = jax.jit(lambda model, params, *args: model.apply({"params": params}, *args), static_argnums=0)
+apply = jax.jit(
+    lambda model, params, *args: model.apply({"params": params}, *args), static_argnums=0
+)
 response_logprobs = jax.jit(rollout.response_logprobs, static_argnums=(0, 3))
 token_scalars = jax.jit(rollout.token_scalars, static_argnums=0)
 sample = jax.jit(rollout.sample, static_argnums=(0, 5, 6))
@@ -55,7 +58,9 @@ def prompts():
     rng = np.random.default_rng(0)
     lengths = np.asarray([3, 5, 1, 4], np.int32)
     tokens = rng.integers(4, VOCAB, (4, 5)).astype(np.int32)
-    return jnp.asarray(np.where(np.arange(5)[None] < lengths[:, None], tokens, PAD)), jnp.asarray(lengths)
+    return jnp.asarray(np.where(np.arange(5)[None] < lengths[:, None], tokens, PAD)), jnp.asarray(
+        lengths
+    )
 
 
 @functools.cache
@@ -90,7 +95,7 @@ def test_join_writes_the_response_directly_after_its_prompt():
 
 
 def slow_logprobs(drawn, temperature):
-    """Row by row in float64, from the logits of whole rows without a mask: attention looks back only."""
+    """Row by row in float64, from logits of whole rows without a mask: attention looks back."""
     model, params = language_model()
     logits = np.asarray(apply(model, params, drawn.tokens), np.float64) / temperature
     out = np.zeros(drawn.response.shape)
@@ -202,7 +207,7 @@ def test_values_stand_before_each_response_token():
 
 
 def test_log_softmax_in_float32_although_the_model_computes_in_bfloat16():
-    """RLHF.md 7, row 7: the error of a bf16 log-softmax is measured, and ours is an order below it."""
+    """RLHF.md 7, row 7: a bf16 log-softmax is measured, and ours is an order below it."""
     _, params = language_model()
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     model = LanguageModel(config)
@@ -230,9 +235,13 @@ def test_gradient_ignores_padding():
     dirty = drawn.replace(tokens=jnp.where(slots < drawn.lengths[:, None], drawn.tokens, 77))
 
     gradient = jax.jit(
-        jax.grad(lambda params, drawn: rollout.response_logprobs(model, params, drawn, 0.7)[0].sum())
+        jax.grad(
+            lambda params, drawn: rollout.response_logprobs(model, params, drawn, 0.7)[0].sum()
+        )
     )
-    pairs = zip(*map(jax.tree.leaves, (gradient(params, drawn), gradient(params, dirty))), strict=True)
+    pairs = zip(
+        *map(jax.tree.leaves, (gradient(params, drawn), gradient(params, dirty))), strict=True
+    )
     for a, b in pairs:
         assert np.any(np.asarray(a) != 0)
         np.testing.assert_allclose(a, b, atol=1e-5)

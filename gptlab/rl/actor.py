@@ -1,0 +1,158 @@
+"""Compiled sampling and scoring beside the frozen models: rollouts and held-out figures."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from gptlab.data.batches import PromptBatches
+from gptlab.data.records import Prompt
+from gptlab.data.tokenizer import Tokenizer
+from gptlab.model.decode import Sampling
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import LanguageModel
+from gptlab.rl import kl, rewards, rollout
+from gptlab.rl.rollout import Rollout, Samples
+from gptlab.scorers import registry
+from gptlab.train import mesh as mesh_lib
+
+
+class Actor:
+    """Compiled sampling and scoring, and the frozen models: what a rollout is made with.
+
+    Policy and reference go through one executable, critic and reward model through another: equal
+      parameters give equal numbers, bit for bit.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: LanguageModel,
+        scalar_model: ScalarModel,
+        reference: Any,
+        reward_params: Any | None,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+    ):
+        """reward_params have the normalisation folded in; None with reward.kind='scorer'."""
+        sampling = Sampling(**config.sampling.to_dict(), stop_tokens=(tokenizer.end_id,))
+        rollout.check_sampling(sampling)
+        temperature, pad_id = sampling.temperature, tokenizer.pad_id
+        self.reference, self._reward_params = reference, reward_params
+        self._tokenizer, self._mesh = tokenizer, mesh
+        self._text_scorer = None
+        if config.reward.kind == "scorer":
+            self._text_scorer = registry.make(config.reward.scorer, config.inputs)
+        self.sample = jax.jit(
+            lambda params, batch, key: rollout.sample(
+                model, params, batch.tokens, batch.lengths, key, sampling, pad_id
+            )
+        )
+        self.logprobs = jax.jit(
+            lambda params, samples: rollout.response_logprobs(model, params, samples, temperature)
+        )
+        self.scalars = jax.jit(
+            lambda params, samples: rollout.token_scalars(
+                scalar_model, params, samples.tokens, samples.lengths
+            )
+        )
+        self._at_response = jax.jit(
+            lambda x, s: rollout.at_response(x, s.prompt_lengths, s.response.shape[1])
+        )
+        self._at_last = jax.jit(lambda x, s: rollout.at_last(x, s.lengths))
+        self._held_out_sums = jax.jit(
+            functools.partial(held_out_sums, no_eos_score=config.no_eos_score),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def scores(self, samples: Samples, prompts: Sequence[Prompt]) -> jax.Array:
+        """float32 [B] of whole replies; `prompts` are those of this process's rows."""
+        if self._text_scorer is None:
+            return self._at_last(self.scalars(self._reward_params, samples), samples)
+        scores = self._text_scorer(prompts, self.texts(samples))
+        return mesh_lib.put_batch(np.asarray(scores, np.float32), self._mesh)
+
+    def texts(self, samples: Samples) -> list[str]:
+        """The replies of this process's rows."""
+        response, mask = (rollout.local_rows(x) for x in (samples.response, samples.response_mask))
+        return [
+            self._tokenizer.decode(row[keep > 0].tolist())
+            for row, keep in zip(response, mask, strict=True)
+        ]
+
+    def score(
+        self, policy: Any, critic: Any, samples: Samples, prompts: Sequence[Prompt]
+    ) -> Rollout:
+        """The rollout of samples that `policy` drew."""
+        old_logprobs, entropy = self.logprobs(policy, samples)
+        ref_logprobs, _ = self.logprobs(self.reference, samples)
+        values = self._at_response(self.scalars(critic, samples), samples)
+        scores = self.scores(samples, prompts)
+        return Rollout(samples, old_logprobs, entropy, ref_logprobs, values, scores)
+
+    def examples(
+        self, data: Rollout, prompts: Sequence[Prompt], count: int = 4
+    ) -> list[dict[str, Any]]:
+        """The first few of this process's replies with prompt and score, for people to read."""
+        rows = zip(prompts, self.texts(data.samples), rollout.local_rows(data.scores), strict=True)
+        return [
+            {
+                "prompt": [message.content for message in prompt.messages],
+                "reply": reply,
+                "score": float(score),
+            }
+            for prompt, reply, score in itertools.islice(rows, count)
+        ]
+
+    def held_out(
+        self, policy: Any, prompts: PromptBatches, max_batches: int | None, key: jax.Array
+    ) -> dict[str, float]:
+        """Means over held-out prompts, one reply each, drawn with the same keys every time.
+
+        score (after unfinished replies got theirs replaced), raw_score, kl (nats a response),
+        response_len (tokens), eos_rate.
+        """
+        total: dict[str, float] = {}
+        for i, batch in enumerate(prompts.eval(max_batches)):
+            asked = [prompts.prompts[max(row, 0)] for row in batch.index]
+            batch = mesh_lib.put_batch(batch, self._mesh)
+            samples = self.sample(policy, batch, jax.random.fold_in(key, i))
+            logprobs, _ = self.logprobs(policy, samples)
+            ref_logprobs, _ = self.logprobs(self.reference, samples)
+            scores = self.scores(samples, asked)
+            sums = self._held_out_sums(batch.index, samples, logprobs, ref_logprobs, scores)
+            for name, value in jax.device_get(sums).items():
+                total[name] = total.get(name, 0.0) + float(value)
+        count = total.pop("count")
+        return {name: value / count for name, value in total.items()}
+
+
+def held_out_sums(
+    index: jax.Array,
+    samples: Samples,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    scores: jax.Array,
+    *,
+    no_eos_score: float | None,
+) -> dict[str, jax.Array]:
+    """Sums of per-reply figures over the rows that are no padding (index >= 0), and their count."""
+    real = (index >= 0).astype(jnp.float32)
+    mask = samples.response_mask
+    rows = {
+        "score": rewards.replace_unfinished(scores, samples.finished, no_eos_score),
+        "raw_score": scores,
+        "kl": jnp.sum(kl.k1(logprobs, ref_logprobs) * mask, axis=1),
+        "response_len": jnp.sum(mask, axis=1),
+        "eos_rate": samples.finished.astype(jnp.float32),
+        "count": jnp.ones_like(scores),
+    }
+    return {name: jnp.sum(row * real) for name, row in rows.items()}
