@@ -29,7 +29,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints, best_metrics
-from gptlab.train.checks import check_fits
+from gptlab.train.checks import check_fits, check_inputs
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
@@ -96,6 +96,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 def train(config: ConfigDict, run: artifact.Run) -> None:
     """Everything between opening the run and completing it."""
     # (2) Inputs, checked before anything is compiled.
+    check_inputs(config)
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     model_config = ModelConfig.build(config.model.to_dict(), config.compute.to_dict())
     check_fits(model_config, tokenizer, config.data.seq_len)
@@ -122,8 +123,11 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
     held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
     prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.sample.prompts]
-    sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, tokenizer.eos_id)
+    sampler = None
+    if config.sample_every_steps:
+        sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, tokenizer.eos_id)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         state, shardings = state_lib.init_state(
             lambda key: transformer.init_params(model, key), tx, mesh, init_key
         )
@@ -134,7 +138,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
 
         # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         state, _ = checkpoints.restore_state(state, shardings)
         start = int(state.step)
         run.metrics.rewind(start)
@@ -158,7 +161,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             save = checkpoints.due(done) or stop or last
             # Every checkpoint carries its held-out loss, unless somebody waits for us to stop.
             evaluate = done % config.eval_every_steps == 0 or (save and not stop)
-            sample = config.sample_every_steps > 0 and done % config.sample_every_steps == 0
+            sample = sampler is not None and done % config.sample_every_steps == 0
             if not (save or evaluate or sample):
                 continue
             with run.goodput.measure("step"):
@@ -167,7 +170,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 with run.goodput.measure("eval"):
                     figures = held_out(state.params, validation())
                 run.metrics.write(done, figures)
-            if sample:
+            if sampler is not None and sample:
                 with run.goodput.measure("sample"):
                     found = sampler(state.params, jax.random.fold_in(sample_key, done))
                 for entry in found:

@@ -33,7 +33,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints, best_metrics, load_model_config, load_params
-from gptlab.train.checks import check_fits
+from gptlab.train.checks import check_fits, check_inputs
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
@@ -109,6 +109,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 def train(config: ConfigDict, run: artifact.Run) -> None:
     """Everything between opening the run and completing it."""
     # (2) Inputs, checked before anything is compiled. The architecture is the pretrained model's.
+    check_inputs(config)
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     architecture = load_model_config(config.inputs.init)
     model_config = ModelConfig.build(architecture, config.compute.to_dict())
@@ -141,18 +142,15 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     step_key, sample_key = jax.random.split(jax.random.key(config.seed))
     log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
     held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
-    sampler = make_sampler(
-        model,
-        mesh,
-        tokenizer,
-        [
-            chat.encode_prompt(tokenizer, [Message("user", text)], config.data.seq_len)
-            for text in config.sample.prompts
-        ],
-        config.sample,
-        tokenizer.end_id,
-    )
+    prompts = [
+        chat.encode_prompt(tokenizer, [Message("user", text)], config.data.seq_len)
+        for text in config.sample.prompts
+    ]
+    sampler = None
+    if config.sample_every_steps:
+        sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, tokenizer.end_id)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         params = load_params(
             config.inputs.init, mesh, lambda key: transformer.init_params(model, key)
         )
@@ -164,7 +162,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
 
         # (5) The newest checkpoint, if there is one; else first of all, what pretraining reached.
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         state, meta = checkpoints.restore_state(state, shardings)
         start = int(state.step)
         run.metrics.rewind(start)
@@ -192,7 +189,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             save = checkpoints.due(done) or stop or last
             # Every checkpoint carries its held-out loss, unless somebody waits for us to stop.
             evaluate = done % config.eval_every_steps == 0 or (save and not stop)
-            sample = config.sample_every_steps > 0 and done % config.sample_every_steps == 0
+            sample = sampler is not None and done % config.sample_every_steps == 0
             if not (save or evaluate or sample):
                 continue
             with run.goodput.measure("step"):
@@ -201,7 +198,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 with run.goodput.measure("eval"):
                     figures = held_out(state.params, validation())
                 run.metrics.write(done, figures)
-            if sample:
+            if sampler is not None and sample:
                 with run.goodput.measure("sample"):
                     found = sampler(state.params, jax.random.fold_in(sample_key, done))
                 for entry in found:

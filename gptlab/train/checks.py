@@ -1,8 +1,17 @@
 """Do a stage's inputs go together? Asked before anything is compiled."""
 
+from ml_collections import ConfigDict
+
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model.transformer import ModelConfig
 from gptlab.run.errors import UserError
+
+
+def check_inputs(config: ConfigDict) -> None:
+    """UserError unless every one of config.inputs is given."""
+    for name, path in config.inputs.items():
+        if not path:
+            raise UserError(f"config.inputs.{name} is not set: give that stage's workdir")
 
 
 def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:

@@ -104,12 +104,14 @@ class StepLog:
         return figures if self._mfu is None else figures | {"perf/mfu": rate * self._mfu}
 
     def _check_finite(self, step: int, values: dict[str, Any]) -> None:
-        bad = [k for k in ("train/loss", "train/grad_norm") if not math.isfinite(values[k])]
+        watched = ("train/loss", "train/grad_norm", "train/param_norm")
+        bad = [name for name in watched if not math.isfinite(values[name])]
         if not bad:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
-        if self._config.on_nonfinite == "stop":
+        # What is wrong with the parameters themselves cannot be passed over.
+        if self._config.on_nonfinite == "stop" or bad[0] == "train/param_norm":
             raise UserError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}; nothing of it is saved. Lower "
                 "config.optimizer.lr, or pass over such steps with config.on_nonfinite='skip'"

@@ -1,0 +1,85 @@
+"""What pretraining refuses, and what it does when the loss is not finite; see also test_loops."""
+
+import pytest
+
+from configs import common, pretrain_small
+from configs import pretrain as pretrain_config
+from gptlab import pretrain
+from gptlab.model.transformer import ModelConfig
+from gptlab.run import artifact
+from gptlab.run.errors import UserError
+from gptlab.train import checkpoint
+
+
+@pytest.fixture
+def config(tiny_corpus, tiny_vocabulary, tiny_model):
+    config = pretrain_config.get_config()
+    config.inputs.update(tokens=str(tiny_corpus), vocabulary=str(tiny_vocabulary))
+    config.model = tiny_model
+    config.compute = common.compute()
+    config.data.seq_len = 64
+    config.optimizer = common.adamw(1e-2)
+    config.update(total_steps=6, batch_size=8, eval_batches=1, sample_every_steps=100)
+    config.sample.max_new_tokens = 4
+    config.checkpoint.every_steps = 2
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.inputs.update(tokens=None), "config.inputs.tokens is not set"),
+        (lambda c: c.model.update(vocab_size=512), "set config.model.vocab_size=320"),
+        (lambda c: c.data.update(seq_len=129), "seq_len=129 does not fit the model's window"),
+        (lambda c: c.update(batch_size=12), "batch_size=12 does not divide"),
+        (lambda c: c.update(accumulation_steps=3), "multiple of 24"),
+        (lambda c: c.update(batch_size=8000), "too little data for one batch"),
+        (lambda c: c.mesh.update(fsdp=3), "config.mesh"),
+        (lambda c: c.update(total_tokens=5), "exactly one of config.total_steps"),
+        (lambda c: c.update(on_nonfinite="ignore"), "on_nonfinite='ignore'"),
+        (lambda c: c.data.update(name="pretraining"), "pretraining"),
+        (lambda c: c.checkpoint.update(keep=0), "checkpoint.keep=0"),
+        (lambda c: c.sample.update(prompts=()), "sample.prompts is empty"),
+        (lambda c: c.sample.update(max_new_tokens=128), "context window"),
+    ],
+)
+def test_mistakes_are_named_before_a_step_is_taken(config, change, message, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a step was made ready")
+
+    monkeypatch.setattr(pretrain, "make_train_step", refuse)
+    change(config)
+    with pytest.raises(UserError, match=message):
+        pretrain.run(config, str(tmp_path))
+    assert artifact.read_manifest(tmp_path, allow_unfinished=True)["status"] == "failed"
+
+
+@pytest.mark.parametrize("lr", [1e25, 1e39])  # norms hide the first; the second is infinite
+def test_what_is_not_finite_stops_the_run_at_its_step_and_is_not_saved(config, lr, tmp_path):
+    config.optimizer = common.adamw(lr, clip_norm=None, schedule="constant")
+    config.checkpoint.every_steps = 1
+    config.log_every_steps = 1
+    with pytest.raises(UserError, match=r"is (nan|inf) at step \d; nothing of it is saved"):
+        pretrain.run(config, str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert checkpoint.checkpoint_steps(tmp_path) == []
+
+
+def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
+    config.optimizer = common.adamw(1e-2, schedule="constant")
+    config.update(total_steps=4, log_every_steps=1)
+    pretrain.run(config, str(tmp_path / "a"))
+    config.total_steps = 6
+    pretrain.run(config, str(tmp_path / "a"))
+    pretrain.run(config, str(tmp_path / "b"))
+    digests = [artifact.read_manifest(tmp_path / x)["digest"] for x in "ab"]
+    assert digests[0] == digests[1]
+
+
+def test_configs_describe_the_models_they_promise():
+    def size(config):
+        return ModelConfig.build(config.model.to_dict(), config.compute.to_dict()).num_params()
+
+    assert size(pretrain_config.get_config()) == 124_439_808 + (50304 - 50257) * 768
+    assert size(pretrain_config.get_config("gpt2_350m")) > 3e8
+    assert 2e6 < size(pretrain_small.get_config()) < 5e6
