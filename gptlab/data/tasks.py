@@ -8,10 +8,15 @@ Our own Tasks are 'pretrain' ([bos] text [eos], everything learnt but bos) over 
     from gptlab.data import tasks
 
     seqio.TaskRegistry.add(
-        "poems", source=seqio.TfdsDataSource("my_poems:1.0.0", tfds_data_dir="..."),
-        preprocessors=[my_map_to_targets, seqio.preprocessors.tokenize,
-        seqio.preprocessors.append_eos], output_features={"targets":
-        seqio.Feature(tasks.vocabulary(), add_eos=True)},
+        "poems",
+        source=seqio.TfdsDataSource("my_poems:1.0.0", tfds_data_dir="..."),
+        preprocessors=[
+            my_map_to_targets,
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+            tasks.learn_everything,
+        ],
+        output_features=tasks.output_features(),
     )
 
 What an example becomes depends on its features: targets and loss_mask as they are; inputs and
@@ -129,7 +134,8 @@ class Vocabulary(seqio.Vocabulary):
 
 
 def _encode_text(text: tf.Tensor) -> tf.Tensor:
-    def encode(data: bytes) -> np.ndarray:
+    def encode(data: Any) -> np.ndarray:
+        data = np.asarray(data).item()  # bytes in a graph, a 0-d array when run eagerly
         return np.array(vocabulary().tokenizer.encode(data.decode("utf-8", "replace")), np.int32)
 
     return tf.ensure_shape(tf.numpy_function(encode, [text], tf.int32), [None])
@@ -224,11 +230,20 @@ def _map_records(dataset: tf.data.Dataset, encode: Any) -> tf.data.Dataset:
     return dataset.map(features)
 
 
-def _register() -> None:
-    features = {
-        "targets": seqio.Feature(_VOCABULARY, add_eos=False),
+def output_features() -> dict[str, seqio.Feature]:
+    """Features of our Tasks: targets, and a loss_mask as long. Those of a Mixture must all agree."""
+    return {
+        "targets": seqio.Feature(_VOCABULARY, add_eos=True),
         "loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False),
     }
+
+
+def learn_everything(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """A last preprocessor for Tasks of plain text: a loss_mask of ones."""
+    return dataset.map(lambda row: row | {"loss_mask": tf.ones_like(row["targets"])})
+
+
+def _register() -> None:
     for name, record_set, cls, preprocess in (
         ("pretrain", "documents", Document, _to_pretrain),
         ("dialogues", "conversations", Conversation, _to_dialogue),
@@ -237,7 +252,7 @@ def _register() -> None:
             name,
             source=RecordSource(record_set, cls),
             preprocessors=[preprocess],
-            output_features=features,
+            output_features=output_features(),
         )
 
 
@@ -254,7 +269,13 @@ def add_mixture(name: str, rates: Mapping[str, float]) -> dict[str, float]:
         raise UserError(f"config.mixtures.{name}: there is a Task of that name")
     if name in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.remove(name)
-    seqio.MixtureRegistry.add(name, [(task, float(rate)) for task, rate in rates.items()])
+    try:
+        seqio.MixtureRegistry.add(name, [(task, float(rate)) for task, rate in rates.items()])
+    except ValueError as error:
+        raise UserError(
+            f"config.mixtures.{name}: {error}; Tasks of a Mixture need the same features: use "
+            "gptlab.data.tasks.output_features() and end the preprocessors with learn_everything"
+        ) from None
     return {task: float(rate) for task, rate in rates.items()}
 
 
