@@ -2,8 +2,9 @@
 
     python tests/loop_driver.py STAGE CONFIG.py WORKDIR MOMENT
 
-MOMENT is 'never', 'step:N' (SIGKILL right after step N was dispatched; a checkpoint exists) or 'save:N' (SIGKILL while
-checkpoint N is on its way to the disk). What is killed is the real program; nothing of it knows.
+MOMENT is 'never'; 'step:N': SIGKILL right after step N was dispatched, once a checkpoint exists; or
+'save:N': SIGKILL while checkpoint N is on its way to the disk. What is killed is the real program;
+nothing of it knows.
 """
 
 import os
