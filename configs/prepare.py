@@ -37,6 +37,8 @@ def clean() -> ConfigDict:
                 "package:idlelib_help",
             ),
             documents=placeholder(str),  # a directory or glob: takes the place of the sources
+            beside=(),  # sources that are read beside documents of one's own
+            keep_fraction=1.0,  # of the units (conversations, films, documents), drawn by name
             max_line_bytes=10_000_000,  # longer lines are quarantined unread
             max_html_bytes=10_000_000,
             stretch_bytes=100_000,  # a longer text file becomes several documents

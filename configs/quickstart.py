@@ -1,4 +1,4 @@
-"""From raw documents to a chat model, with two rounds of feedback; at most 25 minutes on 2 CPU cores.
+"""Documents to a chat model, with two rounds of feedback; at most 25 minutes on 2 CPU cores.
 
     python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -77,6 +77,9 @@ def clean() -> ConfigDict:
                     "package:idlelib_help",
                 ),
                 "documents": placeholder(str),
+                # Dialogues to fine-tune on, and human preferences, whatever is read beside them.
+                "beside": ("package:chitchat", "package:reviews"),
+                "keep_fraction": 1.0,
                 "max_line_bytes": 10_000_000,
                 "max_html_bytes": 10_000_000,
                 "stretch_bytes": 100_000,
@@ -105,8 +108,8 @@ def clean() -> ConfigDict:
 
 
 def beam() -> dict[str, Any]:
-    """One worker a core of the machine that the quickstart is made for."""
-    return {"runner": "DirectRunner", "num_workers": 2, "options": ()}
+    """In one process: starting more takes as long as they would save."""
+    return {"runner": "DirectRunner", "num_workers": 1, "options": ()}
 
 
 def vocabulary() -> ConfigDict:
@@ -271,7 +274,7 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
 
 def ppo() -> ConfigDict:
     """48 steps of 64 episodes."""
-    return ConfigDict(
+    config = ConfigDict(
         {
             "seed": 0,
             "inputs": common.inputs(
@@ -282,8 +285,9 @@ def ppo() -> ConfigDict:
             "sampling": {
                 "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,
             },
-            "total_episodes": 48 * 64,
-            "prompts_per_step": 64,
+            "total_steps": placeholder(int),
+            "total_episodes": placeholder(int),
+            "batch_size": 64,
             "samples_per_prompt": 1,
             "minibatches": 4,
             "epochs": 1,
@@ -318,6 +322,8 @@ def ppo() -> ConfigDict:
             "on_nonfinite": "stop",
         }
     )  # fmt: skip
+    config.total_steps = 48
+    return config
 
 
 def evaluate() -> ConfigDict:
@@ -365,6 +371,7 @@ def evaluate() -> ConfigDict:
 def shrink(config: ConfigDict) -> None:
     """Turns the quickstart into the smoke test: every stage is there, none has time to learn."""
     stages = config.stages
+    stages.clean.data.keep_fraction = 0.12
     stages.vocabulary.vocab_size = 512
     pretrain = stages.pretrain
     pretrain.model = common.model("tiny", max_len=128)
@@ -384,11 +391,12 @@ def shrink(config: ConfigDict) -> None:
         stages[name].update(eval_batches=2, log_every_steps=1)
         stages[name].data.seq_len, stages[name].checkpoint.every_steps = 56, 2
         stages[name].optimizer.warmup_steps = 1
+    stages.reviews.data.seq_len = 128  # reviews are longer than replies
     for name in ("collect", "ppo", "evaluate"):
         stages[name].data.prompt_len, stages[name].sampling.max_new_tokens = 40, 16
     stages.collect.update(batch_size=16, num_prompts={"train": 64, "validation": 16})
     ppo = stages.ppo
-    ppo.update(total_episodes=4 * 16, prompts_per_step=16, minibatches=2, eval_every_steps=4)
+    ppo.update(total_steps=4, batch_size=16, minibatches=2, eval_every_steps=4)
     ppo.update(eval_batches=1, sample_every_steps=2)
     ppo.checkpoint.every_steps = 2
     for optimizer in (ppo.optimizer, ppo.value_optimizer):

@@ -106,9 +106,7 @@ class Networks:
         )
 
 
-def _score(
-    model: ScalarModel, params: Any, tokens: jax.Array, lengths: jax.Array
-) -> jax.Array:
+def _score(model: ScalarModel, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Reward at the last real token of each row [B]."""
     return rollout.at_last(rollout.token_scalars(model, params, tokens, lengths), lengths)
 
@@ -258,9 +256,12 @@ def _ask(
     config: ConfigDict, networks: Networks, tokenizer: Tokenizer, prompts: list[Prompt]
 ) -> list[batches.PromptBatch]:
     """All prompts in order, in batches on the mesh; the last batch is padded."""
+    # Fewer prompts than a batch: the largest batch that they fill and the mesh divides.
+    parts = mesh_lib.data_size(networks.mesh)
+    size = min(config.batch_size, max(parts, len(prompts) // parts * parts))
     block, blocks = mesh_lib.process_block(networks.mesh)
     source = batches.PromptBatches(
-        prompts, tokenizer, config.batch_size, config.data.prompt_len, config.seed, block, blocks
+        prompts, tokenizer, size, config.data.prompt_len, config.seed, block, blocks
     )
     return [mesh_lib.put_batch(batch, networks.mesh) for batch in source.eval()]
 

@@ -64,6 +64,7 @@ class Cleaning:
     """What the workers of 'clean' need to know."""
 
     limits: readers.Limits
+    keep_fraction: float
     rules: clean.Rules
     test_fraction: float
     validation_fraction: float
@@ -77,7 +78,7 @@ class Cleaning:
 
 def run_clean(config: ConfigDict, workdir: str) -> None:
     """sources -> records/{documents,conversations,prompts,comparisons}-{train,validation,test}."""
-    sources = readers.plan(config.data.sources, config.data.documents)
+    sources = readers.plan(config.data.sources, config.data.documents, config.data.beside)
     inputs = {"sources": [s.path for s in sources if s.path is not None]}
     with artifact.open_run(config, workdir, "prepare", files=inputs) as opened:
         if opened.finished:
@@ -96,9 +97,11 @@ def run_clean(config: ConfigDict, workdir: str) -> None:
 
 def _cleaning(config: ConfigDict, workdir: epath.Path) -> Cleaning:
     limits = config.data.to_dict() | {"module": config.module}
-    del limits["sources"], limits["documents"]
+    for name in ("sources", "documents", "beside", "keep_fraction"):
+        del limits[name]
     return Cleaning(
         limits=readers.Limits(**limits),
+        keep_fraction=config.data.keep_fraction,
         rules=clean.Rules(**config.clean),
         test_fraction=config.split.test_fraction,
         validation_fraction=config.split.validation_fraction,
@@ -191,6 +194,9 @@ def clean_block(block: bytes, settings: Cleaning) -> Iterator[Any]:
         split = split_of(item.topic, item.unit, settings)
         if item.train_only and split != "train":
             statistics.drop(item.record, split, "belongs to a held-out unit")
+            continue
+        if _share(settings.seed, "keep", item.unit) >= settings.keep_fraction:
+            statistics.drop(item.record, split, "not drawn by data.keep_fraction")
             continue
         record, reason = _clean_record(item, settings.rules)
         if reason is not None:

@@ -29,7 +29,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gptlab import collect, evaluate, ppo, pretrain, rank, reward, sft, train_tokenizer
-from gptlab.data import readers
+from gptlab.data import readers, records
 from gptlab.evals import rounds_report
 from gptlab.run import artifact, files, program
 from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
@@ -123,7 +123,7 @@ class Planner:
 
 def raw_files(config: ConfigDict) -> dict[str, list[str]]:
     """The raw files that `prepare` will read for this config, as it names them to its own run."""
-    sources = readers.plan(config.data.sources, config.data.documents)
+    sources = readers.plan(config.data.sources, config.data.documents, config.data.beside)
     return {"sources": [source.path for source in sources if source.path is not None]}
 
 
@@ -174,6 +174,11 @@ class Runner:
                 f"{step.workdir} became {manifest['identity']}: not what was planned"
             )
         return manifest
+
+    def leave_out(self, name: str) -> None:
+        """Counts a stage as not needed."""
+        self._left.remove(name)
+        self._total -= 1
 
     def _outlook(self, step: Step) -> str:
         """Elapsed time, and what is left at the pace seen so far."""
@@ -250,7 +255,7 @@ class State:
 
 
 def prepare_once(planner: Planner, runner: Runner) -> dict[str, Step]:
-    """Documents to the SFT model, and a reward model of the human reviews."""
+    """Documents to the SFT model; and a reward model of human comparisons, if there are some."""
     once: dict[str, Step] = {}
 
     def do(name: str, **inputs: Step) -> None:
@@ -258,12 +263,28 @@ def prepare_once(planner: Planner, runner: Runner) -> dict[str, Step]:
         runner.run(once[name])
 
     do("clean")
+    has_reviews = check_corpus(once["clean"])
     do("vocabulary", corpus=once["clean"])
     do("tokenize", corpus=once["clean"], vocabulary=once["vocabulary"])
     do("pretrain", tokens=once["tokenize"], vocabulary=once["vocabulary"])
     do("sft", init=once["pretrain"], tokens=once["tokenize"], vocabulary=once["vocabulary"])
-    do("reviews", init=once["sft"], comparisons=once["clean"], vocabulary=once["vocabulary"])
+    if has_reviews:
+        do("reviews", init=once["sft"], comparisons=once["clean"], vocabulary=once["vocabulary"])
+    else:
+        runner.leave_out("reviews")
     return once
+
+
+def check_corpus(clean: Step) -> bool:
+    """Whether the corpus has human comparisons; UserError if it has no dialogues to learn from."""
+    there = records.record_sets(clean.workdir / "records")
+    for name in ("conversations-train", "prompts-train", "prompts-test"):
+        if name not in there:
+            raise UserError(
+                f"{clean.workdir} has no {name}: fine-tuning needs dialogues. Add .jsonl files of "
+                '{"messages": [...]} lines to config.data.documents, or leave out that setting'
+            )
+    return "comparisons-train" in there
 
 
 def run_round(number: int, state: State, planner: Planner, runner: Runner, start: str) -> None:
@@ -309,7 +330,7 @@ def run_round(number: int, state: State, planner: Planner, runner: Runner, start
         reward=steps["reward"],
         judge=steps["judge"],
         prompts=once["clean"],
-        reviews=once["clean"],
+        reviews=once["clean"] if "reviews" in once else None,
         tokens=once["tokenize"],
         **shared,
     )
@@ -390,7 +411,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"\n{table}\n")
     print(f"Report  {shown}/report.md")
     print(f"Plots   {', '.join(f'{shown}/{plot.name}' for plot in plots)}")
-    print(f"Chat    {chat_command(state.policy, once['vocabulary'])}")
+    print(f"Chat    python -m gptlab.chat --workdir={shown}")
 
 
 def check(config: ConfigDict) -> None:
@@ -429,18 +450,6 @@ def display(path: Path) -> str:
     """A path as one would type it here: relative, unless it is elsewhere."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
-
-
-def chat_command(policy: Step, vocabulary: Step) -> str:
-    """What opens a chat with a policy."""
-    arguments = {
-        "config": "configs/chat.py",
-        "config.inputs.policy": display(policy.workdir),
-        "config.inputs.vocabulary": display(vocabulary.workdir),
-    }
-    return shlex.join(
-        ["python", "-m", "gptlab.chat", *(f"--{k}={v}" for k, v in arguments.items())]
-    )
 
 
 def _made(directory: Path) -> Path:

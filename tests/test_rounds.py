@@ -181,6 +181,17 @@ def test_a_policy_that_fails_the_gate_is_not_promoted(root, documents, done, cap
     assert artifact.read_manifest(root)["results"]["policy"].endswith(f"sft-{sft}")
 
 
+def test_without_human_comparisons_there_is_no_judge_of_reviews(root, documents):
+    sets = ",".join(rounds_driver.SETS[:-1])
+    assert len(run(root, documents, **{"stages.clean.module": sets})) == TOTAL - 1
+    assert "reviews" not in record(root, 1)["steps"]["evaluate"]["inputs"]
+
+
+def test_documents_without_dialogues_are_refused_with_advice(root, documents):
+    with pytest.raises(UserError, match="no conversations-train.*needs dialogues"):
+        run(root, documents, **{"stages.clean.module": "documents-train"})
+
+
 def test_lineage_goes_back_to_the_documents(root, done):
     tree = artifact.lineage(root / record(root, 2)["steps"]["ppo"]["artifact"])
     while tree["inputs"]:

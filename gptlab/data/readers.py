@@ -85,17 +85,16 @@ class Bad:
     reason: str
 
 
-def plan(names: Iterable[str], documents: str | None) -> list[Source]:
+def plan(names: Iterable[str], documents: str | None, beside: Iterable[str] = ()) -> list[Source]:
     """Everything that will be read, checked to be there.
 
-    `documents`, a directory or a glob of the user's own files, takes the place of the names.
-    Raises UserError for an unknown source, a package that is not installed, or a place without a
+    `documents`, a directory or a glob of the user's own files, takes the place of the names, except
+    that what is named in `beside` stays: a chat model needs dialogues, whatever it reads. Raises
+    UserError for an unknown source, a package that is not installed, or a place without a
     readable file.
     """
-    if documents is not None:
-        return _plan_files(documents)
-    sources = []
-    for name in names:
+    sources = [] if documents is None else _plan_files(documents)
+    for name in names if documents is None else beside:
         if name in _PACKAGES:
             sources.append(Source(name, str(_PACKAGES[name].locate()), name.split(":")[1]))
         elif name.startswith("tfds:"):

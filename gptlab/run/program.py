@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from gptlab.run import files, processes
@@ -42,6 +42,9 @@ def main(run_fn: RunFn, stage: str) -> NoReturn:
 
     def start(argv: Sequence[str]) -> None:
         with _exit_codes(stage):
+            if flags.FLAGS["verbosity"].using_default_value:
+                # Orbax tells of every file that it writes; --verbosity=0 shows that.
+                logging.set_verbosity(logging.WARNING)
             enable_compilation_cache()
             processes.initialize()
             assert workdir.value is not None  # `_parse` has seen to it
