@@ -227,22 +227,13 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     model = LanguageModel(model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     episodes = config.batch_size  # B
-    if episodes % config.samples_per_prompt:
-        raise UserError(
-            f"config.samples_per_prompt={config.samples_per_prompt} does not divide "
-            f"config.batch_size={episodes} episodes"
-        )
     num_prompts = episodes // config.samples_per_prompt
     mesh_lib.check_batch_size("batch_size / samples_per_prompt", num_prompts, mesh)
-    if episodes % config.minibatches:
-        raise UserError(
-            f"config.minibatches={config.minibatches} does not divide {episodes} episodes"
-        )
     size = episodes // config.minibatches
-    mesh_lib.check_batch_size("minibatches: one", size, mesh, config.accumulation_steps)
+    mesh_lib.check_batch_size("batch_size / minibatches", size, mesh, config.accumulation_steps)
     total = total_steps(config)
     updates = config.epochs * config.minibatches
-    length = config.data.prompt_len + config.sampling.max_new_tokens
+    length = config.data.prompt_len + config.sampling.max_new_tokens  # T
     controller = kl_lib.make_controller(config.kl)
 
     # (2) Data: prompts of the training and the held-out split, pretraining rows for ptx.
@@ -368,9 +359,14 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{name}={config[name]!r} is not one of {allowed}")
     if config.reward.kind not in ("model", "scorer"):
         raise UserError(f"config.reward.kind={config.reward.kind!r}: 'model' or 'scorer'")
-    for name in ("epochs", "minibatches", "samples_per_prompt"):
+    for name in ("batch_size", "epochs", "minibatches", "samples_per_prompt"):
         if config[name] < 1:
             raise UserError(f"config.{name}={config[name]} must be at least 1")
+    for name in ("minibatches", "samples_per_prompt"):
+        if config.batch_size % config[name]:
+            raise UserError(
+                f"config.{name}={config[name]} does not divide batch_size={config.batch_size}"
+            )
     needed = ["init", "vocabulary", "prompts"]
     needed += ["reward"] if config.reward.kind == "model" else []
     needed += ["tokens"] if config.ptx.coef else []

@@ -300,36 +300,40 @@ def test_advantage_whitening_scopes(config, scored):
     np.testing.assert_allclose(prepared["none"].returns, np.asarray(raw) + values, atol=1e-6)
 
 
-def test_adaptive_kl_moves_after_the_batch(config, tmp_path):
+ADAPTIVE = {"kl.kind": "adaptive", "kl.coef": 0.2, "kl.target": 0.05, "kl.horizon": 100}
+
+
+@pytest.fixture(scope="module")
+def adaptive(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("ppo") / "adaptive"
+    rerun(config, workdir, **ADAPTIVE)
+    return workdir
+
+
+def test_adaptive_kl_moves_after_the_batch(adaptive):
     """RLHF.md 7, row 22: step k is paid with the coefficient that step k - 1 left, n = episodes."""
-    lines = rerun(
-        config, tmp_path / "run",
-        **{"kl.kind": "adaptive", "kl.coef": 0.2, "kl.target": 0.05, "kl.horizon": 100},
-    )  # fmt: skip
     coef = np.float32(0.2)
-    for line in lines:
+    for line in lines_of(adaptive):
         assert abs(line["ppo/kl_coef"] - coef) < 1e-6
         coef *= 1 + np.clip(line["ppo/kl"] / 0.05 - 1, -0.2, 0.2) * 16 / 100
-    results = artifact.read_manifest(tmp_path / "run")["results"]
+    results = artifact.read_manifest(adaptive)["results"]
     assert abs(results["kl_coef"] - coef) < 1e-6 and abs(coef - 0.2) > 1e-3
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_stopped_and_resumed_is_bit_identical(config, tmp_path, monkeypatch, stop_after):
+def test_stopped_and_resumed_is_bit_identical(config, adaptive, tmp_path, monkeypatch):
     """The adaptive coefficient, both optimisers, prompts and keys go on where they were."""
-    adaptive = {"kl.kind": "adaptive", "kl.target": 0.05, "kl.horizon": 100}
-    whole = rerun(config, tmp_path / "whole", **adaptive)
     asked = iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(artifact.Run, "stop_requested", lambda self: next(asked) >= stop_after)
+        patch.setattr(artifact.Run, "stop_requested", lambda self: next(asked) >= 2)
         with pytest.raises(Interrupted):
-            rerun(config, tmp_path / "run", **adaptive)
-    resumed = rerun(config, tmp_path / "run", **adaptive)
-    ours, theirs = (artifact.read_manifest(tmp_path / name) for name in ("run", "whole"))
+            rerun(config, tmp_path / "run", **ADAPTIVE)
+    resumed = rerun(config, tmp_path / "run", **ADAPTIVE)
+    ours, theirs = (artifact.read_manifest(path) for path in (tmp_path / "run", adaptive))
     assert ours["digest"] == theirs["digest"]
+    assert ours["results"]["kl_coef"] == theirs["results"]["kl_coef"]
     plain = [
         [{k: v for k, v in m.items() if k.startswith(("ppo/", "train/"))} for m in lines]
-        for lines in (resumed, whole)
+        for lines in (resumed, lines_of(adaptive))
     ]
     assert plain[0] == plain[1]
 
@@ -339,7 +343,7 @@ def test_several_samples_a_prompt(config, tmp_path):
         config, tmp_path / "run", samples_per_prompt=2, total_episodes=16, sample_every_steps=1
     )
     assert len(lines) == 1
-    samples = [ppo_line for ppo_line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     prompts = [tuple(json.loads(line)["prompt"]) for line in samples]
     assert prompts[0] == prompts[1] != prompts[2]
 

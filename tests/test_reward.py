@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from ml_collections import ConfigDict
 from configs import reward as reward_config
 from gptlab import reward
 from gptlab.data.records import Candidate, Comparison, Message, Prompt
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import ModelConfig, init_params
 from gptlab.rl import rewards
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
@@ -204,21 +207,26 @@ def test_figures_by_hand(monkeypatch):
 
 def test_head_starts_with_std_of_stiennon(policy, config):
     """RLHF.md 7, row 12: std 1/sqrt(d + 1), bias 0, on the SFT model's own backbone."""
-    from gptlab.model.heads import ScalarModel
-    from gptlab.model.transformer import ModelConfig
-
     wide = ScalarModel(
         ModelConfig.build(
             {**checkpoint.load_model_config(policy), "d_model": 512}, config.compute.to_dict()
         )
     )
-    import flax.linen as nn
-
-    from gptlab.model.transformer import init_params
-
     head = jax.jit(lambda k: nn.unbox(init_params(wide, k))["head"])(jax.random.key(0))
     assert abs(float(head["kernel"].std()) * 513**0.5 - 1) < 0.1
     assert not np.any(head["bias"])
+
+
+def test_loss_is_a_mean_within_each_prompt_then_over_prompts():
+    """RLHF.md 7, row 24: on a ragged batch that differs from the mean over all pairs."""
+    rewarded = jax.numpy.asarray([[2.0, 1.0, 0.0], [0.5, 1.5, 9.0]])
+    ranks = jax.numpy.asarray([[1, 2, 3], [1, 2, 0]])
+    loss, weight, _ = reward.losses.ranking_loss_sums(rewarded, ranks, jax.numpy.ones(2))
+    pair = lambda margin: np.log1p(np.exp(-margin))  # noqa: E731
+    first, second = (2 * pair(1.0) + pair(2.0)) / 3, pair(-1.0)
+    assert abs(float(loss / weight) - (first + second) / 2) < 1e-6
+    flat = (3 * first + second) / 4
+    assert abs(flat - (first + second) / 2) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,7 @@ def assemble(
 def candidate_rewards(
     model: ScalarModel, params: Any, batch: Any, dropout_key: jax.Array | None = None
 ) -> Float[Array, "B N"]:
-    """Raw reward of every candidate, read at its last real token; K forwards a prompt, never K (K -
-    1).
+    """Raw reward of every candidate, read at its last real token: K forwards for K candidates.
 
     `batch` is a ComparisonBatch. An absent candidate's entry means nothing. Dropout is on when a
     key for it is given.
