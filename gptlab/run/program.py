@@ -42,7 +42,7 @@ def main(run_fn: RunFn, stage: str) -> NoReturn:
 
     def start(argv: Sequence[str]) -> None:
         with _exit_codes(stage):
-            if flags.FLAGS["verbosity"].using_default_value:
+            if not flags.FLAGS["verbosity"].present:  # absl makes it INFO then
                 # Orbax tells of every file that it writes; --verbosity=0 shows that.
                 logging.set_verbosity(logging.WARNING)
             enable_compilation_cache()
