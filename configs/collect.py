@@ -4,9 +4,8 @@
         --config.inputs.policy=runs/sft --config.inputs.prompts=runs/clean \\
         --config.inputs.vocabulary=runs/vocabulary
 
-1,024 training and 256 validation prompts, 4 replies each, at temperature 1: about a minute with a
-1M-parameter model on two CPU cores. InstructGPT's labellers ranked 4 to 9 replies (arXiv
-2203.02155).
+1,024 training and 256 validation prompts, 4 replies each, at temperature 1. InstructGPT's labellers
+ranked 4 to 9 replies (arXiv 2203.02155).
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,8 @@ cores.
         --config.inputs.init=runs/sft --config.inputs.reward=runs/reward \\
         --config.inputs.prompts=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
+A step of 'cpu' takes about 1.8 s of two cores' time: 0.3 sampling, 0.5 scoring, 1.0 updating.
+
 Arguments name a recipe of RLHF.md, section 4: 'cpu' (the default, 60 steps of 64 episodes),
 'instructgpt' (one inner epoch of 8 minibatches, fixed KL coefficient, constant learning rate),
 'ziegler' (4 epochs, adaptive KL, whitened rewards), 'scorer' (no reward model: the share of some

@@ -5,12 +5,11 @@
         --config.inputs.comparisons=runs/rank
 
 One epoch over the comparisons of every round so far (`comparisons`, `comparisons_2`, ...), as in
-InstructGPT: 8 epochs on 1,024 pairs give the same accuracy but a validation loss of 0.66 instead of
-  0.59 (RLHF.md, section 8). A 1M-parameter model reads about 40 comparisons of 4 replies a second
-  on two CPU cores.
+InstructGPT: 8 epochs on 1,024 pairs give the same accuracy but a validation loss of 0.66 instead
+of 0.59 (RLHF.md, section 8).
 
 Arguments: 'rounds' (K = 4 replies a prompt, simulated or people's rankings), 'reviews' (human
-  preferences between two film reviews; `comparisons` is the clean corpus itself).
+preferences between two film reviews; `comparisons` is the clean corpus itself).
 """
 
 from ml_collections import ConfigDict

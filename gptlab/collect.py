@@ -7,8 +7,7 @@
 Writes records/candidates-{train,validation}; a prompt's split stays its split, so labels are split
 by prompt before anything is trained on them. The key of a reply is a function of (seed, split,
 prompt, number of the reply) alone: batch size and interruptions change nothing, and a killed run
-goes on after its last finished batch. About 60 replies of 32 tokens a second with the quickstart's
-model on two CPU cores.
+goes on after its last finished batch.
 
 Replies that a policy gives twice to one prompt are kept and counted (`duplicate_rate`): they are
 what it says, a set without them would show a more varied policy than there is. They teach a reward

@@ -243,9 +243,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # (3) Policy and reference from SFT, critic from the reward model.
-        load_policy = functools.partial(
-            checkpoint.load_params, mesh=mesh, init_fn=functools.partial(init_params, model)
-        )
+        init_fn = functools.partial(init_params, model)
+        load_policy = functools.partial(checkpoint.load_params, mesh=mesh, init_fn=init_fn)
         reference = load_policy(config.inputs.reference or config.inputs.init)
         scalar_model, critic, reward_params = rewards.load_critic(
             config.inputs.reward if config.reward.kind == "model" else None,
