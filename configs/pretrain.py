@@ -33,6 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.log_every_steps = 10
     config.eval_every_steps = 2000
     config.eval_batches = 20
+    config.ngram_baselines = False  # for small corpora: all grams are counted in memory
     config.sample_every_steps = 2000
     config.sample = common.sample(128, prompts=("", "The"))
     config.checkpoint = common.checkpoint(2000)

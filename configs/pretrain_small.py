@@ -35,6 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.log_every_steps = 20
     config.eval_every_steps = 250
     config.eval_batches = 40
+    config.ngram_baselines = True
     config.sample_every_steps = 500
     config.sample = common.sample(64, prompts=("", "i think"))
     config.checkpoint = common.checkpoint(250)

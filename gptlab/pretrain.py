@@ -10,6 +10,7 @@ which loss to expect stand in each config.
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, packing
+from gptlab.data import batches, packing, records
 from gptlab.data.batches import TokenBatch
 from gptlab.data.tokenizer import Tokenizer
+from gptlab.evals import ngram
 from gptlab.model import transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact, profile, program
@@ -183,10 +185,12 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 raise Interrupted(f"saved at step {done} of {total}")
             log.resume()
 
-        # (7) Results.
+        # (7) Results, on the whole validation split.
         checkpoints.wait()
-        if not figures:  # there was no step left to run
-            figures = held_out(state.params, validation())
+        with run.goodput.measure("eval"):
+            figures = held_out(
+                state.params, batches.eval_batches(held_out_source, config.batch_size, None, *block)
+            )
         run.results(
             steps=total,
             tokens=total * batch_tokens,
@@ -194,8 +198,21 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             tokens_per_sec=log.mean_tokens_per_sec(),
             **{name.removeprefix("eval/"): value for name, value in figures.items()},
             **best_metrics(run.workdir),
+            **(ngram_baselines(config, tokenizer) if config.ngram_baselines else {}),
         )
         run.complete(state_lib.digest(state.params))
+
+
+def ngram_baselines(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, float]:
+    """Held-out bits a byte of n-gram models fitted on all training tokens, as `ngram/<name>`."""
+    train, held_out = (
+        records.RecordReader(
+            Path(config.inputs.tokens) / "records", config.data.name, split, records.TokenExample
+        )
+        for split in ("train", "validation")
+    )
+    figures = ngram.baselines(train, held_out, tokenizer.token_bytes)
+    return {f"ngram/{name}": value for name, value in figures.items()}
 
 
 if __name__ == "__main__":
