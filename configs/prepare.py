@@ -83,5 +83,5 @@ def tokenize() -> ConfigDict:
 
 
 def beam() -> ConfigDict:
-    """This machine. For a cluster: runner='FlinkRunner' etc., and its options as on its command line."""
+    """This machine. For a cluster: runner='FlinkRunner' etc. and its command line's options."""
     return ConfigDict(dict(runner="DirectRunner", num_workers=1, options=()))

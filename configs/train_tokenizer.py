@@ -1,4 +1,4 @@
-"""A vocabulary of 2,048 tokens for a model of about 1M parameters; seconds to train on 12 MB of dialogues.
+"""A vocabulary of 2,048 tokens, for a model of about 1M parameters; half a minute on 12 MB.
 
     python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \\
         --config.inputs.corpus=runs/corpus --workdir=runs/vocabulary

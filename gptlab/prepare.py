@@ -1,4 +1,4 @@
-"""Stage 1 and 3: documents -> clean text, and clean text + vocabulary -> token records, both by Apache Beam.
+"""Stages 1 and 3, by Apache Beam: documents -> clean text; that and a vocabulary -> tokens.
 
     python -m gptlab.prepare --config=configs/prepare.py:clean --workdir=runs/corpus
     python -m gptlab.prepare --config=configs/prepare.py:tokenize --workdir=runs/tokens \\
@@ -166,7 +166,7 @@ def read_blocks(source: readers.Source, settings: Cleaning) -> Iterator[bytes]:
 
 
 def split_of(topic: str | None, unit: str, settings: Cleaning) -> str:
-    """The split of an item: whole topics (without one, whole units) are held out for test, units for validation.
+    """An item's split: whole topics (or units without one) are test, whole units validation.
 
     A function of the names alone, so an item stays where it is when the corpus grows.
     """
@@ -231,7 +231,7 @@ def _clean_record(item: readers.Item, rules: clean.Rules) -> tuple[Any, str | No
 
 
 def keep_unique(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
-    """One partition's records -> those to keep by (set, split, shard), and prompts by their hash."""
+    """One partition's records -> those to keep by (set, shard), and prompts by their hash."""
     statistics = Statistics()
     kept, dropped = dedup.unique(
         (key, split, record_id, (split, data))
@@ -444,8 +444,9 @@ def _check_quality(statistics: dict[str, Any], config: ConfigDict, workdir: epat
     if bad > config.max_bad_fraction * (bad + read):
         reasons = ", ".join(f"{reason} ({n})" for reason, n, _ in statistics["reasons"][:3])
         raise UserError(
-            f"{bad} of {bad + read} inputs could not be read: {reasons}; see {workdir / QUARANTINE}, mend them or "
-            f"raise config.max_bad_fraction ({config.max_bad_fraction})"
+            f"{bad} of {bad + read} inputs could not be read: {reasons}; see "
+            f"{workdir / QUARANTINE}, mend them or raise config.max_bad_fraction "
+            f"({config.max_bad_fraction})"
         )
     trained = [kind for kind in ("documents", "conversations") if kept[kind, "train"]]
     if not trained:
@@ -456,7 +457,8 @@ def _check_quality(statistics: dict[str, Any], config: ConfigDict, workdir: epat
         if not kept[kind, "validation"]:
             raise UserError(
                 f"none of the {kept[kind, 'train']} {kind} fell into validation; raise "
-                f"config.split.validation_fraction ({config.split.validation_fraction}) or give more data"
+                f"config.split.validation_fraction ({config.split.validation_fraction}) "
+                "or give more data"
             )
 
 
@@ -506,9 +508,7 @@ def clean_report(statistics: dict[str, Any], opened: artifact.Run) -> str:
     ]
     for row in statistics["rows"]:
         if row["outcome"] != "kept":
-            out.append(
-                f"| {row['source']} | {row['kind']} | {row['split']} | {row['outcome']} | {row['count']:,} |"
-            )
+            out.append("| {source} | {kind} | {split} | {outcome} | {count:,} |".format(**row))
             head = f"- {row['source']}, {row['kind']}, {row['split']}, {row['outcome']}:"
             lines += [head] + [f"  - `{key}`: {_code(text)}" for key, text in row["examples"]]
     out += ["", "Examples:", "", *lines, "", f"## Quarantined: {statistics['quarantined']:,}", ""]
@@ -537,7 +537,7 @@ class Tokenizing:
 
 
 def run_tokenize(config: ConfigDict, workdir: str) -> None:
-    """corpus, vocabulary -> records/<task>-<split> of TokenExamples, for every task of config.tasks."""
+    """corpus, vocabulary -> records/<task>-<split> of TokenExamples, for all of config.tasks."""
     for name in ("corpus", "vocabulary"):
         if config.inputs[name] is None:
             raise UserError(f"config.inputs.{name} is not set; give the workdir of that stage")
@@ -671,7 +671,9 @@ def _run_pipeline(config: ConfigDict, build: Callable[[beam.Pipeline], None]) ->
     except (RuntimeError, UserError) as error:
         # Beam adds the step's name to the message of a worker's exception.
         cause = _user_error(error)
-        raise cause from error if cause is not None else error
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def _user_error(error: BaseException | None) -> UserError | None:

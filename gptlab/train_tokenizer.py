@@ -1,4 +1,4 @@
-"""Stage 2: corpus -> a SentencePiece vocabulary with byte fallback and the chat format's control tokens.
+"""Stage 2: corpus -> a SentencePiece vocabulary with byte fallback and the chat's control tokens.
 
     python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \\
         --config.inputs.corpus=runs/corpus --workdir=runs/vocabulary
@@ -104,7 +104,7 @@ class Figures:
 
 
 def check(vocabulary: Tokenizer, lines: Iterator[str]) -> Figures:
-    """Encodes and decodes every text; UserError for one that does not come back as the same bytes."""
+    """Encodes and decodes every text; UserError for one that does not come back as it was."""
     figures = Figures(vocabulary.vocab_size)
     for text in lines:
         data = text.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""prepare end to end: splits, files on disk, workers, bad input; and the user's own Tasks in records."""
+"""prepare end to end: splits, files, workers, bad input; the user's own Tasks in records."""
 
 import json
 
@@ -28,17 +28,24 @@ def clean_config(documents, **changes) -> ConfigDict:
 def make_corpus(folder):
     """30 texts, 60 dialogues on 12 topics, duplicates, and some bad input."""
     folder.mkdir(parents=True)
-    texts = [f"{n} went to town number {i} and came back with {i} apples." for i, n in enumerate(NAMES * 4)]
+    texts = [
+        f"{n} went to town number {i} and came back with {i} apples."
+        for i, n in enumerate(NAMES * 4)
+    ]
     rows = [{"text": t} for t in texts[:30]] + [{"text": texts[0].upper()}] * 3
     for i in range(60):
         topic = f"Topic {i % 12}?"
         turns = ["Hello, how do you do today?", f"Fine, I am {NAMES[i % 8]} number {i}.",
                  f"What do you think of {topic}", f"I have {i} thoughts about it."]  # fmt: skip
-        messages = [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, turns, strict=True)]
+        messages = [
+            {"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, turns, strict=True)
+        ]
         rows.append({"messages": messages, "topic": topic})
     rows.append({"text": "short"})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"text": \n')
-    (folder / "page.html").write_text("<main><h1>Tea</h1><p>Tea is a drink made of leaves &amp; water.</p></main>")
+    (folder / "page.html").write_text(
+        "<main><h1>Tea</h1><p>Tea is a drink made of leaves &amp; water.</p></main>"
+    )
     (folder / "bad.txt").write_bytes(b"caf\xe9 au lait and a lot of other things")
     return folder
 
@@ -89,11 +96,16 @@ def test_counts_report_and_quarantine(corpus):
     assert results["dropped"]["documents: too short"] == 1
     assert results["quarantined"] == 2
     bad = [json.loads(line) for line in (corpus / "quarantine.jsonl").read_text().splitlines()]
-    assert [(b["file"].rsplit("/", 1)[1], b["line"]) for b in bad] == [("bad.txt", 1), ("rows.jsonl", 95)]
+    assert [(b["file"].rsplit("/", 1)[1], b["line"]) for b in bad] == [
+        ("bad.txt", 1),
+        ("rows.jsonl", 95),
+    ]
     report = (corpus / "report.md").read_text()
     for expected in ("| duplicate | ", "too short", "`short`", "not UTF-8: 1", "rows.jsonl:95"):
         assert expected in report
-    everything = [d for s in ("train", "validation", "test") for d in read(corpus, "documents", s, Document)]
+    everything = [
+        d for s in ("train", "validation", "test") for d in read(corpus, "documents", s, Document)
+    ]
     assert any(d.text == "Tea\n\nTea is a drink made of leaves & water." for d in everything)
     assert manifest["digest"]
 
@@ -112,8 +124,12 @@ def test_same_bytes_with_two_workers_and_in_another_order(corpus, tmp_path, monk
     names = sorted(p.name for p in (corpus / "records").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "two" / "records").iterdir())
     for name in names:
-        assert (corpus / "records" / name).read_bytes() == (tmp_path / "two" / "records" / name).read_bytes()
-    assert (corpus / "quarantine.jsonl").read_bytes() == (tmp_path / "two" / "quarantine.jsonl").read_bytes()
+        assert (corpus / "records" / name).read_bytes() == (
+            tmp_path / "two" / "records" / name
+        ).read_bytes()
+    assert (corpus / "quarantine.jsonl").read_bytes() == (
+        tmp_path / "two" / "quarantine.jsonl"
+    ).read_bytes()
 
 
 def test_shards_hold_the_same_records(corpus, tmp_path):
@@ -139,7 +155,7 @@ def test_errors_are_one_line(corpus, tmp_path, changes, message):
         prepare.run(clean_config(corpus.parent / "input", **changes), str(tmp_path / "w"))
 
 
-OWN = '''
+OWN = """
 import seqio
 import tensorflow as tf
 from gptlab.data import tasks
@@ -155,7 +171,7 @@ seqio.TaskRegistry.add(
     ],
     output_features=tasks.output_features(),
 )
-'''
+"""
 
 
 def test_tokenize_with_a_task_of_ones_own(corpus, tmp_path, monkeypatch):
@@ -180,7 +196,9 @@ def test_tokenize_with_a_task_of_ones_own(corpus, tmp_path, monkeypatch):
 
     plain = tokenize("plain")
     assert records.record_sets(plain / "records") == [
-        f"{task}-{split}" for task in ("dialogues", "pretrain") for split in ("test", "train", "validation")
+        f"{task}-{split}"
+        for task in ("dialogues", "pretrain")
+        for split in ("test", "train", "validation")
     ]
     assert len(read(plain, "pretrain", "train", TokenExample)) == len(documents)
 
@@ -193,7 +211,9 @@ def test_tokenize_with_a_task_of_ones_own(corpus, tmp_path, monkeypatch):
     own = tmp_path / "own"
     mine = read(own, "prepare_lines", "train", TokenExample)
     vocabulary = train_tokenizer.Tokenizer.load(tmp_path / "vocabulary")
-    assert sorted(vocabulary.decode(e.tokens) for e in mine) == [f"train line {i}" for i in range(4)]
+    assert sorted(vocabulary.decode(e.tokens) for e in mine) == [
+        f"train line {i}" for i in range(4)
+    ]
     assert {e.tokens[-1] for e in mine} == {vocabulary.eos_id}
     manifest = artifact.read_manifest(own)["results"]
     assert manifest["mixtures"] == {"mine": {"prepare_lines": 0.5, "dialogues": 0.5}}

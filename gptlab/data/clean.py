@@ -1,4 +1,4 @@
-"""Cleaning of text: main content of HTML, Unicode repair, white space; and the filters that drop documents.
+"""Cleaning: main text of HTML, Unicode repair, white space; and the filters that drop documents.
 
 HTML goes through resiliparse. Beside trafilatura it is maintained as actively, took the same 45 ms
 for idlelib/help.html (79 kB), and kept 36.7 kB of its text where trafilatura kept 16.3 kB, with
@@ -45,7 +45,7 @@ class Rules:
 
 
 def html_text(page: str) -> str:
-    """Main text of a page: headings, paragraphs, lists, tables and code, without navigation and scripts."""
+    """Main text of a page: headings, paragraphs, lists, tables, code; no navigation."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
     except ImportError:

@@ -67,7 +67,7 @@ def keep_order(split: str, record_id: str) -> tuple[int, str]:
 
 
 def unique(entries: Iterable[tuple[bytes, str, str, T]]) -> tuple[list[T], list[tuple[T, str]]]:
-    """Splits (hash, split, id, value) into the values to keep and the others, each with its keeper's id.
+    """Splits (hash, split, id, value) into values to keep and others, each with its keeper's id.
 
     Both in the order of the keys, whatever the order of the entries.
     """

@@ -23,7 +23,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, cast
 
 from gptlab.data.records import Candidate, Comparison, Conversation, Document, Message, Prompt
 from gptlab.run.errors import UserError
@@ -40,7 +40,7 @@ _QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One thing to read: `name` is 'package:chitchat', 'tfds:...' or 'file'; `key` starts its records' ids."""
+    """One thing to read: 'package:...', 'tfds:...' or 'file'; `key` starts its records' ids."""
 
     name: str
     path: str | None
@@ -49,7 +49,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What reading is bounded by, and the choices of the package sources (see configs/prepare.py)."""
+    """What reading is bounded by, and choices of the package sources (see configs/prepare.py)."""
 
     max_line_bytes: int
     max_html_bytes: int
@@ -64,7 +64,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A record before cleaning. A split draws on `topic` and `unit`: what shares one is never divided.
+    """A record before cleaning. Splits draw on `topic` and `unit`: what shares one stays together.
 
     `train_only` items have no place in a held-out split and are left out there.
     """
@@ -101,7 +101,8 @@ def plan(names: Iterable[str], documents: str | None, beside: Iterable[str] = ()
             sources.append(Source(name, None, name))
         else:
             raise UserError(
-                f"config.data.sources: {name!r} is no source; there are {', '.join(_PACKAGES)}, tfds:NAME, and "
+                f"config.data.sources: {name!r} is no source; there are "
+                f"{', '.join(_PACKAGES)}, tfds:NAME, and "
                 "config.data.documents for files of your own"
             )
     if not sources:
@@ -143,7 +144,8 @@ def _plan_files(documents: str) -> list[Source]:
     if not usable:
         there = f"{len(found)} other files" if found else "no file at all"
         raise UserError(
-            f"config.data.documents={documents}: {there} there, but none ending in {', '.join(SUFFIXES)} "
+            f"config.data.documents={documents}: {there} there, but none ending in "
+            f"{', '.join(SUFFIXES)} "
             "(or one of these and .gz)"
         )
     return [Source("file", str(path), path.relative_to(base).as_posix()) for path in usable]
@@ -159,22 +161,23 @@ def _suffix(path: Path) -> str:
 def _read_file(source: Source, limits: Limits) -> Iterator[Item | Bad]:
     assert source.path is not None
     path = Path(source.path)
-    readers = {".jsonl": _read_jsonl, ".html": _read_html, ".htm": _read_html}
-    line = 0
+    formats = {".jsonl": _read_jsonl, ".html": _read_html, ".htm": _read_html}
+    reader = formats.get(_suffix(path), _read_text)
+    last = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-            for line, item in readers.get(_suffix(path), _read_text)(file, source, limits):
+            for last, item in reader(cast(IO[bytes], file), source, limits):  # noqa: B007
                 yield item
     except (OSError, EOFError, zlib.error) as error:  # also: not gzip, cut off, no permission
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        yield Bad(source.path, line + 1, f"unreadable: {reason}")
+        yield Bad(source.path, last + 1, f"unreadable: {reason}")
 
 
 Lines = Iterator[tuple[int, Item | Bad]]  # with the number of the line that was read last
 
 
-def _bounded_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, its bytes), None for a line of more than `limit` bytes, which is skipped unread."""
+def _bounded_lines(file: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(line number from 1, its bytes); None for a line above `limit`, which is skipped unread."""
     number = 0
     while chunk := file.readline(limit + 1):
         number += 1
@@ -186,8 +189,8 @@ def _bounded_lines(file: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | No
         yield number, None
 
 
-def _read_text(file: BinaryIO, source: Source, limits: Limits) -> Lines:
-    """Plain text: a file is one document, or several stretches of whole paragraphs when it is long."""
+def _read_text(file: IO[bytes], source: Source, limits: Limits) -> Lines:
+    """Plain text: a file is one document, or several stretches of paragraphs when it is long."""
     path = str(source.path)
     stretch: list[bytes] = []
     size, first, part, number = 0, 1, 0, 0
@@ -217,7 +220,7 @@ def _read_text(file: BinaryIO, source: Source, limits: Limits) -> Lines:
         yield number, item
 
 
-def _read_html(file: BinaryIO, source: Source, limits: Limits) -> Lines:
+def _read_html(file: IO[bytes], source: Source, limits: Limits) -> Lines:
     data = file.read(limits.max_html_bytes + 1)
     path = str(source.path)
     if len(data) > limits.max_html_bytes:
@@ -235,7 +238,7 @@ def _read_html(file: BinaryIO, source: Source, limits: Limits) -> Lines:
     yield 0, Bad(path, 1, "not UTF-8")
 
 
-def _read_jsonl(file: BinaryIO, source: Source, limits: Limits) -> Lines:
+def _read_jsonl(file: IO[bytes], source: Source, limits: Limits) -> Lines:
     path = str(source.path)
     for number, line in _bounded_lines(file, limits.max_line_bytes):
         if line is None:
@@ -253,7 +256,7 @@ def _read_jsonl(file: BinaryIO, source: Source, limits: Limits) -> Lines:
 
 
 def _parse_line(line: bytes, key: str) -> Item:
-    """An item from {"text": ...} or {"messages": [...]}, optionally with a "topic"; ValueError says what is wrong."""
+    """An item from {"text"} or {"messages"}, perhaps with "topic"; ValueError if it is none."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -302,7 +305,7 @@ def _locate(module: str, file: str, package: str) -> Path:
 
 
 def _read_chitchat(source: Source, limits: Limits) -> Iterator[Item | Bad]:
-    """Human dialogues. Each turn's messages are joined by blanks; the opener of a conversation is the user.
+    """Human dialogues. A turn's messages are joined by blanks; who opens is the user.
 
     The text of a conversation (one turn a line) and the conversation itself share their unit and
     topic. With sides=2 a second conversation casts the other speaker as the assistant, from the
@@ -362,8 +365,8 @@ def _read_reviews(source: Source, limits: Limits) -> Iterator[Item | Bad]:
         rows = [row for row in rows if row[1] and seen[row[1].casefold()] == 1]
         if limits.review_documents:
             for i, (category, text) in enumerate(rows):
-                record = Document(f"{unit}:{category}:{i:03d}", text, source.name)
-                yield Item(record, unit, unit, train_only=True)
+                document = Document(f"{unit}:{category}:{i:03d}", text, source.name)
+                yield Item(document, unit, unit, train_only=True)
         question = _QUESTIONS[_hash(film) % len(_QUESTIONS)].format(film=_title(film))
         prompt = Prompt(unit, (Message("user", question),), source.name)
         fresh, rotten = ([t for c, t in rows if c == wanted] for wanted in ("fresh", "rotten"))

@@ -1,4 +1,4 @@
-"""seqio: the Tasks that turn a clean corpus into token examples, and Mixtures of them. TensorFlow lives here.
+"""seqio: Tasks that turn a clean corpus into token examples, and Mixtures. TensorFlow lives here.
 
 Our own Tasks are 'pretrain' ([bos] text [eos], everything learnt but bos) over documents, and
 'dialogues' (the chat format with its loss mask) over conversations. A module of the user's
@@ -47,7 +47,7 @@ _PARTS = 1024  # record sets are offered to seqio in as many parts; a part is a 
 
 
 class _Now:
-    """What `use` has set: Tasks are registered once in a process, corpora and vocabularies change."""
+    """Set by `use`: Tasks are registered once in a process, corpora and vocabularies change."""
 
     corpus: str | None = None
     tokenizer: Tokenizer | None = None
@@ -65,7 +65,7 @@ def use(corpus: str, vocabulary_path: str, module: str | None) -> None:
 
 
 def load_module(name: str) -> None:
-    """Imports a user's module, which registers Tasks or TFDS builders; it may lie in the working directory."""
+    """Imports a module of Tasks or TFDS builders; the current directory counts too."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -74,8 +74,8 @@ def load_module(name: str) -> None:
         if error.name is None or not name.startswith(error.name):
             raise
         raise UserError(
-            f"config.module: there is no module {name!r}; give its dotted name, as in an import, and start in the "
-            "directory it can be imported from"
+            f"config.module: there is no module {name!r}; give its dotted name, as in an import, "
+            "and start in the directory it can be imported from"
         ) from None
 
 
@@ -174,7 +174,7 @@ class RecordSource(seqio.DataSource):
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
     ) -> tf.data.Dataset:
-        """A contiguous part of the record set, in its order; nothing if the corpus has no such set."""
+        """A contiguous part of the record set; nothing if the corpus has no such set."""
         index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         name, cls = self._name, self._cls
         directory = Path(str(_Now.corpus)) / "records"
@@ -231,7 +231,7 @@ def _map_records(dataset: tf.data.Dataset, encode: Any) -> tf.data.Dataset:
 
 
 def output_features() -> dict[str, seqio.Feature]:
-    """Features of our Tasks: targets, and a loss_mask as long. Those of a Mixture must all agree."""
+    """Features of our Tasks: targets and a loss_mask. Those of a Mixture must all agree."""
     return {
         "targets": seqio.Feature(_VOCABULARY, add_eos=True),
         "loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False),
@@ -262,7 +262,7 @@ logging.set_verbosity(logging.WARNING)  # seqio announces every slice
 
 
 def add_mixture(name: str, rates: Mapping[str, float]) -> dict[str, float]:
-    """Registers a seqio Mixture with the config's rates (in place of one of that name); returns them."""
+    """Registers a seqio Mixture with the config's rates, in place of one of that name."""
     for task in rates:
         _known(task, "config.mixtures")
     if name in seqio.TaskRegistry.names():
@@ -290,7 +290,7 @@ class Slice:
 
 
 def slices(names: Iterable[str], count: int) -> list[Slice]:
-    """The work of tokenising Tasks, or all Tasks of Mixtures: at most `count` slices for each split.
+    """The work of tokenising Tasks, or all Tasks of Mixtures: up to `count` slices a split.
 
     A TFDS source can't be divided finer than into its files. Raises UserError for an unknown name.
     """
@@ -314,7 +314,8 @@ def _known(name: str, where: str) -> seqio.Task | seqio.Mixture:
     known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
     if name not in known:
         raise UserError(
-            f"{where}: no Task or Mixture {name!r} is registered; there are {', '.join(sorted(known))}"
+            f"{where}: no Task or Mixture {name!r} is registered; there are "
+            f"{', '.join(sorted(known))}"
         )
     return seqio.get_mixture_or_task(name)
 
@@ -355,7 +356,7 @@ def _joined(row: Mapping[str, Any], task: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tfds_texts(name: str, data_dir: str | None, feature: str, module: str | None) -> Iterator[str]:
-    """Texts of a TFDS data set that is prepared on this machine (`name` or `name/split`, train by default).
+    """Texts of a TFDS data set prepared on this machine (`name` or `name/split`, else train).
 
     Never downloads. Raises UserError when it is not there, or has no text under `feature`.
     """
@@ -370,7 +371,8 @@ def tfds_texts(name: str, data_dir: str | None, feature: str, module: str | None
     except (tfds.core.registered.DatasetNotFoundError, AssertionError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"config.data.sources: tfds:{name} is not prepared under config.data.tfds_dir={data_dir} ({reason}); "
+            f"config.data.sources: tfds:{name} is not prepared under "
+            f"config.data.tfds_dir={data_dir} ({reason}); "
             "prepare it first with download_and_prepare(): nothing is downloaded here"
         ) from None
     for row in dataset.as_numpy_iterator():

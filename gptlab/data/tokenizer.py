@@ -72,12 +72,12 @@ class Tokenizer:
     @classmethod
     def load(cls, path: os.PathLike | str) -> Tokenizer:
         """Loads a train_tokenizer workdir or a model file; UserError when there is none."""
-        path = epath.Path(path)
-        if path.is_dir():
-            path = path / MODEL_FILE
-        if not path.exists():
-            raise UserError(f"{path}: no vocabulary here; run gptlab.train_tokenizer first")
-        return cls(path.read_bytes(), str(path))
+        file = epath.Path(path)
+        if file.is_dir():
+            file = file / MODEL_FILE
+        if not file.exists():
+            raise UserError(f"{file}: no vocabulary here; run gptlab.train_tokenizer first")
+        return cls(file.read_bytes(), str(file))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any text, never a control id. Lone surrogates (no text) become U+FFFD.
@@ -188,8 +188,7 @@ def train(
             f"cannot train a vocabulary of {vocab_size} tokens on these texts ({reason}); "
             "change config.vocab_size or give more text"
         ) from None
-    out_path = epath.Path(out_path)
-    out_path.write_bytes(model.getvalue())
+    epath.Path(out_path).write_bytes(model.getvalue())
     return Tokenizer(model.getvalue(), str(out_path))
 
 

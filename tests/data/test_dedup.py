@@ -18,7 +18,9 @@ def test_records_are_the_same_by_their_text_not_their_id():
     assert dedup.record_hash(Document("a", "x", "s")) == dedup.record_hash(Document("b", "X", "t"))
     one, two = Conversation("a", turns, "s"), Conversation("b", turns, "t", "topic")
     assert dedup.record_hash(one) == dedup.record_hash(two)
-    swapped = tuple(Message(r, m.content) for r, m in zip(("assistant", "user"), turns, strict=True))
+    swapped = tuple(
+        Message(r, m.content) for r, m in zip(("assistant", "user"), turns, strict=True)
+    )
     assert dedup.record_hash(one) != dedup.record_hash(Conversation("a", swapped, "s"))
     with_context = (Message("user", "Hi there", "page"), turns[1])
     assert dedup.record_hash(one) != dedup.record_hash(Conversation("a", with_context, "s"))

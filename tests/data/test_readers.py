@@ -120,7 +120,16 @@ def test_bad_files_do_not_stop_the_others(tmp_path):
     write(tmp_path / "j.html", b"<p>\xff\xfe")
     found = read_all(tmp_path)
     bad = {x.file.rsplit("/", 1)[1]: x for x in found if isinstance(x, Bad)}
-    assert set(bad) == {"b.txt", "c.txt", "d.txt", "e.jsonl", "f.jsonl.gz", "g.jsonl.gz", "h.html", "j.html"}
+    assert set(bad) == {
+        "b.txt",
+        "c.txt",
+        "d.txt",
+        "e.jsonl",
+        "f.jsonl.gz",
+        "g.jsonl.gz",
+        "h.html",
+        "j.html",
+    }
     assert bad["b.txt"] == Bad(str(tmp_path / "b.txt"), 2, "not UTF-8")
     assert {bad[f"{n}.txt"].reason for n in "cd"} | {bad["e.jsonl"].reason} == {"empty"}
     assert "end-of-stream" in bad["f.jsonl.gz"].reason and bad["f.jsonl.gz"].line > 1
@@ -217,7 +226,10 @@ def test_reviews_are_pairs_within_a_film():
     single = [i for i in readers.read(package("package:reviews")[0], once)]
     assert sum(isinstance(i.record, Comparison) for i in single) < len(pairs)
     without = readers.dataclasses.replace(once, review_documents=False)
-    assert all(isinstance(i.record, Comparison) for i in readers.read(package("package:reviews")[0], without))
+    assert all(
+        isinstance(i.record, Comparison)
+        for i in readers.read(package("package:reviews")[0], without)
+    )
 
 
 def test_packages_are_not_imported_and_documentation_is_read():

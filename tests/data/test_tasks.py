@@ -72,7 +72,7 @@ def test_vocabulary_for_seqio(workdirs):
     assert vocabulary.decode_tf(tf.constant(ids)).numpy().decode() == TEXT
 
 
-OWN = '''
+OWN = """
 import seqio, tensorflow as tf
 from gptlab.data import tasks
 
@@ -89,7 +89,7 @@ seqio.TaskRegistry.add(
         "targets": seqio.Feature(tasks.vocabulary(), add_eos=True),
     },
 )
-'''
+"""
 
 
 def test_a_task_of_the_users_own_module(workdirs, monkeypatch):
@@ -118,7 +118,7 @@ def test_mixtures(workdirs):
     assert seqio.MixtureRegistry.get("both").get_rate(seqio.TaskRegistry.get("dialogues")) == 0.5
 
 
-TFDS = '''
+TFDS = """
 import tensorflow_datasets as tfds
 
 class MyPoems(tfds.core.GeneratorBasedBuilder):
@@ -136,14 +136,16 @@ class MyPoems(tfds.core.GeneratorBasedBuilder):
             yield i, {"text": f"poem {i}: roses are red"}
 
     _generate_examples = _examples
-'''
+"""
 
 
 def test_a_tfds_builder_of_the_users_own(workdirs, monkeypatch):
     (workdirs / "my_poems_module.py").write_text(TFDS)
     monkeypatch.chdir(workdirs)
     data_dir = str(workdirs / "tfds")
-    with pytest.raises(UserError, match="tfds:my_poems is not prepared under .*download_and_prepare"):
+    with pytest.raises(
+        UserError, match="tfds:my_poems is not prepared under .*download_and_prepare"
+    ):
         list(tasks.tfds_texts("my_poems", data_dir, "text", "my_poems_module"))
     sys.modules["my_poems_module"].MyPoems(data_dir=data_dir).download_and_prepare()
     found = sorted(tasks.tfds_texts("my_poems", data_dir, "text", "my_poems_module"))
