@@ -22,7 +22,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from configs import ppo as ppo_config
 from configs import pretrain as pretrain_config
+from configs import reward as reward_config
 from configs import sft as sft_config
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import Interrupted
@@ -68,9 +70,38 @@ def sft(tiny: SimpleNamespace) -> ConfigDict:
     return config
 
 
+def reward(tiny: SimpleNamespace) -> ConfigDict:
+    config = reward_config.get_config()
+    config.inputs.update(
+        init=tiny.policy, vocabulary=tiny.vocabulary, comparisons=tiny.comparisons
+    )
+    config.data.seq_len = 64
+    config.compute = common.compute(dropout=0.1)
+    config.optimizer = common.adamw(5e-3)
+    config.accumulation_steps = 2
+    config.total_epochs = None
+    return config
+
+
+def ppo(tiny: SimpleNamespace) -> ConfigDict:
+    config = ppo_config.get_config("scorer")
+    config.inputs.update(init=tiny.policy, vocabulary=tiny.vocabulary, prompts=tiny.clean)
+    config.data.prompt_len = 24
+    config.sampling.max_new_tokens = 8
+    config.compute = common.compute()
+    config.optimizer = common.adamw(1e-3)
+    config.value_optimizer = common.adamw(3e-3)
+    config.minibatches = 2
+    config.kl.kind = "adaptive"
+    config.total_episodes = None
+    return config
+
+
 LOOPS = [
     Loop("pretrain", pretrain, falls_by=0.8),
     Loop("sft", sft, falls_by=0.8),
+    Loop("reward", reward, falls_by=0.05),
+    Loop("ppo", ppo, falls_by=0.2),  # the value loss: an untrained policy's replies score -1
 ]
 
 
@@ -90,10 +121,11 @@ def with_cadence(config: ConfigDict) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_corpus, tiny_vocabulary, tiny_comparisons, tiny_model, tmp_path_factory):
+def tiny(tiny_clean, tiny_corpus, tiny_vocabulary, tiny_comparisons, tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("loops")
     policy = artifacts.write_policy(root / "policy", tiny_model)
     return SimpleNamespace(
+        clean=str(tiny_clean),
         corpus=str(tiny_corpus),
         vocabulary=str(tiny_vocabulary),
         comparisons=str(tiny_comparisons),
