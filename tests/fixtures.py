@@ -11,6 +11,9 @@ falls within a few steps and replies differ in sentiment; turns take about 10 to
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -227,3 +230,26 @@ def _human(rng: np.random.Generator, prompt: Prompt) -> Comparison:
 def _pretrain_example(tokenizer: tokenizer_lib.Tokenizer, document: Document) -> TokenExample:
     ids = [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
     return TokenExample(document.id, np.array(ids), np.array([0] + [1] * (len(ids) - 1)))
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's smoke, run by its own command on one device; minutes, for smoke tests only."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    run_smoke(workdir)
+    return workdir
+
+
+def run_smoke(workdir: Path) -> str:
+    """Runs the smoke command in `workdir`; returns what it printed."""
+    command = [sys.executable, "-m", "gptlab.rounds", "--config=configs/quickstart.py:smoke"]
+    done = subprocess.run(
+        [*command, f"--workdir={workdir}"],
+        cwd=Path(__file__).parent.parent,
+        env=dict(os.environ, XLA_FLAGS=""),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0
+    return done.stdout

@@ -24,6 +24,7 @@ def test_committed_without_outputs_and_in_the_house_order(path):
 
 
 @pytest.mark.smoke
+@pytest.mark.timeout(900)
 def test_quickstart_notebook_runs_on_the_smoke_run(smoke_run, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("GPTLAB_RUN", str(smoke_run))

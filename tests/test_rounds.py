@@ -14,17 +14,15 @@ import pytest
 from gptlab import rounds
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
-from tests import rounds_driver
+from tests import fixtures, rounds_driver
 
-TEXT = "a document of one's own\n"
 TOTAL = len(rounds.ONCE) + 2 * len(rounds.EACH_ROUND)
 
 
-@pytest.fixture
-def documents(tmp_path):
-    directory = tmp_path / "documents"
-    directory.mkdir()
-    (directory / "a.txt").write_text(TEXT)
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("documents")
+    (directory / "a.txt").write_text("a document of one's own\n")
     return directory
 
 
@@ -38,16 +36,13 @@ def root(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(documents, tmp_path_factory):
     """Two finished rounds, to be copied; and the stages that ran, in order."""
-    directory = tmp_path_factory.mktemp("rounds")
-    (directory / "documents").mkdir()
-    (directory / "documents" / "a.txt").write_text(TEXT)
-    (directory / "run").mkdir()
-    undo = rounds_driver.install(directory / "run")
-    calls = run(directory / "run", directory / "documents")
+    root = tmp_path_factory.mktemp("rounds")
+    undo = rounds_driver.install(root)
+    calls = run(root, documents)
     undo()
-    return directory / "run", calls
+    return root, calls
 
 
 @pytest.fixture
@@ -127,7 +122,10 @@ def test_a_change_runs_only_what_depends_on_it(root, documents, done, change, re
 
 def test_changed_documents_run_everything_again(root, documents, done):
     (documents / "b.txt").write_text("another one\n")
-    assert len(run(root, documents)) == TOTAL
+    try:
+        assert len(run(root, documents)) == TOTAL
+    finally:
+        (documents / "b.txt").unlink()
 
 
 def test_a_new_seed_reaches_every_stage_that_has_one(root, documents, done):
@@ -192,14 +190,14 @@ def test_documents_without_dialogues_are_refused_with_advice(root, documents):
         run(root, documents, **{"stages.clean.module": "documents-train"})
 
 
-def test_lineage_goes_back_to_the_documents(root, done):
+def test_lineage_goes_back_to_the_documents(root, documents, done):
     tree = artifact.lineage(root / record(root, 2)["steps"]["ppo"]["artifact"])
     while tree["inputs"]:
         tree = (
             tree["inputs"].get("init") or tree["inputs"].get("tokens") or tree["inputs"]["corpus"]
         )
     (path,) = tree["manifest"]["files"]["sources"]["paths"]
-    assert path.endswith("documents/a.txt")
+    assert path == str(documents / "a.txt")
 
 
 def test_written_configs_are_the_exact_ones(root, done):
@@ -267,3 +265,16 @@ def test_missing_documents_are_named_before_anything_runs(root, tmp_path):
     with pytest.raises(UserError, match="config.data.documents"):
         run(root, tmp_path / "nowhere")
     assert not (root / "artifacts").exists()
+
+
+@pytest.mark.smoke
+@pytest.mark.timeout(900)
+def test_smoke_goes_all_the_way_and_does_nothing_twice(smoke_run):
+    assert artifact.read_manifest(smoke_run)["results"]["promoted"] == [True, True]
+    before = manifest_times(smoke_run)
+    assert len(before) == TOTAL
+    printed = fixtures.run_smoke(smoke_run)
+    assert printed.count("is done") == TOTAL
+    assert manifest_times(smoke_run) == before
+    tree = artifact.lineage(smoke_run / record(smoke_run, 2)["steps"]["evaluate"]["artifact"])
+    assert tree["inputs"]["policy"]["manifest"]["stage"] == "ppo"
