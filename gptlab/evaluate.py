@@ -88,7 +88,7 @@ class Networks:
         model, params, gain, bias = rewards.load_reward_model(workdir, self.mesh, self._compute)
         return model, rewards.fold_normalisation(params, gain, bias)
 
-    def _sample(self, params: Any, batch: batches.PromptBatch, key: jax.Array) -> rollout.Samples:
+    def _sample(self, params: Any, batch: Any, key: jax.Array) -> rollout.Samples:
         return rollout.sample(
             self.language, params, batch.tokens, batch.lengths, key, self.sampling, self.pad_id
         )
@@ -98,9 +98,7 @@ class Networks:
         logprobs, _ = rollout.response_logprobs(self.language, params, samples, temperature)
         return logprobs.sum(-1)  # [B]
 
-    def _join(
-        self, batch: batches.PromptBatch, samples: rollout.Samples
-    ) -> tuple[jax.Array, jax.Array]:
+    def _join(self, batch: Any, samples: rollout.Samples) -> tuple[jax.Array, jax.Array]:
         return rollout.join(
             batch.tokens, batch.lengths, samples.response, samples.response_mask, self.pad_id
         )

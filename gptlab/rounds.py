@@ -104,7 +104,7 @@ class Planner:
         self._config = config
         self._root = root.resolve()
 
-    def step(self, name: str, round_number: int = 0, **inputs: Step | None) -> Step:
+    def step(self, name: str, round_number: int, **inputs: Step | None) -> Step:
         """The step of a stage whose inputs are other steps; one that is None stays empty."""
         config = ConfigDict(self._config.stages[name].to_dict())
         if round_number and name != "evaluate":  # all rounds are evaluated on the same draws
@@ -259,7 +259,7 @@ def prepare_once(planner: Planner, runner: Runner) -> dict[str, Step]:
     once: dict[str, Step] = {}
 
     def do(name: str, **inputs: Step) -> None:
-        once[name] = planner.step(name, **inputs)
+        once[name] = planner.step(name, 0, **inputs)
         runner.run(once[name])
 
     do("clean")

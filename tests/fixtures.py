@@ -234,7 +234,7 @@ def _pretrain_example(tokenizer: tokenizer_lib.Tokenizer, document: Document) ->
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's smoke, run by its own command on one device; minutes, for smoke tests only."""
+    """The quickstart's smoke, run by its own command on one device. It takes minutes."""
     workdir = tmp_path_factory.mktemp("smoke") / "run"
     run_smoke(workdir)
     return workdir

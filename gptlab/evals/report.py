@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from gptlab.evals.preference import Interval
 from gptlab.run import files
 
-Curve = tuple[Sequence[float], Sequence[float]]  # x and y of the same length
+Curve = tuple[
+    Sequence[float] | np.ndarray, Sequence[float] | np.ndarray
+]  # x and y of the same length
 
 
 def show(value: Any) -> str:

@@ -85,7 +85,8 @@ def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> li
         root / "losses.png", losses(root, preparation),
         title="Loss", x_label="share of the stage's steps", y_label="nats a token",
     )  # fmt: skip
-    curves, held_out, gold, calibration = {}, {}, {}, {}
+    curves: dict[str, report.Curve] = {}
+    held_out, gold, calibration = {}, {}, {}
     for record in rounds:
         name, policy = f"round {record['round']}", record["figures"]["policy"]
         curves[f"{name}, training"] = reward_against_kl(root / record["steps"]["ppo"]["artifact"])
@@ -109,7 +110,7 @@ def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> li
 
 def losses(root: Path, preparation: Record) -> dict[str, report.Curve]:
     """Training and held-out loss of pretraining and SFT, by share of each stage's steps."""
-    curves = {}
+    curves: dict[str, report.Curve] = {}
     for name in ("pretrain", "sft"):
         lines = read_metrics(root / preparation["steps"][name]["artifact"])
         total = max((line["step"] for line in lines), default=0) or 1
