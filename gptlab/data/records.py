@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -39,8 +40,7 @@ class _JsonRecord:
 
     def to_json(self) -> str:
         """Returns the record as JSON, with its kind and schema."""
-        fields = {"kind": type(self).__name__, "schema": self.SCHEMA, **dataclasses.asdict(self)}
-        return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return _ENCODER.encode({"kind": type(self).__name__, "schema": self.SCHEMA, **vars(self)})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -218,6 +218,17 @@ class TokenExample:
         return cls(key, tokens, mask)
 
 
+def _fields_of(value: object) -> dict[str, Any]:
+    """A record's part as JSON sees it. `dataclasses.asdict` would copy every string, slowly."""
+    if isinstance(value, Message | Candidate | Prompt):
+        return vars(value)
+    raise TypeError(f"a {type(value).__name__} can't be part of a record")
+
+
+_ENCODER = json.JSONEncoder(
+    ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_fields_of
+)
+
 Record = Document | Conversation | Prompt | CandidateSet | Comparison | TokenExample
 R = TypeVar("R", Document, Conversation, Prompt, CandidateSet, Comparison, TokenExample)
 
@@ -234,11 +245,16 @@ def _check_kind(cls: type, kind: object, schema: object) -> None:
         )
 
 
+@functools.cache
+def _field_names(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(cls))
+
+
 def _from_fields(cls: type, fields: dict[str, Any]) -> Any:
     """Builds a record of plain JSON values; nested records are restored by field name."""
     nested = {"messages": Message, "candidates": Candidate}
-    expected = {f.name for f in dataclasses.fields(cls)}
-    if set(fields) != expected:
+    expected = _field_names(cls)
+    if fields.keys() != expected:
         raise ValueError(
             f"{cls.__name__} with fields {sorted(fields)}, expected {sorted(expected)}"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,6 +60,15 @@ def test_round_trip(example, tmp_path):
 def test_golden_files_of_schema_1_still_load(example):
     """A schema may grow a version; what was written before must load for ever."""
     assert read(GOLDEN, type(example).__name__, "schema1", type(example)) == [example]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=IDS)
+def test_the_bytes_of_a_record_are_those_of_the_golden_files(example):
+    """Digests and deduplication rest on them."""
+    path = GOLDEN / f"{type(example).__name__}-schema1-00000-of-00001.array_record"
+    reader = array_record_module.ArrayRecordReader(str(path))
+    assert reader.read_all() == [example.to_bytes()]
+    reader.close()
 
 
 @given(st.text(), st.text(), st.one_of(st.none(), st.text()))
