@@ -37,12 +37,15 @@ MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 
-# How often a run looks at itself: no part of its identity, and free to change at any time.
+# How often a run looks at itself, and on how many workers it is made: none of it changes the
+# outcome, so it is no part of a run's identity and free to change at any time.
 CADENCE = (
     "log_every_steps",
     "eval_every_steps",
     "eval_batches",
     "sample_every_steps",
+    "sample",  # what loops write to samples.jsonl; `sampling`, of replies that are used, counts
+    "beam",
     "checkpoint",
     "profile",
 )

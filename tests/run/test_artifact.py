@@ -71,6 +71,15 @@ def test_everything_else_counts(changes):
     assert artifact.identity("s", config(**changes), {}) != artifact.identity("s", config(), {})
 
 
+@pytest.mark.parametrize(
+    ("key", "counts"),
+    [("sample", False), ("beam", False), ("sampling", True)],  # of replies shown; of those used
+)
+def test_how_samples_are_shown_or_workers_shared_does_not_count(key, counts):
+    few, many = (artifact.identity("s", {key: {"number": n}}, {}) for n in (1, 2))
+    assert (few != many) == counts
+
+
 def test_stage_inputs_and_history_count():
     own = artifact.identity("s", config(), {"a": "1"})
     others = [
