@@ -319,11 +319,11 @@ def load_model_config(workdir: epath.PathLike) -> dict[str, Any]:
     policy, `inputs.policy`), wherever that artifact lies now.
     """
     while "model" not in (config := _read_config(workdir)):
-        inputs = artifact.lineage(workdir)["inputs"]
-        parents = [inputs[name]["path"] for name in ("init", "policy") if name in inputs]
+        inputs = artifact.read_manifest(workdir, allow_unfinished=True)["inputs"]
+        parents = [name for name in ("init", "policy") if name in inputs]
         if not parents:
             raise UserError(f"{workdir} holds no model: neither `model` nor `inputs.init`")
-        workdir = parents[0]
+        workdir = artifact.input_workdir(workdir, parents[0])
     return config["model"]
 
 

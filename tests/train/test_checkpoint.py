@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from configs import common
+from gptlab.run import artifact
 from gptlab.run.errors import UserError
 from gptlab.train import checkpoint as ckpt
 from gptlab.train import mesh as mesh_lib
@@ -180,6 +182,36 @@ def test_parameters_of_another_model_are_refused_by_name(tmp_path):
 
     with pytest.raises(UserError, match=r"dense/kernel is \(8, 4\) there and \(8, 16\) here"):
         ckpt.load_params(tmp_path, mesh, wider)
+
+
+def chain(root, *links):
+    """Artifacts of (name, config keys, inputs by name), each in a directory of its name."""
+    for name, keys, inputs in links:
+        paths = {key: str(root / other) for key, other in inputs.items()}
+        with artifact.open_run(ConfigDict({"inputs": paths, **keys}), root / name, name) as run:
+            run.complete("0" * 16)
+
+
+def test_a_model_is_found_along_its_parents_without_what_they_were_made_from(tmp_path):
+    model = {"d_model": 32}
+    chain(
+        tmp_path,
+        ("corpus", {}, {}),
+        ("pretrain", {"model": model}, {"tokens": "corpus"}),
+        ("sft", {}, {"init": "pretrain", "tokens": "corpus"}),
+        ("collect", {}, {"policy": "sft"}),
+    )
+    shutil.rmtree(tmp_path / "corpus")
+    assert ckpt.load_model_config(tmp_path / "collect") == model
+    shutil.rmtree(tmp_path / "pretrain")
+    with pytest.raises(UserError, match="as its input init, but .* is gone"):
+        ckpt.load_model_config(tmp_path / "collect")
+
+
+def test_a_workdir_without_a_model_is_named(tmp_path):
+    chain(tmp_path, ("corpus", {}, {}), ("vocabulary", {}, {"corpus": "corpus"}))
+    with pytest.raises(UserError, match="vocabulary holds no model"):
+        ckpt.load_model_config(tmp_path / "vocabulary")
 
 
 def test_a_workdir_without_checkpoints_is_named(tmp_path):
