@@ -187,7 +187,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             train_comparisons=len(data),
             dropped_comparisons=data.dropped + held_out.dropped,
             tokens_per_sec=log.mean_tokens_per_sec(),
-            **{f"best/{k}": v for k, v in checkpoint.best_metrics(run.workdir).items()},
+            **checkpoint.best_metrics(run.workdir),
             **figures,
             **tables,
         )
