@@ -145,8 +145,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         run.metrics.rewind(start)
 
         # (6) The loop.
-        stream: Any = data.iterate(start)
-        stack.callback(stream.close)
+        stream = stack.enter_context(contextlib.closing(data.iterate(start)))
         profiler = profile.step_profiler(config.profile, run.workdir)
         stack.callback(profiler.close)
         progress = stack.enter_context(run.progress(total, "pretrain", initial=start))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import flax.struct
@@ -99,8 +99,11 @@ class _Batches(Generic[BatchT]):
         begin = step * self._batch_size + self._first
         return self._make([self._order[i] for i in range(begin, begin + self._local)])
 
-    def iterate(self, start_step: int = 0) -> Iterator[BatchT]:
-        """Yields the batches from a step on, for ever, prepared ahead in a thread."""
+    def iterate(self, start_step: int = 0) -> Generator[BatchT, None, None]:
+        """Yields the batches from a step on, for ever, prepared ahead in a thread.
+
+        `close` it, so that the thread ends.
+        """
         return _prefetch(self.at, start_step)
 
     def _eval_rows(self, max_batches: int | None) -> Iterator[list[int]]:
@@ -367,7 +370,7 @@ def _token_batch(fields: Mapping[str, np.ndarray]) -> TokenBatch:
     return TokenBatch(**{**fields, "loss_mask": fields["loss_mask"].astype(np.float32)})
 
 
-def _prefetch(at: Callable[[int], BatchT], start_step: int) -> Iterator[BatchT]:
+def _prefetch(at: Callable[[int], BatchT], start_step: int) -> Generator[BatchT, None, None]:
     """Yields at(start_step), at(start_step + 1), ... made ahead in a thread that it owns."""
     ready: queue.Queue[BatchT | BaseException] = queue.Queue(_PREFETCH)
     stop = threading.Event()
