@@ -40,9 +40,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12",
-        "psutil>=6.0",
         "resiliparse>=0.15",
-        "rich>=13.0",
         "scikit-learn>=1.5",
         # 0.2.3 is generated for protobuf 7, which Beam excludes: `import seqio` fails beside it.
         "sentencepiece>=0.2.1,!=0.2.3",
