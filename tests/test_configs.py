@@ -1,4 +1,4 @@
-"""Every config, with every argument it declares, builds; its models take shape; nothing is stale."""
+"""Every config, with every argument it declares, builds; its models take shape; none is stale."""
 
 import importlib
 from pathlib import Path
@@ -14,7 +14,9 @@ from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("common", "__init__"))
+NAMES = sorted(
+    path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("common", "__init__")
+)
 # Arguments of configs that do not list them as ARGS.
 ARGUMENTS = {"prepare": ("clean", "tokenize"), "pretrain": ("gpt2_350m", "llama3_8b", "qwen3_0.6b")}
 # The config that each of the quickstart's stages must agree with, key by key.

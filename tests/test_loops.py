@@ -72,9 +72,7 @@ def sft(tiny: SimpleNamespace) -> ConfigDict:
 
 def reward(tiny: SimpleNamespace) -> ConfigDict:
     config = reward_config.get_config()
-    config.inputs.update(
-        init=tiny.policy, vocabulary=tiny.vocabulary, comparisons=tiny.comparisons
-    )
+    config.inputs.update(init=tiny.policy, vocabulary=tiny.vocabulary, comparisons=tiny.comparisons)
     config.data.seq_len = 64
     config.compute = common.compute(dropout=0.1)
     config.optimizer = common.adamw(5e-3)
