@@ -1,14 +1,22 @@
 """What pretraining refuses, and what it does when the loss is not finite; see also test_loops."""
 
+import functools
+
+import jax
+import numpy as np
 import pytest
 
 from configs import common, pretrain_small
 from configs import pretrain as pretrain_config
 from gptlab import pretrain
-from gptlab.model.transformer import ModelConfig
-from gptlab.run import artifact
+from gptlab.data import records
+from gptlab.data.records import TokenExample
+from gptlab.model import transformer
+from gptlab.model.transformer import LanguageModel, ModelConfig
+from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
+from gptlab.train import mesh as mesh_lib
 
 
 @pytest.fixture
@@ -74,6 +82,37 @@ def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
     pretrain.run(config, str(tmp_path / "b"))
     digests = [artifact.read_manifest(tmp_path / x)["digest"] for x in "ab"]
     assert digests[0] == digests[1]
+
+
+def test_results_are_of_the_whole_validation_split_and_stand_beside_ngrams(
+    config, tiny_corpus, tmp_path
+):
+    config.data.seq_len = 128  # no document is split
+    config.update(total_steps=4, ngram_baselines=True)
+    pretrain.run(config, str(tmp_path))
+    results = artifact.read_manifest(tmp_path)["results"]
+    assert results["ngram/unigram"] > 1.5 * results["ngram/bigram"] > 0  # the grammar is simple
+
+    # Each document in a row of its own, unlike the packed rows of the loop.
+    documents = list(
+        records.RecordReader(tiny_corpus / "records", "pretrain", "validation", TokenExample)
+    )
+    tokens, mask = np.zeros((2, len(documents), 129), np.int32)
+    for row, document in enumerate(documents):
+        tokens[row, : len(document.tokens)] = document.tokens
+        mask[row, : len(document.tokens)] = document.loss_mask
+    model = LanguageModel(ModelConfig.build(config.model.to_dict(), config.compute.to_dict()))
+    init = functools.partial(transformer.init_params, model)
+    params = checkpoint.load_params(tmp_path, mesh_lib.make_mesh(config.mesh), init, "latest")
+    ones = np.ones((len(documents), 128), np.int32)
+    logits = jax.jit(model.apply)({"params": params}, tokens[:, :-1], ones.cumsum(1) - 1, ones)
+    logprobs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    picked = np.take_along_axis(logprobs, tokens[:, 1:, None], axis=2)[..., 0]
+    loss = -picked[mask[:, 1:] == 1].mean()
+    assert results["validation/loss"] == pytest.approx(loss, rel=1e-5)
+    # The loop had looked at one batch only.
+    seen = metrics.read_metrics(tmp_path)[-1]["eval/validation/loss"]
+    assert seen == results["best/validation/loss"] != pytest.approx(loss, rel=1e-4)
 
 
 def test_configs_describe_the_models_they_promise():
