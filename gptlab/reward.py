@@ -158,7 +158,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             progress.update(loss=log.loss)
             stop, last = run.stop_requested() and done < total, done == total
             save = checkpoints.due(done) or stop or last
-            evaluate = done % config.eval_every_steps == 0 or (save and not stop)
+            evaluate = done % config.eval_every_steps == 0 or checkpoints.due(done) or last
             if not (save or evaluate):
                 continue
             with run.goodput.measure("step"):
