@@ -186,8 +186,9 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             progress.update(loss=log.loss)
             stop, last = run.stop_requested() and done < total, done == total
             save = checkpoints.due(done) or stop or last
-            # Every checkpoint carries its held-out loss, unless somebody waits for us to stop.
-            evaluate = done % config.eval_every_steps == 0 or (save and not stop)
+            # Every checkpoint carries its held-out loss, but for one that only a stop asked for: it
+            # must not evaluate where an uninterrupted run doesn't.
+            evaluate = done % config.eval_every_steps == 0 or checkpoints.due(done) or last
             sample = sampler is not None and done % config.sample_every_steps == 0
             if not (save or evaluate or sample):
                 continue
