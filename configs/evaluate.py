@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = {
         "split": "test",
         "num_prompts": 500,
-        "prompt_len": 160,
+        "prompt_len": 64,
         "seq_len": 256,
         "pretraining": "pretrain",
         "pretraining_batches": 8,
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.compute = common.compute()
     config.mesh = common.mesh()
     config.batch_size = 64
-    config.sampling = {"temperature": 1.0, "max_new_tokens": 48}
+    config.sampling = {"temperature": 1.0, "max_new_tokens": 32}
     config.gold = {"name": "vader"}
     config.reviews = {
         "name": "tfidf_comparisons",

@@ -38,7 +38,10 @@ def get_config(arg: str = "rounds") -> ConfigDict:
             ),
             "compute": common.compute(unroll=4),
             "data": {
-                "seq_len": 256 if reviews else 128,
+                "seq_len": 256 if reviews else 96,
+                # As PPO and evaluation cut theirs, or the scores there would be of other prompts
+                # than those of training.
+                "prompt_len": 64,
                 "max_candidates": 2 if reviews else 4,
                 # Train on the labels of some folds of the prompts only, (0,) of 1 being all.
                 "num_folds": 1,

@@ -249,6 +249,7 @@ def make_batches(
         size,
         config.data.max_candidates,
         config.data.seq_len,
+        config.data.prompt_len,
         config.seed,
         *mesh_lib.process_block(mesh),
     )

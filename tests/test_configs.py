@@ -127,8 +127,18 @@ def test_quickstart_lengths_fit_together(arg):
         assert stage.sampling.temperature == stages.ppo.sampling.temperature
     for name in ("sft", "reviews", "reward", "judge", "evaluate"):
         assert stages[name].data.seq_len <= window
+    for name in ("reward", "judge"):  # trained on the prompts that they will score
+        assert stages[name].data.prompt_len == stages.ppo.data.prompt_len
+        assert stages[name].data.seq_len >= stages.ppo.data.prompt_len + reply
     assert not set(stages.reward.data.folds) & set(stages.judge.data.folds)
     assert stages.reward.data.num_folds == stages.judge.data.num_folds
+
+
+def test_stages_by_hand_ask_and_answer_alike():
+    stages = {name: load(name) for name in ("collect", "reward", "ppo", "evaluate")}
+    assert len({stage.data.prompt_len for stage in stages.values()}) == 1
+    replies = {stages[name].sampling.max_new_tokens for name in ("collect", "ppo", "evaluate")}
+    assert replies == {stages["reward"].data.seq_len - stages["reward"].data.prompt_len}
 
 
 def test_quickstart_passes_on_seed_and_documents():

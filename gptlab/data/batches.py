@@ -194,9 +194,10 @@ def eval_batches(
 class ComparisonBatches(_Batches[ComparisonBatch]):
     """Batches of ranked replies, encoded once at the start.
 
-    All candidates of a comparison follow the same prompt, trimmed by whole turns from the left
-    until it fits beside the longest reply: replies differ in what they say, never in what they
-    answer.
+    All candidates of a comparison follow the same prompt, trimmed by whole turns from the left to
+    `prompt_len` and until it fits beside the longest reply: replies differ in what they say, never
+    in what they answer. With the prompt_len of PPO and evaluation, a reward model is trained on
+    the very tokens that it will score there.
 
     Attributes:
       comparisons: those in use, in order; row i of `eval` is comparisons[i] and column j its
@@ -211,6 +212,7 @@ class ComparisonBatches(_Batches[ComparisonBatch]):
         batch_size: int,
         max_candidates: int,
         seq_len: int,
+        prompt_len: int,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
@@ -223,6 +225,7 @@ class ComparisonBatches(_Batches[ComparisonBatch]):
           batch_size: comparisons in a global batch.
           max_candidates: N, the width of a batch.
           seq_len: T, tokens of prompt and reply.
+          prompt_len: tokens of the prompt at most.
           seed: of the order.
           process_index: which block of rows is returned.
           process_count: into how many blocks a batch is divided.
@@ -241,7 +244,7 @@ class ComparisonBatches(_Batches[ComparisonBatch]):
                     f"comparison {comparison.id} has {len(comparison.candidates)} candidates: "
                     f"raise data.max_candidates={max_candidates}"
                 )
-            encoded = _encode_candidates(tokenizer, comparison, seq_len)
+            encoded = _encode_candidates(tokenizer, comparison, seq_len, prompt_len)
             if sum(tokens is not None for tokens in encoded) < 2:
                 self.dropped += 1
                 continue
@@ -328,7 +331,7 @@ class PromptBatches(_Batches[PromptBatch]):
 
 
 def _encode_candidates(
-    tokenizer: Tokenizer, comparison: Comparison, seq_len: int
+    tokenizer: Tokenizer, comparison: Comparison, seq_len: int, prompt_len: int
 ) -> list[np.ndarray | None]:
     """Prompt + reply of each candidate; None for a reply that leaves the prompt too little room."""
     replies = [
@@ -339,7 +342,8 @@ def _encode_candidates(
     if not any(fits):
         return [None] * len(replies)
     longest = max(len(reply) for reply, fit in zip(replies, fits, strict=True) if fit)
-    prompt = chat.encode_prompt(tokenizer, comparison.prompt.messages, seq_len - longest)
+    room = min(prompt_len, seq_len - longest)
+    prompt = chat.encode_prompt(tokenizer, comparison.prompt.messages, room)
     return [
         np.array(prompt + reply, np.int32) if fit else None
         for reply, fit in zip(replies, fits, strict=True)

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from gptlab.data import batches, packing, records
+from gptlab.data import batches, chat, packing, records
 from gptlab.data.batches import ComparisonBatches, PromptBatches, TrainBatches
 from gptlab.data.records import Candidate, Comparison, Message, Prompt, TokenExample
 from gptlab.run.errors import UserError
@@ -46,7 +46,7 @@ def make(request, sources, prompts, comparisons, tiny_tokenizer):
         if request.param == "mixture":
             return TrainBatches(list(sources.values()), 8, seed, rates=(3.0, 1.0), **process)
         if request.param == "comparisons":
-            return ComparisonBatches(comparisons, tiny_tokenizer, 8, 4, T, seed, **process)
+            return ComparisonBatches(comparisons, tiny_tokenizer, 8, 4, T, T, seed, **process)
         return PromptBatches(prompts, tiny_tokenizer, 8, 32, seed, **process)
 
     return build
@@ -105,7 +105,7 @@ def test_batches_must_divide_among_processes(make):
 def test_too_little_data_for_one_batch(sources, prompts, comparisons, tiny_tokenizer):
     for build in (
         lambda: TrainBatches(sources["pretrain"], 4096, 0),
-        lambda: ComparisonBatches(comparisons, tiny_tokenizer, 4096, 4, T, 0),
+        lambda: ComparisonBatches(comparisons, tiny_tokenizer, 4096, 4, T, T, 0),
         lambda: PromptBatches(prompts, tiny_tokenizer, 4096, 32, 0),
         lambda: PromptBatches([], tiny_tokenizer, 1, 32, 0),
     ):
@@ -223,7 +223,7 @@ def test_comparisons_are_prompt_and_reply_with_absent_candidates_at_rank_0(tiny_
     tok = tiny_tokenizer
     pair = ranking("a", talk("hi?"), ["yes!", "no, no."], [2, 1])
     three = ranking("b", talk("why?"), ["so", "it", "is"], [1, 1, 2], finished=False)
-    source = ComparisonBatches([pair, three], tok, 2, 3, T, 0)
+    source = ComparisonBatches([pair, three], tok, 2, 3, T, T, 0)
     (batch,) = source.eval()
     np.testing.assert_array_equal(batch.ranks, [[2, 1, 0], [1, 1, 2]])
     np.testing.assert_array_equal(batch.weight, [1, 1])
@@ -245,7 +245,8 @@ def test_the_prompt_is_trimmed_by_whole_turns_and_alike_for_all_candidates(tiny_
     tok = tiny_tokenizer
     prompt = talk("the film was odd", "yes it was", "tell me about the day at home")
     long_reply = "the song was lovely today, and the tea"
-    source = ComparisonBatches([ranking("a", prompt, ["ok", long_reply], [1, 2])], tok, 1, 2, 48, 0)
+    pair = ranking("a", prompt, ["ok", long_reply], [1, 2])
+    source = ComparisonBatches([pair], tok, 1, 2, 48, 48, 0)
     (batch,) = source.eval()
     ends = [int(np.flatnonzero(ids == tok.assistant_id)[-1]) for ids in batch.tokens[0]]
     assert ends[0] == ends[1]
@@ -256,26 +257,39 @@ def test_the_prompt_is_trimmed_by_whole_turns_and_alike_for_all_candidates(tiny_
     assert decoded(tok, batch.tokens[0, 1, ends[0] : last + 1]) == long_reply
 
 
+@pytest.mark.parametrize("prompt_len", [12, 20, 32])
+def test_the_prompt_is_the_one_that_ppo_and_evaluation_read(tiny_tokenizer, prompt_len):
+    tok = tiny_tokenizer
+    prompt = talk("the film was odd", "yes it was", "tell me about the day at home")
+    pair = ranking("a", prompt, ["ok", "no"], [1, 2])
+    (ranked,) = ComparisonBatches([pair], tok, 1, 2, T, prompt_len, 0).eval()
+    (asked,) = PromptBatches([prompt], tok, 1, prompt_len, 0).eval()
+    length = int(asked.lengths[0])
+    assert length <= prompt_len
+    np.testing.assert_array_equal(ranked.tokens[0, 0, :length], asked.tokens[0, :length])
+    assert ranked.last_index[0, 0] + 1 == length + len(chat.encode_reply(tok, "ok"))
+
+
 def test_a_reply_that_does_not_fit_is_absent_and_alone_drops_the_comparison(tiny_tokenizer):
     endless = "odd " * 100
     some = ranking("a", talk("hi?"), ["yes", endless, "no"], [2, 1, 3])
     none = ranking("b", talk("hi?"), ["yes", endless], [2, 1])
-    source = ComparisonBatches([none, some], tiny_tokenizer, 1, 3, T, 0)
+    source = ComparisonBatches([none, some], tiny_tokenizer, 1, 3, T, T, 0)
     assert source.dropped == 1 and source.comparisons == [some] and len(source) == 1
     (batch,) = source.eval()
     np.testing.assert_array_equal(batch.ranks, [[2, 0, 3]])
     with pytest.raises(UserError, match=r"0 comparisons \(1 do not fit 64 tokens\)"):
-        ComparisonBatches([none], tiny_tokenizer, 1, 3, T, 0)
+        ComparisonBatches([none], tiny_tokenizer, 1, 3, T, T, 0)
 
 
 def test_too_many_candidates_name_the_key_to_raise(tiny_tokenizer):
     wide = ranking("a", talk("hi?"), ["a", "b", "c"], [1, 2, 3])
     with pytest.raises(UserError, match="a has 3 candidates: raise data.max_candidates=2"):
-        ComparisonBatches([wide], tiny_tokenizer, 1, 2, T, 0)
+        ComparisonBatches([wide], tiny_tokenizer, 1, 2, T, T, 0)
 
 
 def test_evaluation_pads_comparisons_and_prompts(prompts, comparisons, tiny_tokenizer):
-    ranked = ComparisonBatches(comparisons[:5], tiny_tokenizer, 4, 4, T, 0)
+    ranked = ComparisonBatches(comparisons[:5], tiny_tokenizer, 4, 4, T, T, 0)
     weights = [batch.weight.tolist() for batch in ranked.eval()]
     assert weights == [[1, 1, 1, 1], [1, 0, 0, 0]]
     assert not list(ranked.eval())[1].ranks[1:].any()
