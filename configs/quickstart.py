@@ -249,6 +249,7 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
             "compute": common.compute(unroll=4),
             "data": {
                 "seq_len": PROMPT_TOKENS + REPLY_TOKENS,
+                "prompt_len": PROMPT_TOKENS,
                 "max_candidates": 2 if reviews else 4,
                 "num_folds": 1 if folds is None else FOLDS,
                 "folds": (0,) if folds is None else folds,
@@ -393,8 +394,10 @@ def shrink(config: ConfigDict) -> None:
         stages[name].data.seq_len, stages[name].checkpoint.every_steps = 56, 2
         stages[name].optimizer.warmup_steps = 1
     stages.reviews.data.seq_len = 128  # reviews are longer than replies
+    for name in ("collect", "reviews", "reward", "judge", "ppo", "evaluate"):
+        stages[name].data.prompt_len = 40
     for name in ("collect", "ppo", "evaluate"):
-        stages[name].data.prompt_len, stages[name].sampling.max_new_tokens = 40, 16
+        stages[name].sampling.max_new_tokens = 16
     stages.collect.update(batch_size=16, num_prompts={"train": 64, "validation": 16})
     ppo = stages.ppo
     ppo.update(total_steps=4, batch_size=16, minibatches=2, eval_every_steps=4)
