@@ -67,6 +67,14 @@ def adamw(
     return config
 
 
+def muon(lr: float, *, adam_lr: float, momentum: float = 0.95, **given: Any) -> ConfigDict:
+    """Muon for the layers' matrices, Adam with adam_lr for the rest; `given` as for adamw."""
+    config = adamw(lr, **{"weight_decay": 0.0, **given})
+    del config.adam_eps_style
+    config.update(name="muon", adam_lr=adam_lr, momentum=momentum)
+    return config
+
+
 def duration(**given: float) -> ConfigDict:
     """total_steps, total_tokens and total_epochs, to be updated into a config; one of them set."""
     config = ConfigDict(

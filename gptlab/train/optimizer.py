@@ -1,4 +1,4 @@
-"""The optimiser that a config fragment describes: clip, Adam moments, decoupled decay, schedule."""
+"""The optimiser that a config fragment describes: clip, AdamW or Muon, schedule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from gptlab.run.errors import UserError
@@ -21,19 +22,26 @@ Schedule = Callable[[Any], Any]
 def make_optimizer(
     config: ConfigDict, total_steps: int
 ) -> tuple[optax.GradientTransformation, Schedule]:
-    """AdamW (arXiv 1711.05101) as one optax transformation, and its learning-rate schedule.
+    """The optimiser as one optax transformation, and its learning-rate schedule.
 
     Args:
-      config: name, lr, betas, eps, adam_eps_style, weight_decay, clip_norm (None = no clipping),
-        schedule, warmup_steps, final_fraction, decay_fraction (wsd only).
+      config: name ('adamw', arXiv 1711.05101, or 'muon'), lr, betas, eps, weight_decay, clip_norm
+        (None = no clipping), schedule, warmup_steps, final_fraction, decay_fraction (wsd only);
+        adamw also adam_eps_style; muon also adam_lr and momentum.
       total_steps: the step at which the schedule ends.
 
     Raises:
       UserError: a value that is unknown or has no meaning beside another one.
     """
-    if config.name != "adamw":
-        raise UserError(f"config.optimizer.name={config.name!r} is unknown: use 'adamw'")
+    makers = {"adamw": _adamw, "muon": _muon}
+    if config.name not in makers:
+        raise UserError(f"config.optimizer.name={config.name!r} is unknown: use 'adamw' or 'muon'")
     schedule = make_schedule(config, total_steps)
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(*parts, *makers[config.name](config, schedule)), schedule
+
+
+def _adamw(config: ConfigDict, schedule: Schedule) -> list[optax.GradientTransformation]:
     b1, b2 = config.betas
     if config.adam_eps_style == "torch":
         moments = optax.scale_by_adam(b1, b2, config.eps)
@@ -44,11 +52,44 @@ def make_optimizer(
             f"config.optimizer.adam_eps_style={config.adam_eps_style!r} is unknown: "
             "use 'torch' or 'tensorflow'"
         )
-    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    parts.append(moments)
+    parts = [moments]
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, decay_mask))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
+    return [*parts, optax.scale_by_learning_rate(schedule)]
+
+
+def _muon(config: ConfigDict, schedule: Schedule) -> list[optax.GradientTransformation]:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the layers' matrices.
+
+    Their momentum is orthogonalised by Newton-Schulz iterations, one matrix of a layer at a time.
+    Embeddings, gains and biases get Adam, with Nesterov momentum as optax pairs the two, and a rate
+    of adam_lr / lr times the schedule.
+    """
+    b1, b2 = config.betas
+    rest_rate = lambda step: schedule(step) * (config.adam_lr / config.lr)  # noqa: E731
+    return [
+        optax.contrib.muon(
+            schedule,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=muon_matrices,
+            adam_b1=b1,
+            adam_b2=b2,
+            eps=config.eps,
+            adam_learning_rate=rest_rate,
+        )
+    ]
+
+
+def muon_matrices(params: Any) -> Any:
+    """For each tensor its axes [in, out] if it is a layer's matrix, else None (Adam's)."""
+
+    def axes(path: tuple[Any, ...], x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [str(getattr(key, "key", key)) for key in path]
+        is_matrix = STACKED in names and names[-1] not in NEVER_DECAYED and x.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(1, 2) if is_matrix else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:

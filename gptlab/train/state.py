@@ -34,15 +34,22 @@ def param_shardings(init_fn: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[An
 
 
 def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Moments lie as their parameters lie; counters are replicated."""
+    """Moments lie as their parameters do; counters are replicated.
+
+    A moment is known by its path, which ends in its parameter's, and by its shape. (optax's own
+    `tree.map_params` does not know optimisers that treat only a part of the parameters.)
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        tx,
-        lambda _, s: s,
-        jax.eval_shape(tx.init, params),
-        shardings,
-        transform_non_params=lambda _: replicated,
-    )
+    shapes = {path: x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+    placed = dict(jax.tree_util.tree_flatten_with_path(shardings)[0])
+
+    def lie(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        for start in range(len(path)):
+            if shapes.get(path[start:]) == x.shape:
+                return placed[path[start:]]
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(lie, jax.eval_shape(tx.init, params))
 
 
 def init_state(

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from configs import common
 from gptlab.model import presets, transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run.errors import UserError
+from gptlab.train import mesh as mesh_lib
 from gptlab.train import optimizer
+from gptlab.train import state as state_lib
+from gptlab.train import step as step_lib
 
 
 def config(**overrides):
@@ -124,3 +128,67 @@ def test_schedules_between_their_ends():
 def test_values_without_a_meaning_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         optimizer.make_optimizer(config(**overrides), 10)
+
+
+def test_muon_orthogonalises_each_layers_matrix_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    # Two layers whose gradients differ a thousandfold in size and within each in their spectrum.
+    grad = (
+        rng.normal(size=(2, 16, 8)) * np.array([1.0, 1e-3])[:, None, None] * np.geomspace(1, 9, 8)
+    )
+    params = {
+        "layers": {"up": {"kernel": jnp.ones((2, 16, 8)), "bias": jnp.ones((2, 8))}},
+        "embedding": jnp.ones((4, 8)),
+    }
+    grads = {
+        "layers": {"up": {"kernel": jnp.asarray(grad, jnp.float32), "bias": jnp.full((2, 8), 3.0)}},
+        "embedding": jnp.full((4, 8), -5.0),
+    }
+    plain = {"schedule": "constant", "clip_norm": None}
+    muon = common.muon(0.02, adam_lr=0.1, **plain)
+    after = updates(muon, params, [grads])[-1]
+    change = jax.tree.map(jnp.subtract, after, params)
+    kernel = np.asarray(change["layers"]["up"]["kernel"])
+    for layer in kernel:
+        sizes = np.linalg.svd(layer, compute_uv=False)
+        assert sizes.max() / sizes.min() < 2.0, "Newton-Schulz brings singular values to about 1"
+        assert 0.01 < sizes.mean() < 0.04
+    # The first step of Adam with Nesterov momentum (Dozat 2016) is lr sign(g) times this.
+    b1 = muon.betas[0]
+    size = 0.1 * (b1 * (1 - b1) / (1 - b1**2) + (1 - b1) / (1 - b1))
+    np.testing.assert_allclose(change["layers"]["up"]["bias"], np.full((2, 8), -size), rtol=1e-4)
+    np.testing.assert_allclose(change["embedding"], np.full((4, 8), size), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_gpt2", "tiny_qwen3"])
+def test_muon_takes_the_matrices_of_layers_and_no_other_tensor(name):
+    compute = common.compute().to_dict()
+    model = LanguageModel(ModelConfig.build(presets.PRESETS[name], compute))
+    params = jax.eval_shape(
+        lambda key: nn.unbox(transformer.init_params(model, key)), jax.random.key(0)
+    )
+    axes = optimizer.muon_matrices(params)
+    is_axes = lambda x: x is None or hasattr(x, "reduction_axis")  # noqa: E731
+    for path, taken in jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]:
+        names = [key.key for key in path]
+        assert (taken is not None) == ("layers" in names and names[-1] == "kernel"), names
+
+
+def test_muon_state_lies_as_its_parameters_do():
+    mesh = mesh_lib.make_mesh(common.mesh(fsdp=2, data=2, tensor=2))
+    model = LanguageModel(ModelConfig.build(presets.PRESETS["tiny"], common.compute().to_dict()))
+    tx, _ = optimizer.make_optimizer(common.muon(0.02, adam_lr=0.01), 10)
+    with jax.set_mesh(mesh):
+        state, _ = state_lib.init_state(
+            lambda key: transformer.init_params(model, key), tx, mesh, jax.random.key(0)
+        )
+    kernel = state.params["backbone"]["layers"]["feed_forward"]["up"]["kernel"]
+    shard = kernel.sharding.shard_shape(kernel.shape)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert moments
+    for moment in moments:
+        assert moment.sharding.shard_shape(moment.shape) == kernel.sharding.shard_shape(
+            kernel.shape
+        )
+    assert shard != kernel.shape
+    assert int(step_lib.applied_updates(state.opt_state)) == 0
