@@ -33,6 +33,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.num_rounds = 2
     config.ppo_init = "sft"  # what PPO starts from in later rounds: sft | previous
     config.backend = "in_process"  # or subprocess: slower to start, memory freed after each stage
+    # Of pretraining and SFT. bfloat16 is twice as fast as float32 on a CPU with AMX, but slower on one
+    # without: --config.dtype=float32 there.
+    config.dtype = "bfloat16"
     config.data = ConfigDict({"documents": placeholder(str)})
     config.stages = ConfigDict(
         {
@@ -60,6 +63,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     for name, stage in config.stages.items():
         if "seed" in stage:
             stage.seed = config.get_ref("seed") + (1 if name == "judge" else 0)
+    for name in ("pretrain", "sft"):
+        config.stages[name].compute.dtype = config.get_ref("dtype")
     config.stages.clean.data.documents = config.data.get_ref("documents")
     return config
 
@@ -144,36 +149,36 @@ def tokenize() -> ConfigDict:
 
 
 def pretrain() -> ConfigDict:
-    """About 1.6M tokens, 420 steps."""
+    """About 2.5M tokens, 1,200 steps."""
     config = ConfigDict(
         {
             "seed": 0,
             "inputs": common.inputs("tokens", "vocabulary"),
-            "data": {"name": "pretrain", "seq_len": 256},
+            "data": {"name": "pretrain", "seq_len": 128},
             "model": common.model("quickstart"),
             "compute": common.compute(unroll=4),
             "batch_size": 16,
             "accumulation_steps": 1,
-            "optimizer": common.adamw(lr=3e-3, warmup_steps=30),
+            "optimizer": common.muon(0.02, adam_lr=0.01, warmup_steps=30, final_fraction=0.05),
             "z_loss": 0.0,
             "on_nonfinite": "stop",
             "mesh": common.mesh(),
             "log_every_steps": 10,
-            "eval_every_steps": 100,
+            "eval_every_steps": 200,
             "eval_batches": 10,
             "ngram_baselines": True,
-            "sample_every_steps": 200,
+            "sample_every_steps": 400,
             "sample": common.sample(48, prompts=("hello", "i think")),
-            "checkpoint": common.checkpoint(100),
+            "checkpoint": common.checkpoint(200),
             "profile": common.profile(),
         }
     )
-    config.update(common.duration(total_steps=420))
+    config.update(common.duration(total_steps=1200))
     return config
 
 
 def sft() -> ConfigDict:
-    """About 0.7M tokens of dialogues, a fifth of an epoch."""
+    """About 0.8M tokens of dialogues, a quarter of an epoch."""
     config = ConfigDict(
         {
             "seed": 0,
@@ -181,21 +186,21 @@ def sft() -> ConfigDict:
             "data": {"name": "dialogues", "seq_len": 256, "overlong": "split"},
             "loss_on": "assistant",
             "compute": common.compute(unroll=4),
-            "batch_size": 16,
+            "batch_size": 8,
             "accumulation_steps": 1,
-            "optimizer": common.adamw(lr=1e-3, warmup_steps=10),
+            "optimizer": common.muon(0.005, adam_lr=0.002, warmup_steps=10),
             "on_nonfinite": "stop",
             "mesh": common.mesh(),
             "log_every_steps": 10,
-            "eval_every_steps": 60,
+            "eval_every_steps": 100,
             "eval_batches": 20,
-            "sample_every_steps": 60,
+            "sample_every_steps": 200,
             "sample": common.sample(48, prompts=("hi, how are you?", "do you like music?")),
-            "checkpoint": common.checkpoint(60),
+            "checkpoint": common.checkpoint(100),
             "profile": common.profile(),
         }
     )
-    config.update(common.duration(total_steps=180))
+    config.update(common.duration(total_steps=400))
     return config
 
 
