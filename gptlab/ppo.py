@@ -416,9 +416,8 @@ def items_of(state: PPOState) -> dict[str, Any]:
 def restore(
     checkpoints: Checkpoints, state: PPOState, shardings: PPOState, updates: int
 ) -> tuple[int, PPOState]:
-    """(finished steps, state): the newest checkpoint, or what was given."""
-    wanted = state_lib.abstract(items_of(state), items_of(shardings))
-    restored = checkpoints.restore_latest(wanted)
+    """(finished steps, state): the newest checkpoint, in the memory of what was given, or that."""
+    restored = checkpoints.restore_over(items_of(state), items_of(shardings))
     if restored is None:
         return 0, state
     done, items, _ = restored

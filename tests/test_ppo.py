@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import common
 from configs import ppo as ppo_config
 from configs import reward as reward_config
 from gptlab import ppo, reward
@@ -336,6 +337,34 @@ def test_stopped_and_resumed_is_bit_identical(config, adaptive, tmp_path, monkey
         for lines in (resumed, lines_of(adaptive))
     ]
     assert plain[0] == plain[1]
+
+
+def test_a_restore_frees_the_initial_state_before_it_reads(tmp_path, monkeypatch):
+    """Both would have to fit otherwise: policy, critic and the moments of both, twice."""
+
+    def state(value):
+        one = lambda: ppo.TrainState(jnp.int32(0), {"w": jnp.full(4, value)}, {"m": jnp.zeros(4)})  # noqa: E731
+        return ppo.PPOState(one(), one(), jnp.float32(value))
+
+    config = common.checkpoint(1, best_metric=None)
+    shardings = jax.tree.map(lambda x: x.sharding, state(0.0))
+    given = state(1.0)
+    seen = []
+    read = ppo.Checkpoints.restore_latest
+
+    def watched(self, wanted):
+        seen.extend(x.is_deleted() for x in jax.tree.leaves(ppo.items_of(given)))
+        return read(self, wanted)
+
+    monkeypatch.setattr(ppo.Checkpoints, "restore_latest", watched)
+    with ppo.Checkpoints(tmp_path, config) as checkpoints:
+        assert ppo.restore(checkpoints, given, shardings, 4) == (0, given)
+        checkpoints.save(3, ppo.items_of(state(2.0)), {})
+        checkpoints.wait()
+        done, restored = ppo.restore(checkpoints, given, shardings, 4)
+    assert seen and all(seen)
+    assert (done, int(restored.policy.step), int(restored.critic.step)) == (3, 12, 12)
+    assert float(restored.kl_coef) == 2.0 and float(restored.critic.params["w"][0]) == 2.0
 
 
 def test_several_samples_a_prompt(config, tmp_path):

@@ -27,6 +27,13 @@ from gptlab.train.state import TrainState
 SCHEMA_VERSION = 1
 DIRECTORY = "checkpoints"
 _SET_ASIDE = "checkpoints.corrupt"
+_DAMAGE_CODES = (
+    "DATA_LOSS",
+    "NOT_FOUND",
+    "OUT_OF_RANGE",
+    "INVALID_ARGUMENT",
+    "FAILED_PRECONDITION",
+)
 
 
 class Checkpoints:
@@ -106,12 +113,12 @@ class Checkpoints:
           state: as initialised. Its memory is freed when there is a checkpoint to read.
           shardings: of the state, on any mesh.
         """
-        if not self._manager.all_steps():
+        restored = self.restore_over(
+            {"params": state.params, "opt_state": state.opt_state},
+            {"params": shardings.params, "opt_state": shardings.opt_state},
+        )
+        if restored is None:
             return state, None
-        wanted = state_lib.abstract(state, shardings)
-        jax.tree.map(lambda x: x.delete(), state)  # or both would have to fit
-        restored = self.restore_latest({"params": wanted.params, "opt_state": wanted.opt_state})
-        assert restored is not None  # there are steps: restore_latest reads one or raises
         step, items, meta = restored
         step_array = jax.device_put(np.asarray(step, np.int32), shardings.step)
         return TrainState(step_array, items["params"], items["opt_state"]), meta
@@ -136,13 +143,29 @@ class Checkpoints:
         except Exception as second:
             logging.warning("closing checkpoints: %s", second)
 
+    def restore_over(
+        self, items: Mapping[str, Any], shardings: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """restore_latest of what looks like `items`; frees these first if there is a checkpoint.
+
+        Args:
+          items: name -> pytree of arrays, as initialised.
+          shardings: name -> pytree of shardings of the restored arrays, on any mesh.
+        """
+        if not self._manager.all_steps():
+            return None
+        wanted = {name: state_lib.abstract(items[name], shardings[name]) for name in items}
+        jax.tree.map(lambda x: x.delete(), dict(items))  # or both would have to fit
+        return self.restore_latest(wanted)
+
     def restore_latest(
         self, abstract_items: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None if there is none at all.
 
-        A checkpoint that cannot be read is reported, set aside in `checkpoints.corrupt/`, and the
-        one before it is tried.
+        A damaged checkpoint is passed over for the one before it. Once one has been read, those
+        are reported and set aside in `checkpoints.corrupt/`: not earlier, and not for an error
+        that says nothing of the checkpoint (memory, rights, a failing disk), which is raised.
 
         Args:
             abstract_items: name -> pytree of ShapeDtypeStruct with shardings (any mesh).
@@ -153,27 +176,35 @@ class Checkpoints:
         Raises:
             UserError: checkpoints exist, but none can be read; or gptlab is too old for one.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                meta = self._manager.restore(
-                    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-                ).meta
-                _check_schema(meta, self._workdir)
-                args = {k: ocp.args.StandardRestore(v) for k, v in abstract_items.items()}
-                items = self._manager.restore(step, args=ocp.args.Composite(**args))
-                return step, {name: items[name] for name in abstract_items}, meta
-            except UserError:
-                raise
-            except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
-                _say(f"checkpoint {step} of {self._workdir} cannot be read ({_first_line(error)})")
-                self._set_aside(step)
-        if steps:
+                restored = self._read(step, abstract_items)
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                damaged[step] = _first_line(error)
+                continue
+            for bad, why in damaged.items():
+                _say(f"checkpoint {bad} of {self._workdir} cannot be read ({why})")
+                self._set_aside(bad)
+            return restored
+        if damaged:
             raise UserError(
-                f"{self._workdir}: none of the checkpoints {sorted(steps)} can be read; they are "
-                f"in {_SET_ASIDE}/. Start again with an empty --workdir"
+                f"{self._workdir}: none of the checkpoints {sorted(damaged)} can be read "
+                f"({damaged[max(damaged)]}). Start again with an empty --workdir"
             )
         return None
+
+    def _read(
+        self, step: int, abstract_items: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._manager.restore(step, args=args).meta
+        _check_schema(meta, self._workdir)
+        wanted = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
+        items = self._manager.restore(step, args=ocp.args.Composite(**wanted))
+        return step, {name: items[name] for name in abstract_items}, meta
 
     def _set_aside(self, step: int) -> None:
         """Renames a bad checkpoint, so that the step can be saved again and nothing is deleted."""
@@ -359,6 +390,19 @@ def _check_schema(meta: Mapping[str, Any], workdir: epath.Path) -> None:
             f"{workdir}: its checkpoints have schema {meta['schema']}, this gptlab reads up to "
             f"{SCHEMA_VERSION}; update gptlab"
         )
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of a restore tells that the files are not what was written.
+
+    Everything else leaves them in doubt at most: no memory, no rights, a failing disk, another
+    model. TensorStore raises ValueErrors that begin with a status code.
+    """
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | KeyError):
+        return True  # KeyError: an item of the checkpoint is missing
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return isinstance(error, ValueError) and str(error).startswith(_DAMAGE_CODES)
 
 
 def _first_line(error: BaseException) -> str:

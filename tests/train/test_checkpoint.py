@@ -1,6 +1,8 @@
 """Checkpoints: what is kept, what survives damage, and who may read them."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -125,13 +127,69 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(kind, tmp_path, ca
     assert value(restore(tmp_path)[1]) == 7.0
 
 
-def test_if_every_checkpoint_is_damaged_nothing_is_overwritten(tmp_path):
+def test_if_every_checkpoint_is_damaged_all_stay_where_they_are(tmp_path):
     save_all(tmp_path, [3.0, 2.0])
     for step in ("0", "1"):
         shutil.rmtree(tmp_path / "checkpoints" / step / "params" / "d")
-    with pytest.raises(UserError, match=r"none of the checkpoints \[0, 1\] can be read"):
+    with pytest.raises(
+        UserError, match=r"none of the checkpoints \[0, 1\] can be read \(.*NOT_FOUND"
+    ):
         restore(tmp_path)
-    assert len(list((tmp_path / "checkpoints.corrupt").iterdir())) == 2
+    assert ckpt.checkpoint_steps(tmp_path) == [0, 1]
+    assert not (tmp_path / "checkpoints.corrupt").exists()
+
+
+NOT_DAMAGE = [
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+    ValueError("RESOURCE_EXHAUSTED: Error reading local file: Cannot allocate memory"),
+    ValueError("UNKNOWN: Error reading local file: Input/output error"),
+    *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.EACCES, errno.ENOSPC)),
+]
+
+
+@pytest.mark.parametrize("error", NOT_DAMAGE, ids=repr)
+def test_an_error_that_is_not_the_checkpoints_is_raised_and_nothing_moved(
+    error, tmp_path, monkeypatch
+):
+    save_all(tmp_path, [3.0, 2.0, 1.0])
+    DAMAGE["no arrays"](tmp_path / "checkpoints" / "2")
+    original = ckpt.ocp.CheckpointManager.restore
+
+    def fail(self, step, args):
+        if step == 1:
+            raise error
+        return original(self, step, args=args)
+
+    monkeypatch.setattr(ckpt.ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(type(error)) as raised:
+        restore(tmp_path)
+    assert raised.value is error
+    assert ckpt.checkpoint_steps(tmp_path) == [1, 2]
+    monkeypatch.undo()
+    assert restore(tmp_path)[0] == 1
+
+
+def test_checkpoints_of_another_model_are_not_damaged(tmp_path):
+    save_all(tmp_path, [3.0, 2.0])
+    wider = {"params": {"dense": {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}}}
+    with ckpt.Checkpoints(tmp_path, settings()) as checkpoints:
+        with pytest.raises(ValueError, match="shape"):
+            checkpoints.restore_latest(wider)
+    assert ckpt.checkpoint_steps(tmp_path) == [0, 1]
+
+
+def test_restore_over_frees_what_was_there_only_if_something_takes_its_place(tmp_path):
+    shardings = {"params": jax.tree.map(lambda x: x.sharding, params(0.0))}
+    given = {"params": params(9.0)}
+    with ckpt.Checkpoints(tmp_path, settings()) as checkpoints:
+        assert checkpoints.restore_over(given, shardings) is None
+        assert value(given) == 9.0
+        checkpoints.save(3, {"params": params(3.0)}, {})
+        checkpoints.wait()
+        step, items, _ = checkpoints.restore_over(given, shardings)
+    assert (step, value(items)) == (3, 3.0)
+    assert given["params"]["dense"]["kernel"].is_deleted()
 
 
 def test_a_checkpoint_of_a_newer_gptlab_is_refused_and_left_alone(tmp_path):
