@@ -45,11 +45,17 @@ def generate(model, params, sampling, tokens=None, lengths=LENGTHS, request_keys
     return decode.generate(model, params, tokens, lengths, request_keys, sampling)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
 def forward_logits(model, params, tokens, reply):
     """Training forward over prompt + reply, at the positions that predict the reply [N, V]."""
-    row = np.concatenate([tokens, reply])
-    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(row)[None])[0]
-    return logits[len(tokens) - 1 : len(row) - 1]
+    row = np.zeros(WIDTH + NEW, np.int32)  # one shape, compiled once; attention looks back only
+    row[: len(tokens) + NEW] = np.concatenate([tokens, reply])
+    logits = forward(model, params, row[None])[0]
+    return logits[len(tokens) - 1 : len(tokens) + NEW - 1]
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -1,6 +1,7 @@
 """Reward and value heads."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -16,8 +17,9 @@ COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "at
 CONFIG = ModelConfig.build(PRESETS["tiny"], COMPUTE)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def create(model, seed=0):
-    return jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(seed))
+    return nn.unbox(init_params(model, jax.random.key(seed)))
 
 
 def test_reward_head_standard_deviation():
@@ -50,9 +52,11 @@ def test_scalar_from_language(tied):
     params = scalar_from_language(lm_params, create(scalar, 1)["head"])
     assert jax.tree.structure(params) == jax.tree.structure(create(scalar))
     tokens = jax.random.randint(jax.random.key(3), (2, 8), 0, 512)
-    hidden = language.apply({"params": lm_params}, tokens, method=language.hidden)
+    hidden = jax.jit(functools.partial(language.apply, method=language.hidden))(
+        {"params": lm_params}, tokens
+    )
     expected = hidden @ params["head"]["kernel"]
-    values = scalar.apply({"params": params}, tokens)
+    values = jax.jit(scalar.apply)({"params": params}, tokens)
     np.testing.assert_allclose(values, expected[..., 0], atol=1e-5)
     assert values.std() > 0.1
 

@@ -1,6 +1,7 @@
 """The transformer: counts, initialisation, masks, dropout, refused configs."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -17,17 +18,20 @@ COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "at
 TINY = ("tiny", "tiny_gpt2", "tiny_qwen3")
 
 
+@functools.cache
 def build(name="tiny", **changes):
     """A model of a preset and its parameters; norms and biases moved off their neutral start."""
     config = dataclasses.replace(ModelConfig.build(PRESETS[name], COMPUTE), **changes)
     model = LanguageModel(config)
-    params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [
-        2 * x + 0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
-    ]
-    return model, jax.tree.unflatten(tree, noisy)
+
+    @jax.jit
+    def noisy():
+        leaves, tree = jax.tree.flatten(nn.unbox(init_params(model, jax.random.key(0))))
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noise = [0.05 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, [2 * x + n for x, n in zip(leaves, noise, strict=True)])
+
+    return model, noisy()
 
 
 def tokens_of(shape, seed=2):
@@ -108,8 +112,9 @@ def test_causality_by_gradient(name):
         out = model.apply(variables, jnp.arange(8)[None], method=model.hidden)
         return jnp.abs(out[0, t]).sum()
 
-    for t in (0, 3, 7):
-        grads = np.asarray(jnp.abs(jax.grad(lambda o, t=t: logits_at(t, o))(one_hot)).sum(-1)[0])
+    sensitivity = jax.jit(jax.vmap(jax.grad(logits_at, argnums=1), (0, None)))
+    times = jnp.array([0, 3, 7])
+    for t, grads in zip(times, np.abs(sensitivity(times, one_hot)).sum(-1)[:, 0], strict=True):
         assert (grads[: t + 1] > 0).all()
         assert (grads[t + 1 :] == 0).all()
 
@@ -160,12 +165,13 @@ def test_padding_takes_no_gradient_and_gives_none():
 
 def test_query_heads_repeat_their_key_head():
     """Query heads 0, 1 read key head 0 and 2, 3 read key head 1 (repeated, not tiled)."""
-    q = jax.random.normal(jax.random.key(0), (1, 5, 4, 8))
-    k, v = (jax.random.normal(jax.random.key(i), (1, 2, 5, 8)) for i in (1, 2))
-    mask = attn.causal_mask(None, 5)
-    out = attn.attention(q, k, v, mask)
-    repeated = attn.attention(q, jnp.repeat(k, 2, axis=1), jnp.repeat(v, 2, axis=1), mask)
-    tiled = attn.attention(q, jnp.tile(k, (1, 2, 1, 1)), jnp.tile(v, (1, 2, 1, 1)), mask)
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(1, 5, 4, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 1, 2, 5, 8)).astype(np.float32)
+    attention = jax.jit(lambda q, k, v: attn.attention(q, k, v, attn.causal_mask(None, 5)))
+    out = attention(q, k, v)
+    repeated = attention(q, np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1))
+    tiled = attention(q, np.tile(k, (1, 2, 1, 1)), np.tile(v, (1, 2, 1, 1)))
     np.testing.assert_allclose(out, repeated, atol=1e-6)
     assert np.abs(out - tiled).max() > 0.1
 
