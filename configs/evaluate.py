@@ -8,7 +8,7 @@
 
 `inputs.reviews` (a clean corpus with human comparisons) adds the judge fitted on them, and
 `inputs.previous` (another policy) a paired and a KL-matched comparison with that one. What to
-expect: win rates of 1/2 wherever a policy is compared with itself.
+expect: intervals of the win rate that hold 1/2 wherever a policy is compared with itself.
 """
 
 from ml_collections import ConfigDict

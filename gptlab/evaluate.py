@@ -3,17 +3,18 @@
     python -m gptlab.evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
         --config.inputs.policy=... (see the config for the other inputs)
 
-On held-out prompts that no stage has trained on, the policy, the SFT model and (optionally) the
-previous round's policy give one reply each, drawn with the same keys. Reported: the gold score,
-win rates with bootstrap intervals over prompts, plain and length-controlled; the sequence KL to
-the SFT model; diversity; whether replies depend on their prompts; three judges that PPO never saw;
-and the held-out pretraining loss. A gate says whether the policy may be promoted. About a minute
-for 500 prompts and the quickstart's model on 2 CPU cores.
+On held-out prompts that no stage has trained on (which is checked), the policy, the SFT model and
+(optionally) the previous round's policy give one reply each. Every system draws with keys of its
+own: under shared ones most replies coincide, the others differ in the direction of training, and
+the win rate says more than it knows. Reported: the gold score; win rates with bootstrap intervals
+over prompts, plain and length-controlled, and the share of ties; the sequence KL to the SFT model;
+diversity; whether replies depend on their prompts; three judges that PPO never saw; and the
+held-out pretraining loss. A gate says whether the policy may be promoted. About a minute for 500
+prompts and the quickstart's model on 2 CPU cores.
 
 Writes report.md, report.json, samples.jsonl (replies side by side) and gold.png.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ml_collections import ConfigDict
 from gptlab.data import batches, packing
 from gptlab.data.records import Prompt, RecordReader
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.evals import perplexity, preference, report, suite
+from gptlab.evals import contamination, perplexity, preference, report, suite
 from gptlab.evals.preference import Bootstrap
 from gptlab.evals.suite import Replies
 from gptlab.model import transformer
@@ -120,6 +121,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         mesh = mesh_lib.make_mesh(config.mesh)
         mesh_lib.check_batch_size("batch_size", config.batch_size, mesh)
         prompts = load_prompts(config)
+        unchecked = check_held_out(config, prompts)
         with jax.set_mesh(mesh):
             networks = Networks(config, tokenizer, mesh)
             systems, held_out = measure(config, own, networks, tokenizer, prompts)
@@ -129,6 +131,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             )
             figures = suite.summarise(systems, held_out, bootstrap)
             failures = suite.gate(figures, config.gate)
+        figures["unchecked_ancestors"] = unchecked
         plain = preference.to_json(figures)
         own.metrics.rewind(-1)
         own.metrics.write(0, dict(suite.flatten(plain, "eval")))
@@ -143,7 +146,22 @@ def check(config: ConfigDict) -> None:
     for name, path in config.inputs.items():
         if path is None and name not in ("previous", "reviews"):
             raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    if config.data.split == "train":
+        raise UserError(
+            "config.data.split='train': a model is evaluated on prompts that it has not been "
+            "trained on; choose 'test', or 'validation' if nothing was chosen by it"
+        )
     registry.make(config.gold, config.inputs)
+
+
+def check_held_out(config: ConfigDict, prompts: Sequence[Prompt]) -> list[str]:
+    """UserError if any model involved was trained on a prompt; returns what could not be looked at.
+
+    The three judges count as well: a reward model knows the prompts of its own comparisons better.
+    """
+    roles = ("policy", "baseline", "base", "previous", "reward", "judge")
+    models = [config.inputs[role] for role in roles if config.inputs[role] is not None]
+    return contamination.check_disjoint(prompts, models)
 
 
 def load_prompts(config: ConfigDict) -> list[Prompt]:
@@ -205,7 +223,7 @@ def speak(
     inputs = config.inputs
     # The baseline comes last: it is the reference that scores what all have said.
     paths = {"policy": inputs.policy, "previous": inputs.previous, "baseline": inputs.baseline}
-    key = jax.random.key(config.seed)
+    keys = system_keys(config.seed, list(paths))
     drawn: Samples = {}
     columns: Columns = {}
     held_out = {}
@@ -215,7 +233,7 @@ def speak(
             continue
         params = networks.load(path)
         drawn[name] = [
-            networks.sample(params, batch, jax.random.fold_in(key, i))
+            networks.sample(params, batch, jax.random.fold_in(keys[name], i))
             for i, batch in enumerate(asked)
         ]
         columns[name] = {"logprob": _rows([networks.logprob(params, s) for s in drawn[name]])}
@@ -225,6 +243,18 @@ def speak(
         reference = _rows([networks.logprob(params, s) for s in samples])
         columns[name]["log_ratio"] = columns[name].pop("logprob") - reference
     return drawn, columns, held_out
+
+
+def system_keys(seed: int, names: Sequence[str]) -> dict[str, jax.Array]:
+    """A key for each system's replies, whichever of the systems take part.
+
+    Systems that share keys share the Gumbel noise of their draws. A policy near its reference then
+    gives the very same reply to most prompts, and where it doesn't, the noise is the reference's
+    best case against the policy's: P(win) measures that coupling instead of the two policies. Mean
+    differences are unbiased either way.
+    """
+    key = jax.random.key(seed)
+    return {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}
 
 
 def judge(
@@ -349,11 +379,8 @@ def write_files(
 ) -> None:
     """report.md, report.json, samples.jsonl and gold.png."""
     plain = {**preference.to_json(figures), "passed": not failures, "failures": failures}
-    files.atomic_write(workdir / "report.json", json.dumps(plain, indent=1) + "\n")
-    lines = [
-        json.dumps(_sample(prompt, i, systems), ensure_ascii=False)
-        for i, prompt in enumerate(prompts)
-    ]
+    files.atomic_write(workdir / "report.json", report.to_json(plain, indent=1) + "\n")
+    lines = [report.to_json(_sample(prompt, i, systems)) for i, prompt in enumerate(prompts)]
     files.atomic_write(workdir / "samples.jsonl", "\n".join(lines) + "\n")
     share = (np.arange(len(prompts)) + 0.5) / len(prompts)
     report.plot_curves(
@@ -401,7 +428,7 @@ def _method(config: ConfigDict, figures: Mapping[str, Any]) -> str:
     return (
         f"One reply to each of {figures['num_prompts']} prompts of the {config.data.split} split "
         f"at temperature {config.sampling.temperature}, at most {config.sampling.max_new_tokens} "
-        f"tokens, the same keys for every system. Intervals: {config.bootstrap.level:.0%}, "
+        f"tokens, every system with keys of its own. Intervals: {config.bootstrap.level:.0%}, "
         f"bootstrap over prompts, {config.bootstrap.resamples} resamples. The gold score is "
         f"`{config.gold.name}`, a program, not a person. Ties count one half. Length control is a "
         "logistic regression on the difference of lengths (AlpacaEval 2). Distinct-2 is pooled "

@@ -85,6 +85,7 @@ def compare(replies: Replies, others: Replies, bootstrap: Bootstrap) -> dict[str
     figures: dict[str, Any] = {
         "gold_difference": preference.paired_difference(replies.gold, others.gold, bootstrap),
         "win_rate": preference.mean_interval(outcomes, bootstrap),
+        "tie_rate": preference.mean_interval(outcomes == 0.5, bootstrap),
         "win_rate_length_controlled": preference.length_controlled_win_rate(
             outcomes, replies.lengths, others.lengths, bootstrap
         ),
@@ -144,6 +145,7 @@ LABELS = {
     "gold_difference": "gold score, difference",
     "gold_difference_kl_matched": "gold score, difference at equal KL",
     "win_rate": "win rate by gold score",
+    "tie_rate": "ties by gold score",
     "win_rate_length_controlled": "win rate, length-controlled",
     "win_rate_reward_model": "win rate by PPO's reward model",
     "win_rate_judge_model": "win rate by the unseen reward model",
