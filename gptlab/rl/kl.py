@@ -85,9 +85,12 @@ class AdaptiveKL:
     def update(
         self, coef: Float[Array, ""], kl: Float[Array, ""], episodes: int
     ) -> Float[Array, ""]:
-        """The next step's coefficient, from this batch's sequence KL and number of episodes."""
+        """The next step's coefficient, from this batch's sequence KL and number of episodes.
+
+        A KL that is not finite leaves it: a batch that is skipped must not end the run by it.
+        """
         error = jnp.clip(kl / self.target - 1.0, -0.2, 0.2)
-        return coef * (1.0 + error * (episodes / self.horizon))
+        return jnp.where(jnp.isfinite(kl), coef * (1.0 + error * (episodes / self.horizon)), coef)
 
 
 def make_controller(spec: Mapping[str, Any]) -> FixedKL | AdaptiveKL:

@@ -56,6 +56,13 @@ def test_episodes_not_iterations_drive_the_controller():
     np.testing.assert_allclose([one - 1, two - 1], [0.02, 0.04], rtol=1e-4)
 
 
+@pytest.mark.parametrize("observed", [np.nan, np.inf])
+def test_a_kl_that_is_not_finite_leaves_the_coefficient(observed):
+    controller = kl.AdaptiveKL(coef=0.1, target=6.0, horizon=100)
+    coef = controller.update(controller.initial(), jnp.asarray(observed), episodes=50)
+    assert float(coef) == np.float32(0.1)
+
+
 def test_fixed_coefficient_stays():
     controller = kl.make_controller({"kind": "fixed", "coef": 0.02, "target": 6.0, "horizon": 10})
     coef = controller.update(controller.initial(), jnp.asarray(50.0), episodes=8)
