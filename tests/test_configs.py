@@ -7,7 +7,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import common, quickstart
 from gptlab import rounds
 from gptlab.model import transformer
 from gptlab.model.heads import ScalarModel
@@ -107,8 +107,13 @@ def test_an_unknown_argument_is_refused(name):
 @pytest.mark.parametrize("arg", [None, "smoke"])
 @pytest.mark.parametrize("stage", rounds.PROGRAMS)
 def test_quickstart_stages_have_the_keys_of_their_programs_config(stage, arg):
-    own = load(*OWN[stage])
-    assert set(keys(quickstart.get_config(arg).stages[stage])) == set(keys(own))
+    own, used = load(*OWN[stage]), quickstart.get_config(arg).stages[stage]
+    for name in ("optimizer", "value_optimizer"):  # may be another one, with its own keys
+        if name in used:
+            fragment = {"adamw": common.adamw(1.0), "muon": common.muon(1.0, adam_lr=1.0)}
+            assert set(keys(used[name])) == set(keys(fragment[used[name].name]))
+            used[name] = own[name]
+    assert set(keys(used)) == set(keys(own))
 
 
 @pytest.mark.parametrize("arg", [None, "smoke"])
