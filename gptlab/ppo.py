@@ -54,6 +54,7 @@ from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
 
 WHITENINGS = ("minibatch", "rollout", "none")
+AT_END = ("param_norm", "skipped_steps")  # of a step's U values the last; of others, the mean
 Metrics = dict[str, jax.Array]
 
 
@@ -186,7 +187,7 @@ def make_update(
         kl_coef = controller.update(state.kl_coef, figures["kl"], count)
         first = metrics.pop("ratio_max_abs_diff")[0]  # before any step: 0 but for rounding
         means = {name: jnp.mean(x) for name, x in {**metrics, **figures}.items()}
-        train = {name: x[-1] if "param_norm" in name else jnp.mean(x) for name, x in train.items()}
+        train = {name: x[-1] if name.endswith(AT_END) else jnp.mean(x) for name, x in train.items()}
         train = {**train, "train/lr": lr, "ppo/ratio_max_dev": first}
         return PPOState(policy, critic, kl_coef), train | {f"ppo/{k}": v for k, v in means.items()}
 

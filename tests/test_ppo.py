@@ -367,6 +367,17 @@ def test_a_restore_frees_the_initial_state_before_it_reads(tmp_path, monkeypatch
     assert float(restored.kl_coef) == 2.0 and float(restored.critic.params["w"][0]) == 2.0
 
 
+def test_skipped_steps_are_all_so_far(config, tmp_path, monkeypatch):
+    """Of policy and critic, at the end of a step's four updates: not the mean over these."""
+    for name in ("ppo_policy_loss", "ppo_value_loss"):
+        loss = getattr(ppo.losses, name)
+        broken = lambda *args, loss=loss: (loss(*args)[0] * jnp.nan, loss(*args)[1])  # noqa: E731
+        monkeypatch.setattr(ppo.losses, name, broken)
+    lines = rerun(config, tmp_path / "run", total_episodes=32, on_nonfinite="skip")
+    for name in ("train/skipped_steps", "train/critic_skipped_steps"):
+        assert [line[name] for line in lines] == [4, 8]
+
+
 def test_several_samples_a_prompt(config, tmp_path):
     lines = rerun(
         config, tmp_path / "run", samples_per_prompt=2, total_episodes=16, sample_every_steps=1
