@@ -38,6 +38,7 @@ from gptlab.run import artifact, files, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
+from gptlab.train.checks import check_vocabulary
 
 SPLITS = ("train", "validation")
 _SAMPLES = 5  # candidate sets of each split shown in samples.jsonl
@@ -59,7 +60,9 @@ def run(config: ConfigDict, workdir: str) -> None:
         check(config)
         tokenizer = Tokenizer.load(config.inputs.vocabulary)
         architecture = checkpoint.load_model_config(config.inputs.policy)
-        model = LanguageModel(ModelConfig.build(architecture, config.compute.to_dict()))
+        model_config = ModelConfig.build(architecture, config.compute.to_dict())
+        check_vocabulary(model_config, tokenizer, "config.inputs.policy")
+        model = LanguageModel(model_config)
         mesh = mesh_lib.make_mesh(config.mesh)
         mesh_lib.check_batch_size("batch_size", config.batch_size, mesh)
         prompts = {split: choose_prompts(config, split) for split in SPLITS}
@@ -76,6 +79,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
         # (3) The batches become records, and the figures a result.
         policy = artifact.read_manifest(config.inputs.policy)["identity"]
+        run.metrics.rewind(-1)  # of a run that was killed while it wrote
         for split in SPLITS:
             rows = read_parts(run.workdir, split)
             write_split(run, split, prompts[split], tokenizer, policy, rows)

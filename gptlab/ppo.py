@@ -49,6 +49,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints
+from gptlab.train.checks import check_vocabulary
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
@@ -225,6 +226,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     compute = config.compute.to_dict()
     model_config = ModelConfig.build(checkpoint.load_model_config(config.inputs.init), compute)
+    check_vocabulary(model_config, tokenizer, "config.inputs.init")
     model = LanguageModel(model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     episodes = config.batch_size  # B

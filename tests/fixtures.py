@@ -101,24 +101,13 @@ def tiny_clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_vocabulary(tiny_clean: Path) -> Path:
     """train_tokenizer: a vocabulary of TINY_VOCAB_SIZE tokens with byte fallback."""
-    workdir = tiny_clean.parent / "vocabulary"
-    config = ConfigDict({"seed": 0, "inputs": {"corpus": str(tiny_clean)}})
-    texts = [d.text for d in read_records(tiny_clean, "documents", "train", Document)]
-    for conversation in read_records(tiny_clean, "conversations", "train", Conversation):
-        texts += [message.content for message in conversation.messages]
-    with artifact.open_run(config, workdir, "train_tokenizer") as run:
-        tokenizer_lib.train(
-            texts,
-            run.workdir / "vocabulary.model",
-            vocab_size=TINY_VOCAB_SIZE,
-            model_type="bpe",
-            character_coverage=1.0,
-            max_sentences=0,
-            num_threads=1,
-            seed=0,
-        )
-        run.complete()
-    return workdir
+    return _vocabulary(tiny_clean, tiny_clean.parent / "vocabulary", TINY_VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def other_vocabulary(tiny_clean: Path) -> Path:
+    """A vocabulary of ten tokens more, which fits no tiny model."""
+    return _vocabulary(tiny_clean, tiny_clean.parent / "other_vocabulary", TINY_VOCAB_SIZE + 10)
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +169,26 @@ def tiny_model() -> dict:
     from gptlab.model import presets
 
     return {**presets.PRESETS["tiny"], "vocab_size": TINY_VOCAB_SIZE}
+
+
+def _vocabulary(clean: Path, workdir: Path, vocab_size: int) -> Path:
+    config = ConfigDict({"seed": 0, "vocab_size": vocab_size, "inputs": {"corpus": str(clean)}})
+    texts = [d.text for d in read_records(clean, "documents", "train", Document)]
+    for conversation in read_records(clean, "conversations", "train", Conversation):
+        texts += [message.content for message in conversation.messages]
+    with artifact.open_run(config, workdir, "train_tokenizer") as run:
+        tokenizer_lib.train(
+            texts,
+            run.workdir / "vocabulary.model",
+            vocab_size=vocab_size,
+            model_type="bpe",
+            character_coverage=1.0,
+            max_sentences=0,
+            num_threads=1,
+            seed=0,
+        )
+        run.complete()
+    return workdir
 
 
 def _answer(rng: np.random.Generator, subjects: list) -> str:

@@ -88,6 +88,29 @@ def test_a_stopped_run_goes_on_and_ends_the_same(collected, config, tmp_path, mo
     assert ours["digest"] == theirs["digest"]
 
 
+def test_a_run_that_broke_off_at_its_end_writes_its_samples_once(collected, config, tmp_path):
+    def broken(self, digest):
+        raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact.Run, "complete", broken)
+        with pytest.raises(RuntimeError):
+            collect.run(config, str(tmp_path / "run"))
+    collect.run(config, str(tmp_path / "run"))
+    ours, theirs = ((p / "samples.jsonl").read_text() for p in (tmp_path / "run", collected))
+    assert ours == theirs
+
+
+def test_a_vocabulary_of_another_size_is_refused_before_anything_is_sampled(
+    config, other_vocabulary, tmp_path, monkeypatch
+):
+    changed = ConfigDict(config.to_dict())
+    changed.inputs.vocabulary = str(other_vocabulary)
+    monkeypatch.setattr(collect, "make_generate", None)
+    with pytest.raises(UserError, match="inputs.policy has a vocabulary of 320 .* of 330"):
+        collect.run(changed, str(tmp_path / "run"))
+
+
 def test_replies_do_not_depend_on_the_batch(collected, config, tmp_path):
     """The key is that of the prompt; fewer prompts or another batch size change no reply."""
     changed = ConfigDict(config.to_dict())

@@ -411,6 +411,14 @@ def test_mistakes_are_one_line(config, tmp_path, key, value, words):
         rerun(config, tmp_path / "run", **{key: value})
 
 
+def test_a_vocabulary_of_another_size_is_refused_before_anything_is_sampled(
+    config, other_vocabulary, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ppo, "Actor", None)
+    with pytest.raises(UserError, match="inputs.init has a vocabulary of 320 .* of 330"):
+        rerun(config, tmp_path / "run", **{"inputs.vocabulary": str(other_vocabulary)})
+
+
 def test_ptx_needs_its_corpus(config, tmp_path):
     with pytest.raises(UserError, match="inputs.tokens"):
         rerun(config, tmp_path / "run", **{"ptx.coef": 1.0, "inputs.tokens": None})

@@ -26,3 +26,15 @@ def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) ->
             f"config.data.seq_len={seq_len} does not fit the model's window of "
             f"{model_config.max_len} tokens (model.max_len)"
         )
+
+
+def check_vocabulary(model_config: ModelConfig, tokenizer: Tokenizer, name: str) -> None:
+    """UserError unless a model that was trained already, `name`, has the tokenizer's vocabulary.
+
+    No gather refuses an id beyond the rows of an embedding: what came of it would be rubbish.
+    """
+    if model_config.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{name} has a vocabulary of {model_config.vocab_size} tokens, "
+            f"config.inputs.vocabulary of {tokenizer.vocab_size}: give the one it was trained with"
+        )
