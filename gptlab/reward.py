@@ -9,7 +9,8 @@ every input whose name starts with `comparisons` is pooled, one a round. Trains 
 overfit at once), keeps the checkpoint of the smallest validation loss, then normalises the reward
 once and freezes that in the results (`normalisation`), which rl.rewards.load_reward_model applies.
 report.md and the manifest hold the accuracy on held-out labels beside its ceiling, 'longer wins'
-and a linear model, and the calibration.
+and a linear model, and the calibration: on comparisons that chose no checkpoint, which are the test
+split where there is one, and otherwise half of the validation prompts, kept back for that.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints
+from gptlab.train.checks import check_fits
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
@@ -105,19 +107,15 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     architecture = checkpoint.load_model_config(config.inputs.init)
     model_config = ModelConfig.build(architecture, config.compute.to_dict())
-    if config.data.seq_len > model_config.max_len:
-        raise UserError(
-            f"config.data.seq_len={config.data.seq_len} exceeds the model's window of "
-            f"{model_config.max_len} tokens"
-        )
+    check_fits(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
 
     # (3) Data: the comparisons of all rounds, split by prompt long before they came here.
     data = make_batches(config, tokenizer, read_comparisons(config, "train"), mesh)
-    held_out = make_batches(
-        config, tokenizer, read_comparisons(config, "validation"), mesh, shrink=True
-    )
+    choosing, reporting, reported_on = held_out_comparisons(config)
+    held_out = make_batches(config, tokenizer, choosing, mesh, shrink=True)
+    reported = make_batches(config, tokenizer, reporting, mesh, shrink=True)
     batch_tokens = config.batch_size * config.data.max_candidates * config.data.seq_len
     total = durations.total_steps(config, batch_tokens, len(data) / config.batch_size)
 
@@ -180,18 +178,19 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         best = checkpoint.load_params(run.workdir, mesh, functools.partial(init_params, model))
         with run.goodput.measure("eval"):
             normalisation = normalise(config, tokenizer, scorer, best, data, mesh)
-            figures, tables = evaluate_model(scorer, best, normalisation, data, held_out)
+            figures, tables = evaluate_model(scorer, best, normalisation, data, reported)
         run.results(
             steps=total,
             normalisation=normalisation,
             train_comparisons=len(data),
-            dropped_comparisons=data.dropped + held_out.dropped,
+            dropped_comparisons=data.dropped + held_out.dropped + reported.dropped,
+            reported_on=reported_on,
             tokens_per_sec=log.mean_tokens_per_sec(),
             **checkpoint.best_metrics(run.workdir),
             **figures,
             **tables,
         )
-        write_report(run.workdir, figures, tables)
+        write_report(run.workdir, figures, tables, reported_on)
         run.complete(state_lib.digest(best))
 
 
@@ -219,14 +218,43 @@ def read_comparisons(config: ConfigDict, split: str) -> list[Comparison]:
     share no label with this one. The held-out splits stay whole.
     """
     pooled: list[Comparison] = []
-    for name in sorted(name for name in config.inputs if name.startswith("comparisons")):
-        if config.inputs[name]:
-            directory = epath.Path(config.inputs[name]) / "records"
-            pooled += records.RecordReader(directory, "comparisons", split, Comparison)
+    for directory in comparison_directories(config):
+        pooled += records.RecordReader(directory, "comparisons", split, Comparison)
     if split == "train":
         folds, count = set(config.data.folds), config.data.num_folds
         pooled = [c for c in pooled if records.shard_of(c.prompt.id, count) in folds]
     return pooled
+
+
+def comparison_directories(config: ConfigDict) -> list[epath.Path]:
+    """Where the comparisons of all rounds are."""
+    names = sorted(name for name in config.inputs if name.startswith("comparisons"))
+    return [epath.Path(config.inputs[name]) / "records" for name in names if config.inputs[name]]
+
+
+def held_out_comparisons(config: ConfigDict) -> tuple[list[Comparison], list[Comparison], str]:
+    """What chooses the checkpoint, what is reported on, and the latter's name.
+
+    Figures of the comparisons that chose the best checkpoint are those of a winner, and too good.
+    A test split is reported on if every input has one. Otherwise the validation prompts are
+    divided by a hash of their ids, so that a prompt is on one side in all rounds.
+    """
+    validation = read_comparisons(config, "validation")
+    has_test = [
+        "comparisons-test" in records.record_sets(directory)
+        for directory in comparison_directories(config)
+    ]
+    if all(has_test):
+        return validation, read_comparisons(config, "test"), "test"
+    halves: tuple[list[Comparison], list[Comparison]] = ([], [])
+    for comparison in validation:
+        halves[records.shard_of(comparison.prompt.id, 2)].append(comparison)
+    if not all(halves):
+        raise UserError(
+            f"{len(validation)} held-out comparisons are too few to choose a checkpoint by half of "
+            "their prompts and to report on the other half: collect more validation prompts"
+        )
+    return *halves, "half of the validation prompts"
 
 
 def make_batches(
@@ -349,10 +377,12 @@ def evaluate_model(
     normalisation: dict[str, Any],
     data: ComparisonBatches,
     held_out: ComparisonBatches,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Figures and tables on the held-out comparisons, of normalised scores.
 
-    Beside them, a linear model on TF-IDF features that was fitted on the same labels.
+    Beside them, a linear model on TF-IDF features that was fitted on the same labels. Pairs of
+    identical texts, of which a labeller's noise may well prefer one, say nothing and are left out.
+    A figure without anything to be measured on is None.
     """
     scores = normalisation["gain"] * scorer.candidates(params, held_out) + normalisation["bias"]
     comparisons = held_out.comparisons
@@ -363,7 +393,8 @@ def evaluate_model(
         lambda c: linear([c.prompt] * len(c.candidates), [x.content for x in c.candidates]),
         scores,
     )
-    pairs = preference.ranked_pairs(ranks_of(comparisons, scores))
+    ranks = ranks_of(comparisons, scores)
+    pairs, of_pairs = distinct_pairs(comparisons, ranks)
     margins = pairs.margins(scores)
     # Margins as trained: the loss knows no gain, and calibration belongs to what was trained.
     table = preference.reliability(margins / normalisation["gain"])
@@ -371,6 +402,7 @@ def evaluate_model(
     figures = {
         "accuracy": preference.strict_accuracy(margins),
         "pairs": len(margins),
+        **of_pairs,
         "longer_wins_accuracy": preference.strict_accuracy(pairs.margins(lengths)),
         "linear_accuracy": preference.strict_accuracy(pairs.margins(baseline)),
         "length_correlation": correlation(scores[present], lengths[present]),
@@ -378,18 +410,8 @@ def evaluate_model(
         "score_mean": float(scores[present].mean()),
         "score_std": float(scores[present].std()),
     }
-    simulated = [i for i, c in enumerate(comparisons) if c.scores is not None]
-    if simulated:
-        clean = per_candidate([comparisons[i] for i in simulated], lambda c: c.scores or (), scores)
-        own = scores[simulated]
-        clean = np.where(np.isnan(own), np.nan, clean)
-        order = preference.ranked_pairs(ranks_from_scores(clean))
-        figures["clean_accuracy"] = preference.strict_accuracy(order.margins(own))
-        figures["clean_linear_accuracy"] = preference.strict_accuracy(
-            order.margins(baseline[simulated])
-        )
-        observed = labellers.observe(comparisons[i] for i in simulated)
-        figures["ceiling_accuracy"] = observed.accuracy
+    if any(c.scores is not None for c in comparisons):
+        figures |= simulated_figures(comparisons, scores, baseline, pairs)
     candidates = np.asarray([len(c.candidates) for c in comparisons])
     who = np.asarray([c.labeller for c in comparisons])
     tables = {
@@ -397,7 +419,65 @@ def evaluate_model(
         "accuracy_by_labeller": accuracy_by(who[pairs.row], margins),
         "accuracy_by_candidates": accuracy_by(candidates[pairs.row], margins),
     }
-    return figures, tables
+    known = {name: None if np.isnan(value) else value for name, value in figures.items()}
+    return known, tables
+
+
+def simulated_figures(
+    comparisons: Sequence[Comparison],
+    scores: np.ndarray,
+    baseline: np.ndarray,
+    pairs: preference.Pairs,
+) -> dict[str, float]:
+    """What only simulated labels can tell, as their clean scores are known.
+
+    clean_accuracy, clean_linear_accuracy: on all pairs with unequal clean scores, ordered by these.
+      Noise has no part in them: their ceiling is 1.
+    unequal_accuracy, unequal_pairs: as `accuracy`, on the labelled pairs with unequal clean scores.
+    ceiling_accuracy: what the clean order itself gets on those very pairs, the best that anything
+      can expect there. On labelled pairs of *equal* clean scores nothing beats a coin.
+    labellers_agreement: of pairs that two such labellers rank strictly, how many they rank alike.
+    """
+    clean = per_candidate(comparisons, lambda c: c.scores or (), scores)
+    clean = np.where(np.isnan(scores), np.nan, clean)
+    order = preference.ranked_pairs(ranks_from_scores(clean))
+    labelled = pairs.margins(clean)  # NaN for what people ranked
+    unequal = np.isfinite(labelled) & (labelled != 0)
+    return {
+        "clean_accuracy": preference.strict_accuracy(order.margins(scores)),
+        "clean_linear_accuracy": preference.strict_accuracy(order.margins(baseline)),
+        "unequal_accuracy": preference.strict_accuracy(pairs.margins(scores)[unequal]),
+        "unequal_pairs": int(unequal.sum()),
+        "ceiling_accuracy": preference.strict_accuracy(labelled[unequal]),
+        "labellers_agreement": labellers.expected_agreement(comparisons),
+    }
+
+
+def distinct_pairs(
+    comparisons: Sequence[Comparison], ranks: np.ndarray
+) -> tuple[preference.Pairs, dict[str, float]]:
+    """Strictly ranked pairs of different texts; shares of all pairs that are ties, or identical."""
+    texts: dict[str, int] = {}
+    names = per_candidate(
+        comparisons,
+        lambda c: [texts.setdefault(x.content, len(texts)) for x in c.candidates],
+        ranks,
+    )
+    present = np.where(ranks > 0, np.arange(1, ranks.shape[1] + 1), 0)
+    every = preference.ranked_pairs(present)
+    pairs = preference.ranked_pairs(ranks)
+    figures = {
+        "tie_rate": share(every.margins(ranks) == 0),
+        "identical_share": share(every.margins(names) == 0),
+    }
+    different = pairs.margins(names) != 0
+    kept = preference.Pairs(pairs.row[different], pairs.better[different], pairs.worse[different])
+    return kept, figures
+
+
+def share(true: np.ndarray) -> float:
+    """Share of what is true; not a number of nothing."""
+    return float(true.mean()) if true.size else float("nan")
 
 
 def per_candidate(
@@ -444,18 +524,34 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def write_report(workdir: epath.Path, figures: dict[str, float], tables: dict[str, Any]) -> None:
+def write_report(
+    workdir: epath.Path,
+    figures: dict[str, float | None],
+    tables: dict[str, Any],
+    reported_on: str,
+) -> None:
     """report.md and calibration.png."""
-    sections = {
-        "Held-out comparisons": report.markdown_table(("figure", "value"), [*figures.items()])
-    }
+    method = (
+        f"Measured on the comparisons of: {reported_on}. They chose no checkpoint. `accuracy` is "
+        "of all pairs that a labeller told apart, pairs of identical texts left out; an equal "
+        "score is a mistake."
+    )
+    if "clean_accuracy" in figures:
+        method += (
+            " `ceiling_accuracy` is the ceiling of `unequal_accuracy`: both are of the labelled "
+            "pairs whose clean scores differ. `accuracy` also counts labels that are noise alone, "
+            "so its ceiling is lower. `clean_accuracy` is against the clean scores, without any "
+            "noise: its ceiling is 1."
+        )
+    table = report.markdown_table(("figure", "value"), [*figures.items()])
+    sections = {"Held-out comparisons": f"{method}\n\n{table}"}
     for name, rows in tables.items():
         if rows:
             header = tuple(rows[0])
             body = [tuple(row[key] for key in header) for row in rows]
             sections[name.replace("_", " ").capitalize()] = report.markdown_table(header, body)
     files.atomic_write(workdir / "report.md", report.document("Reward model", sections))
-    report.plot_calibration(workdir / "calibration.png", {"validation": tables["reliability"]})
+    report.plot_calibration(workdir / "calibration.png", {reported_on: tables["reliability"]})
 
 
 if __name__ == "__main__":

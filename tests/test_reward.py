@@ -1,6 +1,7 @@
 """Loop 3 on tiny artifacts: it learns, resumes, normalises once, and its figures are right."""
 
 import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -56,7 +57,9 @@ def test_it_learns_the_labeller(trained):
     assert 0.5 < results["accuracy"] <= 1 and results["ceiling_accuracy"] < 1
     for name in ("longer_wins_accuracy", "linear_accuracy", "calibration_error"):
         assert 0 <= results[name] <= 1
-    assert "| linear_accuracy |" in (trained / "report.md").read_text()
+    assert results["reported_on"] == "test"
+    text = (trained / "report.md").read_text()
+    assert "| linear_accuracy |" in text and "comparisons of: test." in text
     assert (trained / "calibration.png").exists()
 
 
@@ -154,7 +157,10 @@ def test_human_pairs_of_a_clean_corpus_train_too(config, tiny_clean, tmp_path):
     assert results["linear_accuracy"] > 0.9  # the grammar's words give it away
 
 
-def comparison(ranks, scores, lengths, labeller="a"):
+ANN, BOB = (f"simulated:vader,noise=0.3,tie_margin=0.05,seed={seed}" for seed in (0, 1))
+
+
+def comparison(ranks, scores, lengths, labeller):
     candidates = tuple(Candidate(str(i), "x" * n, "p", True) for i, n in enumerate(lengths))
     prompt = Prompt("p", (Message("user", "hi"),), "test")
     return Comparison("c", prompt, candidates, ranks, labeller, True, scores)
@@ -183,26 +189,64 @@ def test_figures_by_hand(monkeypatch):
     linear = lambda prompts, replies: np.asarray([-len(r) for r in replies])  # noqa: E731
     held = Held(
         [
-            comparison((1, 2, 2), (3.0, 1.0, 2.0), (5, 9, 1)),  # labels: 0 > 1, 0 > 2; 1 = 2
-            comparison((2, 1), (0.5, 0.5), (4, 6), "b"),  # label 1 > 0; equal scores
+            comparison((1, 2, 2), (3.0, 1.0, 2.0), (5, 9, 1), ANN),  # labels: 0 > 1, 0 > 2; 1 = 2
+            comparison((2, 1), (0.5, 0.5), (4, 6), BOB),  # label 1 > 0; equal scores
+            comparison((2, 1), (0.5, 0.5), (7, 7), BOB),  # label 1 > 0, of the same text
+            comparison((2, 1), (0.9, 0.1), (3, 2), BOB),  # label 1 > 0, by noise
         ]
     )
-    scores = [[2.0, 3.0, 1.0], [0.0, 1.0, np.nan]]
+    nan = np.nan
+    scores = [[2.0, 3.0, 1.0], [0.0, 1.0, nan], [0.0, 0.0, nan], [1.0, 2.0, nan]]
     figures, tables = reward.evaluate_model(
         Fixed(scores), None, {"gain": 1.0, "bias": 0.0}, held, held
     )
-    assert figures["pairs"] == 3
-    assert figures["accuracy"] == pytest.approx(2 / 3)  # wrong on 0 > 1
-    assert figures["longer_wins_accuracy"] == pytest.approx(2 / 3)  # wrong on 0 > 1 (5 < 9)
-    assert figures["linear_accuracy"] == pytest.approx(1 / 3)
-    # Clean order 0 > 2 > 1: ours is right on 0 > 2 only; the pair of equal scores is skipped.
-    assert figures["clean_accuracy"] == pytest.approx(1 / 3)
-    assert figures["ceiling_accuracy"] == 1.0
+    assert figures["pairs"] == 4  # the pair of one text twice is no pair
+    assert figures["identical_share"] == pytest.approx(1 / 6)
+    assert figures["tie_rate"] == pytest.approx(1 / 6)
+    assert figures["accuracy"] == pytest.approx(3 / 4)  # wrong on 0 > 1
+    assert figures["longer_wins_accuracy"] == pytest.approx(2 / 4)
+    assert figures["linear_accuracy"] == pytest.approx(2 / 4)
+    # Clean order 0 > 2 > 1 and 0 > 1 of the last: ours is right on 0 > 2 only.
+    assert figures["clean_accuracy"] == pytest.approx(1 / 4)
+    # Of 4 labelled pairs 3 have unequal clean scores: ours is wrong on one, the clean order on
+    # another. Over all 4 labels both would be judged by what was never more than a coin.
+    assert figures["unequal_pairs"] == 3
+    assert figures["unequal_accuracy"] == figures["ceiling_accuracy"] == pytest.approx(2 / 3)
+    assert 0.5 < figures["labellers_agreement"] < 1
     assert {r["group"]: r["accuracy"] for r in tables["accuracy_by_labeller"]} == {
-        "a": 0.5,
-        "b": 1.0,
+        ANN: 0.5,
+        BOB: 1.0,
     }
-    assert sum(r["count"] for r in tables["reliability"]) == 3
+    assert sum(r["count"] for r in tables["reliability"]) == 4
+
+
+def test_what_has_no_pairs_is_no_figure(monkeypatch):
+    """None, which is JSON, and not NaN, which is not."""
+    monkeypatch.setattr(reward.classifiers, "fit_comparisons", lambda c, **_: linear)
+    linear = lambda prompts, replies: np.zeros(len(replies))  # noqa: E731
+    held = Held([comparison((1, 2), (0.5, 0.5), (4, 6), ANN)])
+    figures, _ = reward.evaluate_model(
+        Fixed([[1.0, 0.0]]), None, {"gain": 1.0, "bias": 0.0}, held, held
+    )
+    assert figures["accuracy"] == 1.0 and figures["unequal_pairs"] == 0
+    assert figures["clean_accuracy"] is figures["ceiling_accuracy"] is None
+
+
+def test_figures_are_of_comparisons_that_chose_no_checkpoint(config, tiny_comparisons, tmp_path):
+    choosing, reporting, name = reward.held_out_comparisons(config)
+    assert name == "test" and {c.prompt.id.split("-")[0] for c in reporting} == {"test"}
+    assert {c.prompt.id.split("-")[0] for c in choosing} == {"validation"}
+    # Without a test split, and with two rounds that asked the same prompts:
+    changed = ConfigDict(config.to_dict())
+    for round_name in ("comparisons", "comparisons_2"):
+        shutil.copytree(tiny_comparisons, tmp_path / round_name)
+        for path in (tmp_path / round_name / "records").glob("comparisons-test-*"):
+            path.unlink()
+        changed.inputs[round_name] = str(tmp_path / round_name)
+    choosing, reporting, name = reward.held_out_comparisons(changed)
+    halves = [{c.prompt.id for c in part} for part in (choosing, reporting)]
+    assert all(halves) and not halves[0] & halves[1] and name == "half of the validation prompts"
+    assert len(choosing) + len(reporting) == 48 and len(halves[0] | halves[1]) == 24
 
 
 def test_head_starts_with_std_of_stiennon(policy, config):
@@ -243,6 +287,15 @@ def test_mistakes_are_one_line(config, tmp_path, change, words):
     changed = ConfigDict(config.to_dict())
     changed.update(change)
     with pytest.raises(UserError, match=words):
+        reward.run(changed, str(tmp_path / "run"))
+
+
+def test_another_vocabulary_is_refused_before_anything_is_compiled(config, tiny_model, tmp_path):
+    """Ids beyond the embedding would be read as its last row, without a word."""
+    small = {**tiny_model, "vocab_size": 300}
+    changed = ConfigDict(config.to_dict())
+    changed.inputs.init = str(artifacts.write_policy(tmp_path / "sft", small))
+    with pytest.raises(UserError, match="vocab_size=300"):
         reward.run(changed, str(tmp_path / "run"))
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -28,6 +29,8 @@ from scipy import special
 from gptlab.data.records import CandidateSet, Comparison, Prompt
 from gptlab.run.errors import UserError
 from gptlab.scorers.registry import Scorer
+
+_NAME = re.compile(r"simulated:.*,noise=(?P<noise>[^,]+),tie_margin=(?P<tie_margin>[^,]+),seed=.*")
 
 
 class SimulatedLabeller:
@@ -181,6 +184,27 @@ def observe(comparisons: Iterable[Comparison]) -> Observed:
         strict += int(counted.sum())
         right += int((np.sign(order) == np.sign(difference))[counted].sum())
     return Observed(pairs, _ratio(right, strict), _ratio(ties, pairs))
+
+
+def expected_agreement(comparisons: Iterable[Comparison]) -> float:
+    """`Ceiling.agreement` of the simulated ones among these comparisons, pooled over labellers.
+
+    NaN if there is none: nobody knows how noisy people are.
+    """
+    scores: dict[tuple[float, float], list[tuple[float, ...]]] = {}
+    for comparison in comparisons:
+        if comparison.scores is not None:
+            scores.setdefault(level(comparison.labeller), []).append(comparison.scores)
+    parts = [(ceiling(own, *known).agreement, len(own)) for known, own in scores.items()]
+    return _ratio(sum(agreement * n for agreement, n in parts), sum(n for _, n in parts))
+
+
+def level(labeller: str) -> tuple[float, float]:
+    """(noise, tie_margin) of a simulated labeller, from the name that its comparisons carry."""
+    match = _NAME.fullmatch(labeller)
+    if match is None:
+        raise UserError(f"{labeller!r} is not the name of a simulated labeller")
+    return float(match["noise"]), float(match["tie_margin"])
 
 
 def _pair_differences(scores: Iterable[Sequence[float]]) -> np.ndarray:

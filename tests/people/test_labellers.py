@@ -148,6 +148,18 @@ def test_neighbours_are_not_chained():
     assert labellers.ranks_of(np.array([0.0, 0.4, 0.8]), 0.5) == (2, 1, 1)
 
 
+def test_agreement_is_known_from_the_comparisons_alone():
+    made = labeller(noise=0.25, tie_margin=0.05).compare(
+        [candidate_set(str(i), [0.1 * i, 0.3, 0.0]) for i in range(6)]
+    )
+    expected = labellers.ceiling([c.scores for c in made], 0.25, 0.05).agreement
+    person = Comparison("h", PROMPT, candidate_set("h", [1, 2]).candidates, (1, 2), "ann", False)
+    assert labellers.expected_agreement([*made, person]) == pytest.approx(expected)
+    assert math.isnan(labellers.expected_agreement([person]))
+    with pytest.raises(UserError, match="'ann' is not the name"):
+        labellers.level("ann")
+
+
 def test_what_cannot_be_ranked_is_named():
     with pytest.raises(UserError, match="candidate set x has fewer than two"):
         labeller().compare([candidate_set("x", [1.0])])
