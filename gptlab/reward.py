@@ -163,11 +163,11 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 log.flush()
             if evaluate:
                 with run.goodput.measure("eval"):
-                    figures = scorer.loss(state.params, held_out.eval(config.eval_batches))
-                run.metrics.write(done, figures)
+                    chosen_by = scorer.loss(state.params, held_out.eval(config.eval_batches))
+                run.metrics.write(done, chosen_by)
             if save:
                 with run.goodput.measure("save"):
-                    checkpoints.save_state(state, {}, figures if evaluate else None)
+                    checkpoints.save_state(state, {}, chosen_by if evaluate else None)
             if stop:
                 checkpoints.wait()
                 raise Interrupted(f"saved at step {done} of {total}")
