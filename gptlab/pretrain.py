@@ -30,7 +30,7 @@ from gptlab.train import durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
-from gptlab.train.checkpoint import Checkpoints, best_metrics
+from gptlab.train.checkpoint import Checkpoints, best_metrics, load_params
 from gptlab.train.checks import check_fits, check_inputs
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
@@ -200,7 +200,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             **best_metrics(run.workdir),
             **(ngram_baselines(config, tokenizer) if config.ngram_baselines else {}),
         )
-        run.complete(state_lib.digest(state.params))
+        best = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
+        run.complete(state_lib.digest(best))  # what later stages load
 
 
 def ngram_baselines(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, float]:

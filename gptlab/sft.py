@@ -164,7 +164,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         # (5) The newest checkpoint, if there is one; else first of all, what pretraining reached.
         state, meta = checkpoints.restore_state(state, shardings)
         start = int(state.step)
-        run.metrics.rewind(start)
+        run.metrics.rewind(-1 if meta is None else start)  # step 0 has a line of its own
         if meta is None:
             with run.goodput.measure("eval"):
                 meta = {"pretrained": held_out(state.params, validation())}
@@ -228,7 +228,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 "pretrained/reply_perplexity": meta["pretrained"]["eval/validation/perplexity"],
             },
         )
-        run.complete(state_lib.digest(state.params))
+        params = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
+        run.complete(state_lib.digest(params))  # the best, which later stages load
 
 
 if __name__ == "__main__":

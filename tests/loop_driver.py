@@ -2,11 +2,12 @@
 
     python tests/loop_driver.py STAGE CONFIG.py WORKDIR MOMENT
 
-MOMENT is 'never'; 'step:N': SIGKILL right after step N was dispatched, once a checkpoint exists; or
-'save:N': SIGKILL while checkpoint N is on its way to the disk. What is killed is the real program;
-nothing of it knows.
+MOMENT is 'never'; 'start:N': SIGKILL right after step N was dispatched; 'step:N': the same, once a
+checkpoint exists; or 'save:N': SIGKILL while checkpoint N is on its way to the disk. What is killed
+is the real program; nothing of it knows.
 """
 
+import functools
 import os
 import runpy
 import signal
@@ -21,7 +22,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at_step(number: int, workdir: str) -> None:
+def kill_at_step(number: int, workdir: str, saved: bool = True) -> None:
     from gptlab.train.checkpoint import checkpoint_steps
     from gptlab.train.log import StepLog
 
@@ -30,7 +31,7 @@ def kill_at_step(number: int, workdir: str) -> None:
     def pushed(self, step, metrics):
         push(self, step, metrics)
         if step == number:
-            while not checkpoint_steps(workdir):  # one is on its way, in the background
+            while saved and not checkpoint_steps(workdir):  # one is on its way, in the background
                 time.sleep(0.01)
             die()
 
@@ -60,6 +61,8 @@ if __name__ == "__main__":
     stage, config, workdir, moment = sys.argv[1:]
     kind, _, number = moment.partition(":")
     if kind != "never":
-        {"step": kill_at_step, "save": kill_in_save}[kind](int(number), workdir)
+        kill_early = functools.partial(kill_at_step, saved=False)
+        kill = {"start": kill_early, "step": kill_at_step, "save": kill_in_save}[kind]
+        kill(int(number), workdir)
     sys.argv = [f"gptlab/{stage}.py", f"--config={config}", f"--workdir={workdir}"]
     runpy.run_module(f"gptlab.{stage}", run_name="__main__", alter_sys=True)

@@ -144,6 +144,16 @@ def config(loop, tiny):
     return with_cadence(loop.config(tiny))
 
 
+def one_loop(shown, of=tuple(loop.stage for loop in LOOPS)):
+    """One loop shows it in every test run; the others take their time with `-m slow`."""
+    rows = [
+        pytest.param(x, marks=[pytest.mark.slow] * (x.stage != shown), id=x.stage)
+        for x in LOOPS
+        if x.stage in of
+    ]
+    return pytest.mark.parametrize("loop", rows, indirect=True)
+
+
 def command(loop, config, workdir, moment="never"):
     """The command line of a run in a process of its own."""
     path = workdir.parent / f"{workdir.name}.config.py"
@@ -289,22 +299,49 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(loop, config, one_device, mo
     assert_identical(workdir, one_device)
 
 
-def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devices, tiny):
-    workdir = tiny.root / f"{loop.stage}-stopped"
+@one_loop("sft")  # it alone writes a line before its first step
+def test_killed_before_its_first_checkpoint_a_run_starts_anew(loop, config, one_device, tiny):
+    workdir = tiny.root / f"{loop.stage}-killed-early"
+    killed = run_alone(loop, config, workdir, f"start:{CADENCE - 1}")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.checkpoint_steps(workdir) == [] and figures(workdir)
+    resumed = run_alone(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, one_device)
+
+
+def stop_at(loop, config, workdir, at):
+    """SIGTERM at a step."""
     with pytest.MonkeyPatch.context() as patch:
         push = StepLog.push
 
         def pushed(self, step, values):
             push(self, step, values)
-            if step == 6:
+            if step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         patch.setattr(StepLog, "push", pushed)
-        with pytest.raises(Interrupted, match=f"step 6 of {STEPS}"):
-            run_here(loop, eight_devices.config, workdir)
+        with pytest.raises(Interrupted, match=f"step {at} of {STEPS}"):
+            run_here(loop, config, workdir)
     assert artifact.read_manifest(workdir, allow_unfinished=True)["status"] == "interrupted"
-    assert checkpoint.checkpoint_steps(workdir)[-1] == 6
+    assert checkpoint.checkpoint_steps(workdir)[-1] == at
+
+
+def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devices, tiny):
+    workdir = tiny.root / f"{loop.stage}-stopped"
+    stop_at(loop, eight_devices.config, workdir, 6)
     run_here(loop, eight_devices.config, workdir)
+    assert_identical(workdir, eight_devices.workdir)
+
+
+@one_loop("pretrain", of=("pretrain", "sft", "reward"))
+def test_stopped_at_a_checkpoint_it_evaluates_as_without_the_stop(loop, eight_devices, tiny):
+    # Every due checkpoint is evaluated, so an evaluation half as often changes no figure.
+    config = eight_devices.config.copy_and_resolve_references()
+    config.eval_every_steps = 2 * CADENCE
+    workdir = tiny.root / f"{loop.stage}-stopped-when-due"
+    stop_at(loop, config, workdir, CADENCE)
+    run_here(loop, config, workdir)
     assert_identical(workdir, eight_devices.workdir)
 
 
@@ -340,15 +377,7 @@ def two_processes(loop, config, workdir):
     assert [p.returncode for p in started] == [0, 0], "\n".join(outputs)
 
 
-# One loop shows it in every test run; the others take their time with `-m slow`.
-@pytest.mark.parametrize(
-    "loop",
-    [
-        pytest.param(x, marks=[pytest.mark.slow] * (x.stage != "pretrain"), id=x.stage)
-        for x in LOOPS
-    ],
-    indirect=True,
-)
+@one_loop("pretrain")
 def test_two_processes_compute_what_one_does(loop, config, one_device, tiny):
     workdir = tiny.root / f"{loop.stage}-two-processes"
     two_processes(loop, config, workdir)

@@ -1,5 +1,7 @@
 """What fine-tuning learns from, and what it reports; see also test_loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
 from tests.rl import artifacts
 
 
@@ -89,12 +93,21 @@ def test_dropout_is_on_in_training(batch, tiny_model):
     assert one != two and jnp.isfinite(one)
 
 
+def digest_of(workdir, which, config):
+    architecture = checkpoint.load_model_config(workdir)
+    model = LanguageModel(ModelConfig.build(architecture, config.compute.to_dict()))
+    init = functools.partial(transformer.init_params, model)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    return state_lib.digest(checkpoint.load_params(workdir, mesh, init, which))
+
+
 def test_the_best_checkpoint_is_kept_and_reported_beside_the_pretrained_model(config, tmp_path):
     # Constant and far too fast: the held-out loss rises again, and the best is not the last.
     config = config.copy_and_resolve_references()
-    config.optimizer = common.adamw(3e-2, schedule="constant")
+    config.optimizer = common.adamw(0.3, schedule="constant")
     sft.run(config, str(tmp_path))
-    results = artifact.read_manifest(tmp_path)["results"]
+    manifest = artifact.read_manifest(tmp_path)
+    results = manifest["results"]
     lines = {
         m["step"]: m["eval/validation/perplexity"]
         for m in metrics.read_metrics(tmp_path)
@@ -107,6 +120,8 @@ def test_the_best_checkpoint_is_kept_and_reported_beside_the_pretrained_model(co
     assert results["best/step"] == best == checkpoint.find_step(tmp_path, "best")
     assert checkpoint.checkpoint_steps(tmp_path) == sorted({best, 24})
     assert results["best/validation/loss"] == pytest.approx(np.log(trained[best]))
+    assert best < 24 and manifest["digest"] == digest_of(tmp_path, "best", config)
+    assert manifest["digest"] != digest_of(tmp_path, "latest", config)
 
 
 @pytest.mark.parametrize(

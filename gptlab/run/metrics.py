@@ -65,7 +65,7 @@ class MetricWriter:
     def rewind(self, step: int) -> None:
         """Forgets what was written for later steps; they are about to be run again.
 
-        To be called after restoring a checkpoint of `step` (0 when starting anew).
+        To be called after restoring a checkpoint of `step` (-1 when starting anew).
         """
         if not self._enabled:
             return
