@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,28 @@ MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 
-# How often a run looks at itself, and on how many workers it is made: none of it changes the
-# outcome, so it is no part of a run's identity and free to change at any time.
+# Keys ('a.b' is b within a) of how a run shows itself, and on how many workers it is made: none of
+# it changes the outcome, so it is no part of a run's identity and free to change at any time.
 CADENCE = (
     "log_every_steps",
-    "eval_every_steps",
-    "eval_batches",
     "sample_every_steps",
     "sample",  # what loops write to samples.jsonl; `sampling`, of replies that are used, counts
     "beam",
-    "checkpoint",
+    "checkpoint.keep",  # the best one is kept whatever it says
     "profile",
 )
-# Part of the identity, yet a run may go on under another value; the manifest then says so.
-RESUMABLE = ("total_steps", "total_tokens", "total_epochs", "mesh")
+# Part of the identity, yet a run may go on under another value; the manifest then says so. What is
+# evaluated and saved, and when, is among them: later stages load the best of it.
+RESUMABLE = (
+    "total_steps",
+    "total_tokens",
+    "total_epochs",
+    "mesh",
+    "eval_every_steps",
+    "eval_batches",
+    "checkpoint.every_steps",
+)
+_ABSENT = object()
 
 _PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain array_record numpy sentencepiece seqio "
@@ -184,8 +192,11 @@ def open_run(
             previous = None
         continued = _continued(directory, previous, stage, plain, identities)
         own = identity(stage, config, identities, continued)
+        # Not by comparing identities: those that earlier versions computed stay as they are.
         finished = (
-            previous is not None and previous["status"] == "done" and previous["identity"] == own
+            previous is not None
+            and previous["status"] == "done"
+            and previous["continued"] == continued
         )
         if finished and previous is not None:
             manifest = previous
@@ -218,12 +229,22 @@ def identity(
       continued: earlier values of RESUMABLE keys under which the run spent some of its steps.
     """
     plain = _plain(config.to_dict() if isinstance(config, ConfigDict) else config, "config")
-    relevant = {k: v for k, v in plain.items() if k != "inputs" and k not in CADENCE}
+    relevant = _without(plain, ("inputs", *CADENCE))
     content: dict[str, Any] = {"stage": stage, "config": relevant, "inputs": dict(inputs)}
     if continued := list(continued):
         content["continued"] = continued
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps runs out of a workdir that exists. Raises UserError if one is in it."""
+    lock = _lock(_local(workdir))
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def read_manifest(
@@ -346,12 +367,9 @@ def _continued(
             "choose another --workdir"
         )
     old = _read_json(directory / CONFIG_FILE) or {}
-    before = {k: v for k, v in old.items() if k not in ("inputs", *CADENCE)}
-    now = {k: v for k, v in config.items() if k not in ("inputs", *CADENCE)}
+    free = ("inputs", *CADENCE, *RESUMABLE)
     differences = _differences(
-        {k: v for k, v in before.items() if k not in RESUMABLE},
-        {k: v for k, v in now.items() if k not in RESUMABLE},
-        "config.",
+        _without(old, free), _without(config, free), "config."
     ) + _differences(_identities(previous["inputs"], previous["files"]), identities, "inputs.")
     if differences:
         more = len(differences) - _SHOWN_DIFFERENCES
@@ -361,9 +379,29 @@ def _continued(
             + (f"; and {more} more" if more > 0 else "")
             + ". Choose another --workdir, or change these back to go on with that run"
         )
-    resumable = {k: before[k] for k in RESUMABLE if k in before}
-    changed = any(now.get(k) != v for k, v in resumable.items())
-    return [*previous["continued"], *([resumable] if changed else [])]
+    if all(_value(old, key) == _value(config, key) for key in RESUMABLE):
+        return previous["continued"]
+    values = {key: _value(old, key) for key in RESUMABLE}
+    return [*previous["continued"], {k: v for k, v in values.items() if v is not _ABSENT}]
+
+
+def _without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """`config` less some keys; 'a.b' is b within a."""
+    kept = {}
+    for name, value in config.items():
+        if name in keys:
+            continue
+        below = [key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")]
+        kept[name] = _without(value, below) if isinstance(value, Mapping) else value
+    return kept
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, where 'a.b' is b within a; _ABSENT if there is none."""
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+    return value
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> list[str]:

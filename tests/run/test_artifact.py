@@ -22,7 +22,14 @@ def config(**changes):
             "total_steps": 10,
             "total_tokens": config_dict.placeholder(int),
             "log_every_steps": 5,
-            "checkpoint": {"every_steps": 5, "keep": 2},
+            "eval_every_steps": 5,
+            "eval_batches": 2,
+            "checkpoint": {
+                "every_steps": 5,
+                "keep": 2,
+                "best_metric": "eval/validation/loss",
+                "best_mode": "min",
+            },
             "mesh": {"data": -1, "fsdp": 1},
         }
     )
@@ -48,7 +55,7 @@ def status(workdir):
 def test_identity_is_the_same_on_every_machine_and_day():
     # If this fails, every existing artifact would be made anew: is that what the change means?
     own = artifact.identity("pretrain", config(), {"corpus": "0123456789ab"})
-    assert own == "fb5c558f8d91"
+    assert own == "c96bb82c7d4b"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,6 @@ def test_identity_is_the_same_on_every_machine_and_day():
     [
         {"log_every_steps": 1},
         {"checkpoint.keep": 7},
-        {"checkpoint.every_steps": 1},
         {"inputs.corpus": "/elsewhere"},
     ],
 )
@@ -65,7 +71,18 @@ def test_paths_and_cadence_do_not_count(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"optimizer.lr": 2e-3}, {"total_steps": 11}, {"mesh.fsdp": 2}]
+    "changes",
+    [
+        {"seed": 1},
+        {"optimizer.lr": 2e-3},
+        {"total_steps": 11},
+        {"mesh.fsdp": 2},
+        {"eval_every_steps": 1},
+        {"eval_batches": 1},
+        {"checkpoint.every_steps": 1},
+        {"checkpoint.best_metric": "eval/validation/accuracy"},  # another checkpoint is the best:
+        {"checkpoint.best_mode": "max"},  # later stages start from other parameters
+    ],
 )
 def test_everything_else_counts(changes):
     assert artifact.identity("s", config(**changes), {}) != artifact.identity("s", config(), {})
@@ -285,6 +302,22 @@ def test_another_mesh_may_go_on_with_a_run(tmp_path):
     assert artifact.read_manifest(tmp_path)["continued"][0]["mesh"] == {"data": -1, "fsdp": 1}
 
 
+@pytest.mark.parametrize("key", ["eval_every_steps", "eval_batches", "checkpoint.every_steps"])
+def test_how_often_a_run_is_evaluated_and_saved_may_change_and_is_recorded(key, tmp_path):
+    first = finished(tmp_path)
+    second = finished(tmp_path, **{key: 1})
+    (before,) = artifact.read_manifest(tmp_path)["continued"]
+    assert before[key] == 2 + 3 * (key != "eval_batches") and first != second
+
+
+@pytest.mark.parametrize("change", [("best_metric", "eval/x"), ("best_mode", "max")])
+def test_what_is_best_may_not_change_in_the_same_workdir(change, tmp_path):
+    finished(tmp_path)
+    with pytest.raises(UserError, match=f'config.checkpoint.{change[0]}: .* -> "{change[1]}"'):
+        finished(tmp_path, **{f"checkpoint.{change[0]}": change[1]})
+    finished(tmp_path, **{"checkpoint.keep": 9})
+
+
 def test_metrics_of_an_interrupted_run_are_kept(tmp_path):
     for step in (1, 2):
         with artifact.open_run(config(), tmp_path, "stage") as run:
@@ -381,7 +414,8 @@ def test_a_run_written_with_schema_1_is_read_and_recognised(tmp_path):
     assert manifest["schema"] == 1
     assert manifest["results"] == {"eval/bits_per_byte": 1.75}
     assert [entry["train/loss"] for entry in read_metrics(tmp_path / "run")] == [2.5, 1.5]
-    with artifact.open_run(config(), tmp_path / "run", "pretrain") as run:
+    same = ConfigDict(json.loads((GOLDEN / "config.json").read_text()))
+    with artifact.open_run(same, tmp_path / "run", "pretrain") as run:
         assert run.finished
         assert run.identity == manifest["identity"]
 
