@@ -1,6 +1,5 @@
 """The terminal chat: streaming, context over turns, commands, interruption, errors."""
 
-import functools
 import io
 import os
 import subprocess
@@ -186,15 +185,16 @@ def test_mistakes_are_one_line(arguments, words, workdir, tiny_clean, capsys):
     assert err.count("\n") == 1 and any(word in err for word in words.split("|"))
 
 
-def test_piped_conversation(workdir):
-    """The real program: two messages in, two replies out, the same for the same seed."""
-    command = [sys.executable, "-m", "gptlab.chat", f"--workdir={workdir}", "--max_new_tokens=8"]
-    run = functools.partial(
-        subprocess.run, command, input="hello\n/reset\nhello again\n", text=True,
+def test_piped_conversation(workdir, monkeypatch, capsys):
+    """The real program: two messages in, two replies out, the same in any process."""
+    flags, said = [f"--workdir={workdir}", "--max_new_tokens=8"], "hello\n/reset\nhello again\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "gptlab.chat", *flags], input=said, text=True,
         capture_output=True, timeout=200, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
-    first = run()
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.strip()
-    assert run().stdout == first.stdout
-    assert "tensorflow" not in first.stderr.lower()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "tensorflow" not in done.stderr.lower()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    assert chat.main(flags) == 0
+    assert capsys.readouterr().out == done.stdout
