@@ -33,8 +33,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.num_rounds = 2
     config.ppo_init = "sft"  # what PPO starts from in later rounds: sft | previous
     config.backend = "in_process"  # or subprocess: slower to start, memory freed after each stage
-    # Of pretraining and SFT. bfloat16 is twice as fast as float32 on a CPU with AMX, but slower on one
-    # without: --config.dtype=float32 there.
+    # Of pretraining and SFT. bfloat16 is twice as fast as float32 on a CPU with AMX, but slower on
+    # one without: --config.dtype=float32 there.
     config.dtype = "bfloat16"
     config.data = ConfigDict({"documents": placeholder(str)})
     config.stages = ConfigDict(
