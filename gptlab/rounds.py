@@ -379,6 +379,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     raw = raw_files(config.stages.clean)
     supersede(config, root, raw)
     with artifact.open_run(config, workdir, "rounds", files=raw) as own:
+        forget_rounds(root, config.num_rounds)
         planner, runner = Planner(config, root), Runner(config, root, own.stop_requested)
         once = prepare_once(planner, runner)
         state = State(once, policy=once["sft"])
@@ -436,14 +437,20 @@ def supersede(config: ConfigDict, root: Path, raw: Mapping[str, list[str]]) -> N
     """
     if not (root / artifact.MANIFEST_FILE).exists():
         return
-    manifest = artifact.read_manifest(root, allow_unfinished=True)
     digests = {f"files:{key}": files.digest_files(paths) for key, paths in raw.items()}
-    if manifest["stage"] != "rounds" or manifest["identity"] == artifact.identity(
-        "rounds", config, digests
-    ):
-        return
-    kept = _made(root / "rounds") / f"manifest-{manifest['identity']}.json"
-    (root / artifact.MANIFEST_FILE).replace(kept)
+    own = artifact.identity("rounds", config, digests)
+    with artifact.locked(root):  # nothing is taken from a run that is under way
+        manifest = artifact.read_manifest(root, allow_unfinished=True)
+        if manifest["stage"] == "rounds" and manifest["identity"] != own:
+            kept = _made(root / "rounds") / f"manifest-{manifest['identity']}.json"
+            (root / artifact.MANIFEST_FILE).replace(kept)
+
+
+def forget_rounds(root: Path, after: int) -> None:
+    """Deletes the records of rounds that the config no longer has; their artifacts stay."""
+    for path in (root / "rounds").glob("*.json"):
+        if path.stem.isdigit() and int(path.stem) > after:
+            path.unlink()
 
 
 def display(path: Path) -> str:

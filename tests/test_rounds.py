@@ -114,7 +114,7 @@ def test_identities_are_known_before_anything_runs(root, done):
         ({"stages.evaluate.report_samples": 5, "stages.pretrain.log_every_steps": 1}, {"evaluate"}),
         ({"stages.sft.optimizer.lr": 0.5}, {"sft", "collect", "rank", "reward", "ppo", "evaluate"}),
         ({"ppo_init": "previous"}, {"ppo", "evaluate"}),  # of round 2
-        ({"stages.pretrain.checkpoint.every_steps": 1, "stages.ppo.eval_batches": 2}, set()),
+        ({"stages.pretrain.checkpoint.keep": 1, "stages.ppo.sample_every_steps": 2}, set()),
     ],
 )
 def test_a_change_runs_only_what_depends_on_it(root, documents, done, change, rerun):
@@ -122,6 +122,21 @@ def test_a_change_runs_only_what_depends_on_it(root, documents, done, change, re
     assert set(programs(after)) == rerun
     assert not set(after) & set(done)
     assert run(root, documents) == []  # the first experiment is still there, whole
+
+
+def test_a_run_under_way_is_not_superseded(root, documents, done):
+    before = (root / "manifest.json").read_bytes()
+    with artifact.locked(root):
+        with pytest.raises(UserError, match="is in use by another run"):
+            run(root, documents, num_rounds=1)
+    assert (root / "manifest.json").read_bytes() == before
+
+
+def test_fewer_rounds_leave_no_record_of_the_others(root, documents, done):
+    run(root, documents, num_rounds=1)
+    assert sorted(path.stem for path in (root / "rounds").glob("[0-9].json")) == ["0", "1"]
+    assert run(root, documents) == []
+    assert record(root, 2)["policy"]
 
 
 def test_changed_documents_run_everything_again(root, documents, done):
