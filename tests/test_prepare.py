@@ -190,6 +190,7 @@ def test_tokenize_with_a_task_of_ones_own(corpus, tmp_path, monkeypatch):
     def tokenize(name, **changes):
         config = prepare_config.get_config("tokenize")
         config.inputs.update(corpus=str(corpus), vocabulary=str(tmp_path / "vocabulary"))
+        config.slices = 2  # each takes Beam its time
         config.update_from_flattened_dict(changes)
         prepare.run(config, str(tmp_path / name))
         return tmp_path / name
@@ -204,7 +205,7 @@ def test_tokenize_with_a_task_of_ones_own(corpus, tmp_path, monkeypatch):
 
     config = prepare_config.get_config("tokenize")
     config.inputs.update(corpus=str(corpus), vocabulary=str(tmp_path / "vocabulary"))
-    config.module = "prepare_lines_module"
+    config.module, config.slices = "prepare_lines_module", 3  # other slices, the same records
     config.tasks = ("pretrain", "mine")
     config.mixtures.mine = ConfigDict({"prepare_lines": 0.5, "dialogues": 0.5})
     prepare.run(config, str(tmp_path / "own"))
