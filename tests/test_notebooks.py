@@ -39,5 +39,6 @@ def test_quickstart_notebook_runs_on_the_smoke_run(smoke_run, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     images = [o for o in outputs if "image/png" in o.get("data", {})]
     tables = [o for o in outputs if "text/markdown" in o.get("data", {})]
-    assert len(images) == 3 and len(tables) == 3
-    assert "win rate" in tables[0]["data"]["text/markdown"]
+    assert len(images) == 3 and len(tables) == 4
+    assert "held-out bits a byte" in tables[0]["data"]["text/markdown"]
+    assert "win rate" in tables[1]["data"]["text/markdown"]
