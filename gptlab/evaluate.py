@@ -6,11 +6,11 @@
 On held-out prompts that no stage has trained on (which is checked), the policy, the SFT model and
 (optionally) the previous round's policy give one reply each. Every system draws with keys of its
 own: under shared ones most replies coincide, the others differ in the direction of training, and
-the win rate says more than it knows. Reported: the gold score; win rates with bootstrap intervals
-over prompts, plain and length-controlled, and the share of ties; the sequence KL to the SFT model;
-diversity; whether replies depend on their prompts; three judges that PPO never saw; and the
-held-out pretraining loss. A gate says whether the policy may be promoted. About a minute for 500
-prompts and the quickstart's model on 2 CPU cores.
+the win rate's interval shows that coupling. Reported: the gold score; win rates with bootstrap
+intervals over prompts, plain and length-controlled, and the share of ties; the sequence KL to the
+SFT model; diversity; whether replies depend on their prompts; three judges that PPO never saw; and
+the held-out pretraining loss. A gate says whether the policy may be promoted. About a minute for
+500 prompts and the quickstart's model on 2 CPU cores.
 
 Writes report.md, report.json, samples.jsonl (replies side by side) and gold.png.
 """
@@ -249,9 +249,10 @@ def system_keys(seed: int, names: Sequence[str]) -> dict[str, jax.Array]:
     """A key for each system's replies, whichever of the systems take part.
 
     Systems that share keys share the Gumbel noise of their draws. A policy near its reference then
-    gives the very same reply to most prompts, and where it doesn't, the noise is the reference's
-    best case against the policy's: P(win) measures that coupling instead of the two policies. Mean
-    differences are unbiased either way.
+    gives the very same reply to most prompts, and where it doesn't, it has moved in the direction
+    of its tilt: nearly all decided pairs are won, however small the tilt, and the interval of the
+    win rate is several times too narrow for two replies drawn at random. Mean differences are
+    unbiased either way.
     """
     key = jax.random.key(seed)
     return {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}

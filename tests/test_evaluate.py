@@ -138,8 +138,8 @@ def test_every_system_draws_with_keys_of_its_own_whoever_takes_part():
     assert not set(others) & set(data.values())
 
 
-def test_sharing_keys_would_inflate_the_win_rate():
-    """Why: with shared noise, two close policies differ in the tilted direction alone."""
+def test_shared_keys_would_measure_the_coupling():
+    """Why not: with shared noise, two close policies tie, or differ in the tilted direction."""
     rng = np.random.default_rng(0)
     gold = rng.normal(size=8)  # of 8 replies
     logits = np.stack([0.1 * gold, np.zeros(8)])[:, None]  # policy, tilted a little; baseline
@@ -148,14 +148,19 @@ def test_sharing_keys_would_inflate_the_win_rate():
         "shared": (logits + noise[:1]).argmax(-1),
         "own": (logits + noise).argmax(-1),
     }
-    bootstrap = preference.Bootstrap(20, 0)
-    decided = {}
+    bootstrap = preference.Bootstrap(100, 0)
+    decided, ties, width = {}, {}, {}
     for name, (policy, baseline) in replies.items():
         outcomes = preference.wins(gold[policy], gold[baseline])
         decided[name] = (outcomes == 1).sum() / (outcomes != 0.5).sum()
+        ties[name] = (outcomes == 0.5).mean()
+        rate = preference.mean_interval(outcomes, bootstrap)
+        width[name] = rate.high - rate.low
         gain = preference.paired_difference(gold[policy], gold[baseline], bootstrap).mean
-        assert gain == pytest.approx(0.1 * gold.var(), abs=0.03)  # unbiased either way
+        assert gain == pytest.approx(0.1 * gold.var(), abs=0.03)  # the same either way
     assert decided["own"] < 0.6 and decided["shared"] == 1.0
+    assert ties["own"] < 0.2 and ties["shared"] > 0.9
+    assert width["own"] > 4 * width["shared"]
 
 
 def train_on(directory, stage, **own):
