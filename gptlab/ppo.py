@@ -326,7 +326,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             if not (save or evaluate):
                 continue
             if evaluate:
-                figures = evaluate_policy(run, done, actor, state.policy.params, held_out, eval_key)
+                figures = evaluate_policy(run, actor, state.policy.params, held_out, eval_key)
+                run.metrics.write(done, figures)
             if save:
                 with run.goodput.measure("save"):
                     checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
@@ -337,8 +338,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
 
         # (6) Results.
         checkpoints.wait()
-        if not figures:
-            figures = evaluate_policy(run, start, actor, state.policy.params, held_out, eval_key)
+        if not figures:  # there was no step left to run
+            figures = evaluate_policy(run, actor, state.policy.params, held_out, eval_key)
         run.results(
             steps=total,
             episodes=total * episodes,
@@ -434,18 +435,15 @@ def restore(
 
 def evaluate_policy(
     run: artifact.Run,
-    step: int,
     actor: Actor,
     policy: Any,
     held_out: PromptBatches,
     key: jax.Array,
 ) -> dict[str, float]:
-    """Writes and returns the held-out figures, named eval/validation/..."""
+    """The held-out figures, named eval/validation/..."""
     with run.goodput.measure("eval"):
         figures = actor.held_out(policy, held_out, run.config.eval_batches, key)
-    figures = {f"eval/validation/{name}": value for name, value in figures.items()}
-    run.metrics.write(step, figures)
-    return figures
+    return {f"eval/validation/{name}": value for name, value in figures.items()}
 
 
 if __name__ == "__main__":

@@ -339,6 +339,21 @@ def test_stopped_and_resumed_is_bit_identical(config, adaptive, tmp_path, monkey
     assert plain[0] == plain[1]
 
 
+def test_a_run_that_broke_off_at_its_end_writes_every_line_once(config, adaptive, tmp_path):
+    def broken(self, digest):
+        raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact.Run, "complete", broken)
+        with pytest.raises(RuntimeError):
+            rerun(config, tmp_path / "run", **ADAPTIVE)
+    rerun(config, tmp_path / "run", **ADAPTIVE)
+    ours, theirs = (metrics.read_metrics(path) for path in (tmp_path / "run", adaptive))
+    assert [(m["step"], "train/loss" in m) for m in ours] == [
+        (m["step"], "train/loss" in m) for m in theirs
+    ]
+
+
 def test_a_restore_frees_the_initial_state_before_it_reads(tmp_path, monkeypatch):
     """Both would have to fit otherwise: policy, critic and the moments of both, twice."""
 
