@@ -272,6 +272,8 @@ def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        if not _is_damage(error):
+            raise
         raise UserError(f"{path}: this checkpoint is damaged ({_first_line(error)})") from error
     _check_schema(meta, epath.Path(workdir))
     return meta

@@ -170,6 +170,18 @@ def test_an_error_that_is_not_the_checkpoints_is_raised_and_nothing_moved(
     assert restore(tmp_path)[0] == 1
 
 
+def test_metrics_that_a_failing_disk_hides_are_not_taken_for_none(tmp_path, monkeypatch):
+    """The best checkpoint would lose its rank, and be deleted with the next save."""
+    save_all(tmp_path, [1.0, 2.0, 3.0])
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(type(ckpt.epath.Path(tmp_path)), "read_text", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        ckpt.Checkpoints(tmp_path, settings())
+
+
 def test_checkpoints_of_another_model_are_not_damaged(tmp_path):
     save_all(tmp_path, [3.0, 2.0])
     wider = {"params": {"dense": {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}}}
