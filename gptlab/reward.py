@@ -411,7 +411,7 @@ def evaluate_model(
         "score_std": float(scores[present].std()),
     }
     if any(c.scores is not None for c in comparisons):
-        figures |= simulated_figures(comparisons, scores, baseline, pairs)
+        figures |= simulated_figures(comparisons, scores, lengths, baseline, pairs)
     candidates = np.asarray([len(c.candidates) for c in comparisons])
     who = np.asarray([c.labeller for c in comparisons])
     tables = {
@@ -426,12 +426,13 @@ def evaluate_model(
 def simulated_figures(
     comparisons: Sequence[Comparison],
     scores: np.ndarray,
+    lengths: np.ndarray,
     baseline: np.ndarray,
     pairs: preference.Pairs,
 ) -> dict[str, float]:
     """What only simulated labels can tell, as their clean scores are known.
 
-    clean_accuracy, clean_linear_accuracy: on all pairs with unequal clean scores, ordered by these.
+    clean_accuracy, and of both rivals: on all pairs with unequal clean scores, ordered by these.
       Noise has no part in them: their ceiling is 1.
     unequal_accuracy, unequal_pairs: as `accuracy`, on the labelled pairs with unequal clean scores.
     ceiling_accuracy: what the clean order itself gets on those very pairs, the best that anything
@@ -445,6 +446,7 @@ def simulated_figures(
     unequal = np.isfinite(labelled) & (labelled != 0)
     return {
         "clean_accuracy": preference.strict_accuracy(order.margins(scores)),
+        "clean_longer_wins_accuracy": preference.strict_accuracy(order.margins(lengths)),
         "clean_linear_accuracy": preference.strict_accuracy(order.margins(baseline)),
         "unequal_accuracy": preference.strict_accuracy(pairs.margins(scores)[unequal]),
         "unequal_pairs": int(unequal.sum()),

@@ -208,6 +208,8 @@ def test_figures_by_hand(monkeypatch):
     assert figures["linear_accuracy"] == pytest.approx(2 / 4)
     # Clean order 0 > 2 > 1 and 0 > 1 of the last: ours is right on 0 > 2 only.
     assert figures["clean_accuracy"] == pytest.approx(1 / 4)
+    assert figures["clean_longer_wins_accuracy"] == pytest.approx(2 / 4)  # wrong on 0 > 1, 2 > 1
+    assert figures["clean_linear_accuracy"] == pytest.approx(2 / 4)
     # Of 4 labelled pairs 3 have unequal clean scores: ours is wrong on one, the clean order on
     # another. Over all 4 labels both would be judged by what was never more than a coin.
     assert figures["unequal_pairs"] == 3
@@ -232,7 +234,9 @@ def test_what_has_no_pairs_is_no_figure(monkeypatch):
     assert figures["clean_accuracy"] is figures["ceiling_accuracy"] is None
 
 
-def test_figures_are_of_comparisons_that_chose_no_checkpoint(config, tiny_comparisons, tmp_path):
+def test_figures_are_of_comparisons_that_chose_no_checkpoint(
+    config, tiny_comparisons, tmp_path, monkeypatch
+):
     choosing, reporting, name = reward.held_out_comparisons(config)
     assert name == "test" and {c.prompt.id.split("-")[0] for c in reporting} == {"test"}
     assert {c.prompt.id.split("-")[0] for c in choosing} == {"validation"}
@@ -247,6 +251,9 @@ def test_figures_are_of_comparisons_that_chose_no_checkpoint(config, tiny_compar
     halves = [{c.prompt.id for c in part} for part in (choosing, reporting)]
     assert all(halves) and not halves[0] & halves[1] and name == "half of the validation prompts"
     assert len(choosing) + len(reporting) == 48 and len(halves[0] | halves[1]) == 24
+    monkeypatch.setattr(reward, "read_comparisons", lambda config, split: choosing[:1])
+    with pytest.raises(UserError, match="collect more validation prompts"):
+        reward.held_out_comparisons(changed)
 
 
 def test_head_starts_with_std_of_stiennon(policy, config):

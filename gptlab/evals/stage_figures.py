@@ -155,13 +155,15 @@ def of_reward(
     """
     known = {name: _number(value) for name, value in results.items()}
     clean = key == "clean_accuracy"
+    prefix = "clean_" if clean else ""
     main = Figure(
         stage,
         "accuracy against clean scores" if clean else "accuracy on human pairs",
         known.get(key),
         {
-            **({"ceiling": 1.0} if clean else {"longer wins": known.get("longer_wins_accuracy")}),
-            "linear TF-IDF": known.get("clean_linear_accuracy" if clean else "linear_accuracy"),
+            **({"ceiling": 1.0} if clean else {}),
+            "longer wins": known.get(f"{prefix}longer_wins_accuracy"),
+            "linear TF-IDF": known.get(f"{prefix}linear_accuracy"),
         },
         "" if demand is None else f"at least {demand}",
         None if demand is None else _at_least(known.get(key), demand),
@@ -188,7 +190,11 @@ def of_reward(
     lines += [
         Figure(
             stage, "pairs", known.get("pairs"),
-            {"ties": known.get("tie_rate"), "identical texts": known.get("identical_share")},
+            {
+                "of": results.get("reported_on"),
+                "ties": known.get("tie_rate"),
+                "identical texts": known.get("identical_share"),
+            },
         ),
         Figure(stage, "expected calibration error", known.get("calibration_error")),
     ]  # fmt: skip
