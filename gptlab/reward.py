@@ -446,6 +446,7 @@ def simulated_figures(
     unequal = np.isfinite(labelled) & (labelled != 0)
     return {
         "clean_accuracy": preference.strict_accuracy(order.margins(scores)),
+        "clean_pairs": len(order.row),
         "clean_longer_wins_accuracy": preference.strict_accuracy(order.margins(lengths)),
         "clean_linear_accuracy": preference.strict_accuracy(order.margins(baseline)),
         "unequal_accuracy": preference.strict_accuracy(pairs.margins(scores)[unequal]),

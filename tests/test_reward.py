@@ -207,7 +207,7 @@ def test_figures_by_hand(monkeypatch):
     assert figures["longer_wins_accuracy"] == pytest.approx(2 / 4)
     assert figures["linear_accuracy"] == pytest.approx(2 / 4)
     # Clean order 0 > 2 > 1 and 0 > 1 of the last: ours is right on 0 > 2 only.
-    assert figures["clean_accuracy"] == pytest.approx(1 / 4)
+    assert figures["clean_accuracy"] == pytest.approx(1 / 4) and figures["clean_pairs"] == 4
     assert figures["clean_longer_wins_accuracy"] == pytest.approx(2 / 4)  # wrong on 0 > 1, 2 > 1
     assert figures["clean_linear_accuracy"] == pytest.approx(2 / 4)
     # Of 4 labelled pairs 3 have unequal clean scores: ours is wrong on one, the clean order on

@@ -161,6 +161,7 @@ def of_reward(
         "accuracy against clean scores" if clean else "accuracy on human pairs",
         known.get(key),
         {
+            "pairs": known.get(f"{prefix}pairs"),
             **({"ceiling": 1.0} if clean else {}),
             "longer wins": known.get(f"{prefix}longer_wins_accuracy"),
             "linear TF-IDF": known.get(f"{prefix}linear_accuracy"),
@@ -182,6 +183,7 @@ def of_reward(
             Figure(
                 stage, "accuracy on labels, clean scores unequal", known.get("unequal_accuracy"),
                 {
+                    "pairs": known.get("unequal_pairs"),
                     "ceiling": known.get("ceiling_accuracy"),
                     "two labellers agree": known.get("labellers_agreement"),
                 },

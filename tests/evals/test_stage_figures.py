@@ -18,7 +18,8 @@ REWARD = {
     "accuracy": 0.7, "clean_accuracy": 0.75, "unequal_accuracy": 0.72, "ceiling_accuracy": 0.8,
     "longer_wins_accuracy": 0.5, "linear_accuracy": 0.6, "clean_linear_accuracy": 0.65,
     "labellers_agreement": 0.7, "tie_rate": 0.1, "identical_share": 0.02, "pairs": 400,
-    "clean_longer_wins_accuracy": 0.55, "calibration_error": 0.03, "reported_on": "test",
+    "clean_longer_wins_accuracy": 0.55, "clean_pairs": 300, "calibration_error": 0.03,
+    "reported_on": "test",
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_each_accuracy_stands_beside_its_own_ceiling():
         for f in stage_figures.of_reward("reward", REWARD, "clean_accuracy", 0.7)
     }  # fmt: skip
     assert figures["accuracy against clean scores"].beside == {
-        "ceiling": 1.0, "longer wins": 0.55, "linear TF-IDF": 0.65,
+        "pairs": 300, "ceiling": 1.0, "longer wins": 0.55, "linear TF-IDF": 0.65,
     }  # fmt: skip
     unequal = figures["accuracy on labels, clean scores unequal"]
     assert (unequal.value, unequal.beside["ceiling"]) == (0.72, 0.8)
