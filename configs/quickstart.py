@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.num_rounds = 2
     config.ppo_init = "sft"  # what PPO starts from in later rounds: sft | previous
     config.backend = "in_process"  # or subprocess: slower to start, memory freed after each stage
-    # Of pretraining and SFT. bfloat16 is twice as fast as float32 on a CPU with AMX, but slower on
+    # Of all training but PPO. bfloat16 is twice as fast as float32 on a CPU with AMX, but slower on
     # one without: --config.dtype=float32 there.
     config.dtype = "bfloat16"
     config.data = ConfigDict({"documents": placeholder(str)})
@@ -63,7 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     for name, stage in config.stages.items():
         if "seed" in stage:
             stage.seed = config.get_ref("seed") + (1 if name == "judge" else 0)
-    for name in ("pretrain", "sft"):
+    for name in ("pretrain", "sft", "reviews", "reward", "judge"):
         config.stages[name].compute.dtype = config.get_ref("dtype")
     config.stages.clean.data.documents = config.data.get_ref("documents")
     return config
@@ -205,7 +205,7 @@ def sft() -> ConfigDict:
 
 
 def collect() -> ConfigDict:
-    """4 replies to each of 768 prompts, other prompts in each round."""
+    """4 replies to each of 1,536 prompts, other prompts in each round."""
     return ConfigDict(
         {
             "seed": 0,
@@ -213,7 +213,7 @@ def collect() -> ConfigDict:
             "compute": common.compute(unroll=4),
             "data": {"prompt_len": PROMPT_TOKENS},
             "num_replies": 4,
-            "num_prompts": {"train": 768, "validation": 160},
+            "num_prompts": {"train": 1536, "validation": 320},
             "sampling": {
                 "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,
             },
@@ -259,23 +259,25 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
                 "num_folds": 1 if folds is None else FOLDS,
                 "folds": (0,) if folds is None else folds,
             },
-            "batch_size": 32,
+            "batch_size": 8,
             "accumulation_steps": 1,
-            "optimizer": common.adamw(3e-4, warmup_steps=4),
+            "optimizer": common.muon(0.005, adam_lr=0.001, warmup_steps=10),
             "mesh": common.mesh(),
             "normalise": "samples",
             "demonstration_examples": 512,
-            "log_every_steps": 5,
-            "eval_every_steps": 20,
-            "eval_batches": 8,
-            "checkpoint": common.checkpoint(every_steps=20),
+            "log_every_steps": 10,
+            "eval_every_steps": 50,
+            "eval_batches": 16,
+            "checkpoint": common.checkpoint(every_steps=50),
             "profile": common.profile(),
             "on_nonfinite": "stop",
         }
     )
-    if reviews:
-        config.data.seq_len = 192
-    config.update(common.duration(total_epochs=2.0))
+    if reviews:  # a review and its prompt take about 70 tokens
+        config.data.seq_len, config.batch_size = 96, 16
+        config.update(common.duration(total_steps=200))
+    else:
+        config.update(common.duration(total_epochs=1.0))
     return config
 
 
