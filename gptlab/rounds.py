@@ -107,7 +107,7 @@ class Planner:
     def step(self, name: str, round_number: int, **inputs: Step | None) -> Step:
         """The step of a stage whose inputs are other steps; one that is None stays empty."""
         config = ConfigDict(self._config.stages[name].to_dict())
-        if round_number and name != "evaluate":  # all rounds are evaluated on the same draws
+        if round_number and name != "evaluate":  # the same prompts and SFT replies in all rounds
             config.seed = config.seed + _SEEDS_APART * round_number
         for key, value in inputs.items():
             if key not in config.inputs:
