@@ -1,4 +1,4 @@
-"""Documents to a chat model, with two rounds of feedback; at most 25 minutes on 2 CPU cores.
+"""Documents to a chat model, with two rounds of feedback; made for 25 minutes of 2 CPU cores.
 
     python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart
 

@@ -117,7 +117,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
 
-    # (3) Data: this process's block of rows of each batch. An overlong dialogue is left out.
+    # (3) Data: this process's block of rows of each batch. An overlong dialogue is left
+    # out or split, as config.data.overlong says.
     source, held_out_source = (
         packing.packed(
             config.inputs.tokens,

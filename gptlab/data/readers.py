@@ -142,9 +142,9 @@ def _plan_files(documents: str) -> list[Source]:
         base = Path(os.path.commonpath([p.parent for p in found])) if found else root
     usable = sorted(path for path in found if _suffix(path) in SUFFIXES)
     if not usable:
-        there = f"{len(found)} other files" if found else "no file at all"
+        there = f"{len(found)} other files there, but" if found else "no file at all there, so"
         raise UserError(
-            f"config.data.documents={documents}: {there} there, but none ending in "
+            f"config.data.documents={documents}: {there} none ending in "
             f"{', '.join(SUFFIXES)} "
             "(or one of these and .gz)"
         )
