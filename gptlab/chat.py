@@ -29,6 +29,7 @@ from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
 from gptlab.model.sharding import MESH_AXES
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.rl import rollout
 from gptlab.run import artifact, program
 from gptlab.run.errors import EXIT_USER_ERROR, UserError
 from gptlab.train import checkpoint
@@ -272,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             top_k=args.top_k,
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
-            stop_tokens=(tokenizer.end_id, tokenizer.eos_id),
+            stop_tokens=(tokenizer.end_id, *rollout.halt_tokens(tokenizer)),
         )
         session = Session(policy, sampling, args.seed)
         session.system = args.system

@@ -27,13 +27,14 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import records
+from gptlab.data import chat, records
 from gptlab.data.batches import PromptBatch, PromptBatches
 from gptlab.data.records import Candidate, CandidateSet, Prompt
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evals import diversity
 from gptlab.model import decode
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.rl import rollout
 from gptlab.run import artifact, files, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
@@ -117,7 +118,7 @@ def make_generate(
     """Compiled (params, batch of prompts, numbers [B], key) -> (tokens [B, K, R], lengths,
     finished).
 
-    Outputs are whole on every process.
+    A halt token is no part of a reply. Outputs are whole on every process.
     """
     sampling = decode.Sampling(
         temperature=config.sampling.temperature,
@@ -125,8 +126,9 @@ def make_generate(
         top_p=config.sampling.top_p,
         max_new_tokens=config.sampling.max_new_tokens,
         stop_tokens=(tokenizer.end_id,),
+        halt_tokens=rollout.halt_tokens(tokenizer),
     )
-    replies = config.num_replies
+    replies, halts = config.num_replies, sampling.halt_tokens
 
     def generate(params: Any, batch: PromptBatch, numbers: jax.Array, key: jax.Array) -> Any:
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -136,8 +138,10 @@ def make_generate(
         out = decode.generate(
             model, params, tokens, lengths, keys.reshape(-1), sampling, tokenizer.pad_id
         )
+        last = jnp.take_along_axis(out.tokens, jnp.maximum(out.lengths - 1, 0)[:, None], 1)[:, 0]
+        halted = ~out.finished & (out.lengths > 0) & jnp.isin(last, jnp.asarray(halts))
         split = lambda x: x.reshape(-1, replies, *x.shape[1:])  # noqa: E731
-        return split(out.tokens), split(out.lengths), split(out.finished)
+        return split(out.tokens), split(out.lengths - halted), split(out.finished)
 
     return jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -209,13 +213,17 @@ def write_split(
     rows: Iterable[dict[str, Any]],
 ) -> None:
     """Records, figures and a few samples of one split."""
-    sets, tokens, finished = [], [], []
+    sets, tokens, finished, changed = [], [], [], []
     for row in rows:
         prompt = prompts[row["row"]][1]
         candidates = tuple(
             Candidate(f"{prompt.id}:{run.identity}:{k}", tokenizer.decode(ids), policy, ended)
             for k, (ids, ended) in enumerate(zip(row["tokens"], row["finished"], strict=True))
         )
+        changed += [
+            chat.encode_reply(tokenizer, c.content, c.finished) != ids
+            for c, ids in zip(candidates, row["tokens"], strict=True)
+        ]
         sets.append(CandidateSet(f"{prompt.id}:{run.identity}", prompt, candidates))
         tokens += row["tokens"]
         finished += row["finished"]
@@ -229,6 +237,9 @@ def write_split(
         "mean_tokens": float(np.mean([len(ids) for ids in tokens])),
         "distinct_2": diversity.distinct_ngrams(tokens, 2, sum(len(ids) for ids in tokens)),
         "duplicate_rate": float(np.mean([duplicates(s) for s in sets])),
+        # What is ranked is a text. Of these replies, a reward model is trained on other tokens than
+        # PPO's rollouts of the same text would show it.
+        "reencoding_mismatch": float(np.mean(changed)),
     }
     run.results(**{f"{split}/{name}": value for name, value in figures.items()})
     for item in sets[:_SAMPLES]:

@@ -40,6 +40,7 @@ from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
+from gptlab.train.checks import check_vocabulary
 from gptlab.train.held_out import make_held_out
 
 Samples = dict[str, list[rollout.Samples]]  # by system, then by batch
@@ -52,11 +53,7 @@ class Networks:
     def __init__(self, config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh):
         architecture = checkpoint.load_model_config(config.inputs.policy)
         self.config = ModelConfig.build(architecture, config.compute.to_dict())
-        if self.config.vocab_size != tokenizer.vocab_size:
-            raise UserError(
-                f"config.inputs.policy has a vocabulary of {self.config.vocab_size}, "
-                f"config.inputs.vocabulary of {tokenizer.vocab_size}: they don't belong together"
-            )
+        check_vocabulary(self.config, tokenizer, "config.inputs.policy")
         needed = config.data.prompt_len + config.sampling.max_new_tokens
         if needed > self.config.max_len:
             raise UserError(
@@ -69,6 +66,7 @@ class Networks:
         self.sampling = Sampling(
             temperature=config.sampling.temperature, top_k=0, top_p=1.0,
             max_new_tokens=config.sampling.max_new_tokens, stop_tokens=(tokenizer.end_id,),
+            halt_tokens=rollout.halt_tokens(tokenizer),
         )  # fmt: skip
         whole = NamedSharding(mesh, PartitionSpec())
         self.sample = jax.jit(self._sample, out_shardings=whole)
@@ -100,9 +98,10 @@ class Networks:
         return logprobs.sum(-1)  # [B]
 
     def _join(self, batch: Any, samples: rollout.Samples) -> tuple[jax.Array, jax.Array]:
-        return rollout.join(
+        tokens, lengths = rollout.join(
             batch.tokens, batch.lengths, samples.response, samples.response_mask, self.pad_id
         )
+        return tokens, lengths - (samples.lengths - samples.scored_lengths)
 
 
 def _score(model: ScalarModel, params: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -271,7 +270,7 @@ def judge(
         model, params = networks.load_reward(config.inputs[role])
         for name, samples in drawn.items():
             columns[name][role] = _rows(
-                [networks.score(model, params, s.tokens, s.lengths) for s in samples]
+                [networks.score(model, params, s.tokens, s.scored_lengths) for s in samples]
             )
             if role == "reward":
                 moved = [networks.join(*pair) for pair in zip(others, samples, strict=True)]
@@ -301,9 +300,9 @@ def _rows(parts: Sequence[jax.Array]) -> np.ndarray:
 
 
 def _token_lists(samples: Sequence[rollout.Samples], num_prompts: int) -> list[list[int]]:
-    """The replies' tokens without padding, stop token included."""
+    """The replies' tokens without padding, stop token included and halt token left out."""
     response = np.concatenate([np.asarray(s.response) for s in samples])[:num_prompts]
-    lengths = np.concatenate([np.asarray(s.response_mask.sum(-1)) for s in samples])
+    lengths = np.concatenate([np.asarray(s.scored_lengths - s.prompt_lengths) for s in samples])
     return [row[: int(n)].tolist() for row, n in zip(response, lengths, strict=False)]
 
 

@@ -130,6 +130,48 @@ def test_another_seed_says_something_else(collected, config, tmp_path):
     assert contents(tmp_path / "run", "validation") != contents(collected, "validation")
 
 
+def test_replies_hold_no_control_token_but_their_end(
+    config, tmp_path, tiny_tokenizer, monkeypatch
+):
+    """Not even of a model that likes them: what it draws after one is never seen."""
+    seen = []
+    original = collect.write_part
+    monkeypatch.setattr(
+        collect, "write_part", lambda path, *a: (seen.append(a), original(path, *a))
+    )
+    often = (*range(9), *range(100, 320))  # broken off by ordinary tokens as well, to see it often
+    halts = tuple(i for i in often if i != tiny_tokenizer.end_id)
+    monkeypatch.setattr(collect.rollout, "halt_tokens", lambda tokenizer: halts)
+    collect.run(config, str(tmp_path / "run"))
+    broken = 0
+    for rows, tokens, lengths, finished in seen:
+        for ids, count, ended in zip(
+            tokens[: len(rows)].reshape(-1, 8),
+            lengths[: len(rows)].ravel(),
+            finished[: len(rows)].ravel(),
+            strict=True,
+        ):
+            text = ids[: count - ended]
+            assert not np.isin(text, often).any()
+            assert not ended or ids[count - 1] == tiny_tokenizer.end_id
+            broken += not ended and count < 8
+    assert broken > 50
+
+
+def test_reencoding_is_compared_with_what_was_drawn(config, tmp_path, tiny_tokenizer, monkeypatch):
+    hello = tiny_tokenizer.encode("hello there")
+    letters = [i for c in "hello there" for i in tiny_tokenizer.encode(c)]
+    assert tiny_tokenizer.decode(letters) == "hello there" and letters != hello
+    end = tiny_tokenizer.end_id
+    rows = [{"row": 0, "tokens": [[*hello, end], [*letters, end]], "finished": [True, True]}]
+    rows += [{"row": 1, "tokens": [hello, []], "finished": [False, False]}]
+    prompts = collect.choose_prompts(config, "train")
+    with artifact.open_run(config, tmp_path / "run", "collect") as run:
+        collect.write_split(run, "train", prompts, tiny_tokenizer, "p", rows)
+    results = artifact.read_manifest(tmp_path / "run", allow_unfinished=True)["results"]
+    assert results["train/reencoding_mismatch"] == 0.25
+
+
 def test_duplicates_are_counted_by_hand():
     prompt = Prompt("p", (Message("user", "hi"),), "test")
     candidates = tuple(Candidate(str(i), text, "p", True) for i, text in enumerate("aaba"))

@@ -34,7 +34,8 @@ class Sampling:
     top_k: int  # only the k most likely tokens; 0: off
     top_p: float  # only the most likely tokens that hold this probability together; 1: off
     max_new_tokens: int
-    stop_tokens: tuple[int, ...]
+    stop_tokens: tuple[int, ...]  # the reply is finished by one of these
+    halt_tokens: tuple[int, ...] = ()  # nor can it go on after one of these, but it is unfinished
 
     def __post_init__(self) -> None:
         """Refuses values without a meaning."""
@@ -52,10 +53,10 @@ class Sampling:
 class Generation:
     """Replies to a batch of prompts. N = max_new_tokens."""
 
-    tokens: jax.Array  # int32 [B, N]; the stop token is included, pad_id after it
+    tokens: jax.Array  # int32 [B, N]; the stop or halt token is included, pad_id after it
     lengths: jax.Array  # int32 [B]; tokens before the padding
     logprobs: jax.Array  # float32 [B, N]; of log softmax(logits / temperature), 0 on padding
-    finished: jax.Array  # bool [B]; a stop token was drawn
+    finished: jax.Array  # bool [B]; a stop token was drawn, no halt token before it
 
 
 def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,11 +282,13 @@ def generate(
     params = unstack_layers(model.config, params)
     cache, logits = prefill(model, params, prompts, prompt_lengths, width + new)
     token, logprob = sample(logits, keys, prompt_lengths, sampling)
-    stops = jnp.asarray(sampling.stop_tokens, jnp.int32)[None]
+    stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
+    halts = jnp.asarray(sampling.halt_tokens, jnp.int32)
 
     def record(step, out, done, token, logprob):
         """Writes column `step` of the reply: the drawn token where the row is still going."""
-        stopped = ~done & (token[:, None] == stops).any(-1)
+        stopped = ~done & jnp.isin(token, stops)
+        halted = ~done & jnp.isin(token, halts)
         token = jnp.where(done, pad_id, token)
         logprob = jnp.where(done, 0.0, logprob)
         out = Generation(
@@ -294,7 +297,7 @@ def generate(
             logprobs=jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, step)),
             finished=out.finished | stopped,
         )
-        return out, done | stopped, token
+        return out, done | stopped | halted, token
 
     def unfinished(carry):
         step, _, done, _, _ = carry

@@ -43,7 +43,11 @@ class Actor:
         mesh: Mesh,
     ):
         """reward_params have the normalisation folded in; None with reward.kind='scorer'."""
-        sampling = Sampling(**config.sampling.to_dict(), stop_tokens=(tokenizer.end_id,))
+        sampling = Sampling(
+            **config.sampling.to_dict(),
+            stop_tokens=(tokenizer.end_id,),
+            halt_tokens=rollout.halt_tokens(tokenizer),
+        )
         rollout.check_sampling(sampling)
         temperature, pad_id = sampling.temperature, tokenizer.pad_id
         self.reference, self._reward_params = reference, reward_params
@@ -67,7 +71,7 @@ class Actor:
         self._at_response = jax.jit(
             lambda x, s: rollout.at_response(x, s.prompt_lengths, s.response.shape[1])
         )
-        self._at_last = jax.jit(lambda x, s: rollout.at_last(x, s.lengths))
+        self._at_last = jax.jit(lambda x, s: rollout.at_last(x, s.scored_lengths))
         self._held_out_sums = jax.jit(
             functools.partial(held_out_sums, no_eos_score=config.no_eos_score),
             out_shardings=NamedSharding(mesh, PartitionSpec()),

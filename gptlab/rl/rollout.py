@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel
@@ -30,7 +31,8 @@ class Samples:
     tokens: Array  # int32 [B, T], prompt + response, right padded
     prompt_lengths: Array  # int32 [B]
     lengths: Array  # int32 [B], prompt + response
-    response: Array  # int32 [B, R], stop token included, padded after it
+    scored_lengths: Array  # int32 [B], of them what is text, or its end: without a halt token
+    response: Array  # int32 [B, R], stop or halt token included, padded after it
     response_mask: Array  # float32 [B, R]
     finished: Array  # bool [B], ended with a stop token
     decode_logprobs: Array  # float32 [B, R], from the decoder: only ever compared, never trained on
@@ -67,19 +69,35 @@ def check_sampling(sampling: decode.Sampling) -> None:
         )
 
 
+def halt_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Control tokens that no reply can contain: what draws one has broken its reply off.
+
+    Sampling goes no further, so a reply's ids hold no forged header; its text would lose it, and
+    the reward model, which is trained on texts, would not know what it reads.
+    """
+    controls = np.flatnonzero(tokenizer.token_bytes == 0).tolist()
+    return tuple(i for i in controls if i != tokenizer.end_id)
+
+
 def truncate_at_stop(
-    response: Int[Array, "B R"], stop_tokens: tuple[int, ...], pad_id: int
-) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Bool[Array, "B"]]:
-    """Cuts each response after its *first* stop token, which stays.
+    response: Int[Array, "B R"],
+    stop_tokens: tuple[int, ...],
+    pad_id: int,
+    halt_tokens: tuple[int, ...] = (),
+) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Bool[Array, "B"], Bool[Array, "B"]]:
+    """Cuts each response after its *first* stop or halt token, which stays.
 
     Returns:
-      the response with `pad_id` after its end, its mask (1 on real tokens), and whether it ended by
-      itself.
+      the response with `pad_id` after its end, its mask (1 on real tokens), whether a stop token
+      ended it, and whether a halt token did.
     """
     stops = jnp.isin(response, jnp.asarray(stop_tokens, response.dtype))  # [B, R]
-    stopped_before = jnp.cumsum(stops, axis=1) - stops > 0  # [B, R]
-    mask = ~stopped_before
-    return jnp.where(mask, response, pad_id), mask.astype(jnp.float32), jnp.any(stops, axis=1)
+    halts = jnp.isin(response, jnp.asarray(halt_tokens, response.dtype))
+    ends = stops | halts
+    mask = ~(jnp.cumsum(ends, axis=1) - ends > 0)  # nothing ended it before
+    cut = jnp.where(mask, response, pad_id)
+    finished, halted = (jnp.any(found & mask, axis=1) for found in (stops, halts))
+    return cut, mask.astype(jnp.float32), finished, halted
 
 
 def join(
@@ -111,17 +129,24 @@ def sample(
     sampling: decode.Sampling,
     pad_id: int,
 ) -> Samples:
-    """One reply to each row's prompt; row b draws with fold_in(key, b), whatever the batch size."""
+    """One reply to each row's prompt; row b draws with fold_in(key, b), whatever the batch size.
+
+    A halt token is an action like any other: it has its log-prob and its share of the gradient. But
+    it is no text, so no reward model reads it: they read what ranked replies look like.
+    """
     check_sampling(sampling)
     rows = jnp.arange(prompts.shape[0])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
     generation = decode.generate(model, params, prompts, prompt_lengths, keys, sampling, pad_id)
-    response, mask, finished = truncate_at_stop(generation.tokens, sampling.stop_tokens, pad_id)
+    response, mask, finished, halted = truncate_at_stop(
+        generation.tokens, sampling.stop_tokens, pad_id, sampling.halt_tokens
+    )
     tokens, lengths = join(prompts, prompt_lengths, response, mask, pad_id)
     return Samples(
         tokens=tokens,
         prompt_lengths=prompt_lengths,
         lengths=lengths,
+        scored_lengths=lengths - halted,
         response=response,
         response_mask=mask,
         finished=finished,

@@ -158,6 +158,19 @@ def test_stop_tokens():
         np.testing.assert_array_equal(out.logprobs[b, :length], free.logprobs[b, :length])
 
 
+def test_a_halt_token_ends_a_reply_that_is_not_finished():
+    model, params = build()
+    free = generate(model, params, DRAW)
+    reply = np.asarray(free.tokens[1]).tolist()
+    halt, stop = (next(t for t in reply[at:] if reply.count(t) == 1) for at in (2, 5))
+    sampling = dataclasses.replace(DRAW, stop_tokens=(stop,), halt_tokens=(halt,))
+    out = generate(model, params, sampling)
+    at = reply.index(halt)
+    assert at < reply.index(stop)
+    assert out.lengths[1] == at + 1 and not out.finished[1]
+    assert out.tokens[1].tolist() == reply[: at + 1] + [0] * (NEW - at - 1)
+
+
 def test_loop_ends_when_all_rows_are_done():
     """A long budget costs nothing once every row has stopped."""
     model, params = build(max_len=4096)
