@@ -379,8 +379,8 @@ def write_files(
 ) -> None:
     """report.md, report.json, samples.jsonl and gold.png."""
     plain = {**preference.to_json(figures), "passed": not failures, "failures": failures}
-    files.atomic_write(workdir / "report.json", report.to_json(plain, indent=1) + "\n")
-    lines = [report.to_json(_sample(prompt, i, systems)) for i, prompt in enumerate(prompts)]
+    files.atomic_write(workdir / "report.json", files.to_json(plain, indent=1) + "\n")
+    lines = [files.to_json(_sample(prompt, i, systems)) for i, prompt in enumerate(prompts)]
     files.atomic_write(workdir / "samples.jsonl", "\n".join(lines) + "\n")
     share = (np.arange(len(prompts)) + 0.5) / len(prompts)
     report.plot_curves(

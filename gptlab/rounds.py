@@ -465,7 +465,7 @@ def _made(directory: Path) -> Path:
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return files.to_json(content, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ class Interval:
         """The three figures by name."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, figures: Mapping[str, float | str]) -> "Interval":
+        """From the three figures; one that is not finite may come as a string."""
+        return cls(**{name: float(value) for name, value in figures.items()})
+
 
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:

@@ -1,7 +1,6 @@
 """Reports: Markdown tables, the same tables for a terminal, and plots that need no display."""
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,21 +32,6 @@ def show(value: Any) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: what is not finite becomes 'nan', 'inf' or '-inf', as in metrics.jsonl."""
-    return json.dumps(_finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(float(value))
-    return value
 
 
 def _cell(value: Any) -> str:

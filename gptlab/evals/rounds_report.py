@@ -67,7 +67,7 @@ def machine_readable(
         "preparation": preparation,
         "rounds": rounds,
     }
-    return report.to_json(content, indent=1) + "\n"
+    return files.to_json(content, indent=1) + "\n"
 
 
 def rounds_table(rounds: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
@@ -89,7 +89,7 @@ def rounds_table(rounds: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
 
 def _figure(figures: Mapping[str, Any], key: str) -> Any:
     value = figures.get(key)
-    return Interval(**value) if isinstance(value, Mapping) else value
+    return Interval.from_json(value) if isinstance(value, Mapping) else value
 
 
 def stages_table(

@@ -267,7 +267,7 @@ def _reply_tokens(root: Path, rounds: list[Record]) -> int | None:
 
 
 def _figure(value: Any) -> Any:
-    return Interval(**value) if isinstance(value, Mapping) else _number(value)
+    return Interval.from_json(value) if isinstance(value, Mapping) else _number(value)
 
 
 def _mean(value: Any) -> float | None:

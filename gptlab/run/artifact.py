@@ -539,7 +539,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    files.atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    files.atomic_write(path, files.to_json(content, indent=2) + "\n")
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -550,6 +550,8 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
+    if isinstance(value, float):
+        return files.finite(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if value is None or isinstance(value, str | bool | int | float):

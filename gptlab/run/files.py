@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gptlab.run.errors import UserError
 
@@ -30,6 +33,25 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON, which every reader takes: nan and infinities are the strings of `finite`."""
+    return json.dumps(finite(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """`value` with each float that JSON has no word for as 'nan', 'inf' or '-inf'.
+
+    float() turns these back. They say more than null, which stands for what was not measured.
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    return value
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from gptlab.run.errors import UserError  # noqa: E402
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-# JSON has no words for these, and a reader in another language would refuse Python's.
+# What files.to_json writes for floats that JSON has no word for.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -102,7 +102,7 @@ class MetricWriter:
             self._open.popitem()[1].close()
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
-        line = json.dumps({k: _finite(v) for k, v in entry.items()}, ensure_ascii=False)
+        line = files.to_json(entry)
         path = self._workdir / name
         with files.disk_errors(path):
             if name not in self._open:
@@ -142,13 +142,6 @@ def _scalar(name: str, value: Any) -> float:
     if getattr(value, "shape", ()) != ():
         raise ValueError(f"metric {name} has shape {value.shape}; only scalars can be written")
     return float(value)
-
-
-def _finite(value: Any) -> Any:
-    """Floats that JSON can't express, as strings; everything else as it is."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _step_of(line: bytes) -> int:

@@ -1,12 +1,14 @@
 """Preference statistics against brute force, closed forms and simulated coverage."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 
 from gptlab.evals import preference
+from gptlab.run import files
 
 BOOTSTRAP = preference.Bootstrap(resamples=200, seed=0)
 
@@ -183,3 +185,9 @@ def test_to_json_unpacks_intervals():
         "a": {"mean": 1.0, "low": 0.5, "high": 1.5},
         "b": {"c": {"mean": 0, "low": 0, "high": 0}},
     }
+
+
+def test_an_interval_comes_back_from_strict_json():
+    interval = preference.Interval(math.nan, -math.inf, 0.5)
+    back = preference.Interval.from_json(json.loads(files.to_json(interval.to_json())))
+    assert math.isnan(back.mean) and (back.low, back.high) == (-math.inf, 0.5)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gptlab.evals import report, stage_figures
-from gptlab.run import artifact
+from gptlab.evals import stage_figures
+from gptlab.run import artifact, files
 from tests import rounds_driver
 
 PRETRAIN = {
@@ -151,6 +151,6 @@ def test_a_whole_run_is_reported_for_people_and_for_programs(tmp_path, capsys):
 
 def test_figures_are_json_with_their_intervals():
     line = stage_figures.of_policy("ppo", evaluation())[0]
-    assert json.loads(report.to_json(line.to_json()))["value"] == pytest.approx(
+    assert json.loads(files.to_json(line.to_json()))["value"] == pytest.approx(
         interval(0.3, 0.2, 0.4)
     )

@@ -141,6 +141,23 @@ def test_a_new_run_is_running_then_done(tmp_path):
     assert not list(Path(run.workdir).glob("*.tmp"))
 
 
+def test_manifest_and_config_are_strict_json_whatever_is_in_them(tmp_path):
+    """And the same run is recognised: what is compared is what was written."""
+    infinite = config(**{"optimizer.lr": float("inf")})
+    figures = {"mean": float("nan"), "low": np.float32("-inf")}
+    with artifact.open_run(infinite, tmp_path / "run", "stage") as run:
+        run.results(gold=figures, rows=[{"accuracy": float("nan")}])
+        run.metrics.write_sample({"step": 0, "scores": [float("nan")]})
+    for name in ("manifest.json", "config.json", "samples.jsonl"):
+        json.loads((tmp_path / "run" / name).read_text(), parse_constant=pytest.fail)
+    results = artifact.read_manifest(tmp_path / "run", allow_unfinished=True)["results"]
+    assert results == {"gold": {"mean": "nan", "low": "-inf"}, "rows": [{"accuracy": "nan"}]}
+    with artifact.open_run(infinite, tmp_path / "run", "stage") as run:
+        run.complete("d")
+    with artifact.open_run(infinite, tmp_path / "run", "stage") as run:
+        assert run.finished
+
+
 def test_leaving_without_complete_is_not_done(tmp_path):
     with artifact.open_run(config(), tmp_path, "stage"):
         pass

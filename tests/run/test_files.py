@@ -1,6 +1,9 @@
 import errno
+import json
+import math
 import os
 
+import numpy as np
 import pytest
 
 from gptlab.run import files
@@ -13,6 +16,14 @@ def test_atomic_write_replaces_and_leaves_nothing_beside(tmp_path):
     files.atomic_write(path, "né")
     assert path.read_bytes() == "né".encode()
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_json_is_strict_and_keeps_what_it_can():
+    figures = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": np.float64("inf"), "d": None, "e": 2}}
+    text = files.to_json(figures)
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": ["nan", [1.5, "-inf"]], "b": {"c": "inf", "d": None, "e": 2},
+    }  # fmt: skip
 
 
 def test_a_full_disk_is_a_users_error_and_keeps_what_was_there(tmp_path, monkeypatch):
