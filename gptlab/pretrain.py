@@ -3,35 +3,38 @@
     python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain \
         --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
 
-Reads `pretrain-{train,validation}` of a tokenised corpus; writes checkpoints of the parameters and
-the optimiser. The same command goes on where a killed run was, bit for bit. How long it takes and
-which loss to expect stand in each config.
+Reads a task of a tokenised corpus, or a mixture of its tasks (config.data.name); writes checkpoints
+of the parameters and the optimiser. The same command goes on where a killed run was, bit for bit.
+How long it takes and which loss to expect stand in each config.
+
+Its results are the best checkpoint's, which later stages load: `validation/*` on the whole held-out
+split, `best/validation/*` on the config.eval_batches that chose it.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, packing, records
+from gptlab.data import batches, mixtures, records
 from gptlab.data.batches import TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evals import ngram
 from gptlab.model import transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact, profile, program
-from gptlab.run.errors import Interrupted
+from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints, best_metrics, load_params
-from gptlab.train.checks import check_fits, check_inputs
+from gptlab.train.checks import check_declared_model, check_inputs
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
@@ -88,6 +91,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     # (1) The run.
+    durations.check_not_passed(config, workdir, config.batch_size * config.data.seq_len)
     with artifact.open_run(config, workdir, "pretrain") as run:
         if run.finished:
             print(f"{workdir}: pretraining is already done")
@@ -101,19 +105,15 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_inputs(config)
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     model_config = ModelConfig.build(config.model.to_dict(), config.compute.to_dict())
-    check_fits(model_config, tokenizer, config.data.seq_len)
+    check_declared_model(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
 
     # (3) Data: this process's block of rows of each batch.
-    source, held_out_source = (
-        packing.packed(config.inputs.tokens, config.data.name, split, config.data.seq_len)
-        for split in ("train", "validation")
-    )
+    data, held_out_source = make_batches(config, mesh)
     block = mesh_lib.process_block(mesh)
-    data = batches.TrainBatches(source, config.batch_size, config.seed, *block)
     batch_tokens = config.batch_size * config.data.seq_len
-    total = durations.total_steps(config, batch_tokens, len(source) / config.batch_size)
+    total = durations.total_steps(config, batch_tokens, len(data) / config.batch_size)
 
     def validation() -> Any:
         return batches.eval_batches(held_out_source, config.batch_size, config.eval_batches, *block)
@@ -185,34 +185,65 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 raise Interrupted(f"saved at step {done} of {total}")
             log.resume()
 
-        # (7) Results, on the whole validation split.
+        # (7) Results: of the checkpoint that later stages load, on the whole validation split.
         checkpoints.wait()
+        steps = int(state.step)
+        del state  # the best may need the room
+        best = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
         with run.goodput.measure("eval"):
             figures = held_out(
-                state.params, batches.eval_batches(held_out_source, config.batch_size, None, *block)
+                best, batches.eval_batches(held_out_source, config.batch_size, None, *block)
             )
         run.results(
-            steps=total,
-            tokens=total * batch_tokens,
+            steps=steps,
+            tokens=steps * batch_tokens,
             num_params=model_config.num_params(),
             tokens_per_sec=log.mean_tokens_per_sec(),
             **{name.removeprefix("eval/"): value for name, value in figures.items()},
             **best_metrics(run.workdir),
-            **(ngram_baselines(config, tokenizer) if config.ngram_baselines else {}),
+            **(ngram_baselines(config, run, tokenizer) if config.ngram_baselines else {}),
         )
-        best = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
-        run.complete(state_lib.digest(best))  # what later stages load
+        run.complete(state_lib.digest(best))
 
 
-def ngram_baselines(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, float]:
-    """Held-out bits a byte of n-gram models fitted on all training tokens, as `ngram/<name>`."""
-    train, held_out = (
-        records.RecordReader(
-            Path(config.inputs.tokens) / "records", config.data.name, split, records.TokenExample
+def make_batches(
+    config: ConfigDict, mesh: Mesh
+) -> tuple[batches.TrainBatches, mixtures.PackedMixture]:
+    """What is trained on, this process's part of it, and the held-out rows.
+
+    Held-out figures of a mixture are of its members' rows at their rates (batches.eval_batches).
+    """
+    if config.ngram_baselines and len(mixtures.members(config.inputs.tokens, config.data.name)) > 1:
+        raise UserError(
+            f"config.data.name={config.data.name!r} is a mixture, and n-gram models are fitted to "
+            "one task only: set config.ngram_baselines=False"
         )
+    source, held_out_source = (
+        mixtures.packed(config.inputs.tokens, config.data.name, split, config.data.seq_len)
         for split in ("train", "validation")
     )
-    figures = ngram.baselines(train, held_out, tokenizer.token_bytes)
+    block = mesh_lib.process_block(mesh)
+    return batches.TrainBatches(source, config.batch_size, config.seed, *block), held_out_source
+
+
+def ngram_baselines(config: ConfigDict, run: artifact.Run, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Held-out bits a byte of n-gram models fitted on all training tokens, as `ngram/<name>`."""
+    (task,) = mixtures.members(config.inputs.tokens, config.data.name)
+    directory = Path(config.inputs.tokens) / "records"
+    train, held_out = (
+        records.RecordReader(directory, task, split, records.TokenExample)
+        for split in ("train", "validation")
+    )
+    with run.progress(len(train) + len(held_out), "n-gram baselines", unit="example") as bar:
+
+        def read(examples: Iterable[records.TokenExample]) -> Iterator[records.TokenExample]:
+            for example in examples:
+                if run.stop_requested():  # everything that was trained is saved already
+                    raise Interrupted("stopped in the n-gram baselines, all steps are saved")
+                yield example
+                bar.update()
+
+        figures = ngram.baselines(read(train), read(held_out), tokenizer.token_bytes)
     return {f"ngram/{name}": value for name, value in figures.items()}
 
 

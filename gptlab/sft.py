@@ -5,9 +5,12 @@
         --config.inputs.vocabulary=runs/vocabulary
 
 Starts from the best checkpoint of a pretraining run and learns what the assistant says and where
-it stops: loss on its content and its end-of-turn token, nothing else. The result names the reply
-perplexity of the pretrained model on the same held-out text beside its own. How long it takes and
-what to expect stand in each config.
+it stops: loss on its content and its end-of-turn token, nothing else. How long it takes and what to
+expect stand in each config.
+
+Its results are the best checkpoint's, which later stages load: `validation/*` on the whole held-out
+split, `best/validation/*` on the config.eval_batches that chose it. `sft/reply_perplexity` and, of
+the model it started from, `pretrained/reply_perplexity` are on those same batches.
 """
 
 import contextlib
@@ -20,7 +23,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, chat, packing
+from gptlab.data import batches, chat, mixtures
 from gptlab.data.batches import TokenBatch
 from gptlab.data.records import Message
 from gptlab.data.tokenizer import Tokenizer
@@ -99,6 +102,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     # (1) The run.
+    durations.check_not_passed(config, workdir, config.batch_size * config.data.seq_len)
     with artifact.open_run(config, workdir, "sft") as run:
         if run.finished:
             print(f"{workdir}: fine-tuning is already done")
@@ -117,10 +121,10 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
 
-    # (3) Data: this process's block of rows of each batch. An overlong dialogue is left
-    # out or split, as config.data.overlong says.
+    # (3) Data: this process's block of rows of each batch. config.data.name is a task or a mixture;
+    # an overlong dialogue is left out or split, as config.data.overlong says.
     source, held_out_source = (
-        packing.packed(
+        mixtures.packed(
             config.inputs.tokens,
             config.data.name,
             split,
@@ -213,14 +217,19 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 raise Interrupted(f"saved at step {done} of {total}")
             log.resume()
 
-        # (7) Results: of the checkpoint that later stages will take, beside the pretrained model.
+        # (7) Results: of the checkpoint that later stages load, beside the pretrained model.
         checkpoints.wait()
-        if not figures:  # there was no step left to run
-            figures = held_out(state.params, validation())
+        steps = int(state.step)
+        del state  # the best may need the room
+        params = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
+        with run.goodput.measure("eval"):
+            figures = held_out(
+                params, batches.eval_batches(held_out_source, config.batch_size, None, *block)
+            )
         best = best_metrics(run.workdir)
         run.results(
-            steps=total,
-            tokens=total * batch_tokens,
+            steps=steps,
+            tokens=steps * batch_tokens,
             tokens_per_sec=log.mean_tokens_per_sec(),
             **{name.removeprefix("eval/"): value for name, value in figures.items()},
             **best,
@@ -229,8 +238,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 "pretrained/reply_perplexity": meta["pretrained"]["eval/validation/perplexity"],
             },
         )
-        params = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
-        run.complete(state_lib.digest(params))  # the best, which later stages load
+        run.complete(state_lib.digest(params))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def write_artifact(
     stage: str,
     record_sets: Mapping[tuple[str, str], list],
     inputs: Mapping[str, Path] | None = None,
+    results: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Path:
     """Writes a finished artifact with record sets {(name, split): records}; returns workdir."""
@@ -66,6 +67,7 @@ def write_artifact(
     with artifact.open_run(config, workdir, stage) as run:
         for (name, split), items in record_sets.items():
             records.write_shards(run.workdir / "records", name, split, items)
+        run.results(**(results or {}))
         run.complete(records.digest(run.workdir / "records"))
     return workdir
 

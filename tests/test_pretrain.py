@@ -9,6 +9,7 @@ import pytest
 from configs import common, pretrain_small
 from configs import pretrain as pretrain_config
 from gptlab import pretrain
+from gptlab.data import batches as batches_lib
 from gptlab.data import records
 from gptlab.data.records import TokenExample
 from gptlab.model import transformer
@@ -17,6 +18,7 @@ from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
+from tests.fixtures import read_records, write_artifact
 
 
 @pytest.fixture
@@ -38,14 +40,17 @@ def config(tiny_corpus, tiny_vocabulary, tiny_model):
     [
         (lambda c: c.inputs.update(tokens=None), "config.inputs.tokens is not set"),
         (lambda c: c.model.update(vocab_size=512), "set config.model.vocab_size=320"),
-        (lambda c: c.data.update(seq_len=129), "seq_len=129 does not fit the model's window"),
+        (lambda c: c.data.update(seq_len=129), "seq_len=129 does not fit .*config.model.max_len"),
         (lambda c: c.update(batch_size=12), "batch_size=12 does not divide"),
         (lambda c: c.update(accumulation_steps=3), "multiple of 24"),
         (lambda c: c.update(batch_size=8000), "too little data for one batch"),
         (lambda c: c.mesh.update(fsdp=3), "config.mesh"),
         (lambda c: c.update(total_tokens=5), "exactly one of config.total_steps"),
         (lambda c: c.update(on_nonfinite="ignore"), "on_nonfinite='ignore'"),
-        (lambda c: c.data.update(name="pretraining"), "pretraining"),
+        (
+            lambda c: c.data.update(name="pretraining"),
+            "config.data.name='pretraining': .* did you mean 'pretrain'.* are: dialogues, pretrain",
+        ),
         (lambda c: c.checkpoint.update(keep=0), "checkpoint.keep=0"),
         (lambda c: c.sample.update(prompts=()), "sample.prompts is empty"),
         (lambda c: c.sample.update(max_new_tokens=128), "context window"),
@@ -84,13 +89,31 @@ def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_a_run_cannot_become_shorter_than_it_is(config, tmp_path):
+    config.total_steps = 4
+    pretrain.run(config, str(tmp_path))
+    before = (tmp_path / "manifest.json").read_bytes()
+    for fewer in ({"total_steps": 2}, {"total_steps": None, "total_tokens": 512}):
+        config.update(fewer)
+        with pytest.raises(UserError, match="at step 4 .* already, beyond config.total_"):
+            pretrain.run(config, str(tmp_path))
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    # How many steps an epoch has only the data tell: it ends where it stands, and says so.
+    config.update(total_tokens=None, total_epochs=0.01)
+    pretrain.run(config, str(tmp_path))
+    results = artifact.read_manifest(tmp_path)["results"]
+    assert (results["steps"], results["tokens"]) == (4, 4 * 8 * 64)
+
+
 def test_results_are_of_the_whole_validation_split_and_stand_beside_ngrams(
     config, tiny_corpus, tmp_path
 ):
     config.data.seq_len = 128  # no document is split
+    config.checkpoint.best_mode = "max"  # so the best, which the results are of, is not the last
     config.update(total_steps=4, ngram_baselines=True)
     pretrain.run(config, str(tmp_path))
     results = artifact.read_manifest(tmp_path)["results"]
+    assert results["best/step"] == 2 < results["steps"] == 4
     assert results["ngram/unigram"] > 1.5 * results["ngram/bigram"] > 0  # the grammar is simple
 
     # Each document in a row of its own, unlike the packed rows of the loop.
@@ -103,7 +126,7 @@ def test_results_are_of_the_whole_validation_split_and_stand_beside_ngrams(
         mask[row, : len(document.tokens)] = document.loss_mask
     model = LanguageModel(ModelConfig.build(config.model.to_dict(), config.compute.to_dict()))
     init = functools.partial(transformer.init_params, model)
-    params = checkpoint.load_params(tmp_path, mesh_lib.make_mesh(config.mesh), init, "latest")
+    params = checkpoint.load_params(tmp_path, mesh_lib.make_mesh(config.mesh), init, "best")
     ones = np.ones((len(documents), 128), np.int32)
     logits = jax.jit(model.apply)({"params": params}, tokens[:, :-1], ones.cumsum(1) - 1, ones)
     logprobs = np.asarray(jax.nn.log_softmax(logits), np.float64)
@@ -111,8 +134,66 @@ def test_results_are_of_the_whole_validation_split_and_stand_beside_ngrams(
     loss = -picked[mask[:, 1:] == 1].mean()
     assert results["validation/loss"] == pytest.approx(loss, rel=1e-5)
     # The loop had looked at one batch only.
-    seen = metrics.read_metrics(tmp_path)[-1]["eval/validation/loss"]
-    assert seen == results["best/validation/loss"] != pytest.approx(loss, rel=1e-4)
+    seen = {m["step"]: m.get("eval/validation/loss") for m in metrics.read_metrics(tmp_path)}
+    assert seen[results["best/step"]] == results["best/validation/loss"]
+    assert results["best/validation/loss"] != pytest.approx(loss, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixed_corpus(tiny_corpus, tiny_clean, tiny_vocabulary, tmp_path_factory):
+    """The tiny corpus with two mixtures of its tasks in its manifest."""
+    tasks = ("pretrain", "dialogues")
+    sets = {
+        (task, split): read_records(tiny_corpus, task, split, TokenExample)
+        for task in tasks
+        for split in ("train", "validation")
+    }
+    inputs = {"corpus": tiny_clean, "vocabulary": tiny_vocabulary}
+    workdir = tmp_path_factory.mktemp("mixed") / "corpus"
+    # As `prepare` does it, whose own test has the mixture from end to end.
+    mixtures = {"mostly_text": dict(zip(tasks, (3.0, 1.0), strict=True)),
+                "mostly_talk": dict(zip(tasks, (1.0, 3.0), strict=True))}  # fmt: skip
+    return write_artifact(workdir, "prepare", sets, inputs, {"mixtures": mixtures}, mode="tokenize")
+
+
+def share_of_dialogues(batches, tokenizer):
+    """Share of the rows that hold dialogues: only they have control tokens of the chat format."""
+    rows = np.concatenate([batch.tokens for batch in batches])
+    return float((rows == tokenizer.user_id).any(axis=1).mean())
+
+
+def test_it_trains_on_a_mixture_at_its_rates(config, mixed_corpus, tiny_tokenizer, tmp_path):
+    config.inputs.tokens = str(mixed_corpus)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    for name, share in (("mostly_text", 0.25), ("mostly_talk", 0.75), ("pretrain", 0.0)):
+        config.data.name = name
+        data, held_out = pretrain.make_batches(config, mesh)
+        found = [data.at(step) for step in range(25)]
+        assert share_of_dialogues(found, tiny_tokenizer) == pytest.approx(share, abs=0.01)
+        watched = list(batches_lib.eval_batches(held_out, 4))
+        assert share_of_dialogues(watched, tiny_tokenizer) == pytest.approx(share, abs=0.15)
+
+        # Going on in the middle, another process gets what this one would have got.
+        resumed = pretrain.make_batches(config, mesh)[0].iterate(10)
+        for step in (10, 11):
+            np.testing.assert_array_equal(next(resumed).tokens, found[step].tokens)
+        resumed.close()
+
+    config.data.name = "mostly_text"
+    config.total_steps = 2
+    pretrain.run(config, str(tmp_path))
+    assert artifact.read_manifest(tmp_path)["results"]["validation/loss"] > 0
+
+
+def test_what_is_wrong_with_a_mixture_is_named(config, mixed_corpus, tmp_path):
+    config.inputs.tokens = str(mixed_corpus)
+    config.data.name = "mostly_tex"
+    with pytest.raises(UserError, match="did you mean 'mostly_text'.*: dialogues, mostly_talk, mo"):
+        pretrain.run(config, str(tmp_path / "a"))
+    config.data.name = "mostly_text"
+    config.ngram_baselines = True
+    with pytest.raises(UserError, match="is a mixture.*set config.ngram_baselines=False"):
+        pretrain.run(config, str(tmp_path / "b"))
 
 
 def test_configs_describe_the_models_they_promise():

@@ -302,7 +302,7 @@ def test_another_vocabulary_is_refused_before_anything_is_compiled(config, tiny_
     small = {**tiny_model, "vocab_size": 300}
     changed = ConfigDict(config.to_dict())
     changed.inputs.init = str(artifacts.write_policy(tmp_path / "sft", small))
-    with pytest.raises(UserError, match="vocab_size=300"):
+    with pytest.raises(UserError, match="inputs.init has a vocabulary of 300 "):
         reward.run(changed, str(tmp_path / "run"))
 
 

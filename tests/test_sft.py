@@ -120,6 +120,9 @@ def test_the_best_checkpoint_is_kept_and_reported_beside_the_pretrained_model(co
     assert results["best/step"] == best == checkpoint.find_step(tmp_path, "best")
     assert checkpoint.checkpoint_steps(tmp_path) == sorted({best, 24})
     assert results["best/validation/loss"] == pytest.approx(np.log(trained[best]))
+    # On the whole validation split, the same checkpoint says nearly the same, never the last's.
+    assert results["validation/perplexity"] == pytest.approx(trained[best], rel=0.1)
+    assert results["validation/perplexity"] != pytest.approx(trained[24], rel=0.1)
     assert best < 24 and manifest["digest"] == digest_of(tmp_path, "best", config)
     assert manifest["digest"] != digest_of(tmp_path, "latest", config)
 
@@ -131,6 +134,7 @@ def test_the_best_checkpoint_is_kept_and_reported_beside_the_pretrained_model(co
         (lambda c: c.update(loss_on="user"), "loss_on='user'"),
         (lambda c: c.data.update(overlong="cut"), "overlong"),
         (lambda c: c.data.update(seq_len=500), "seq_len=500 does not fit"),
+        (lambda c: c.data.update(name="dialogs"), "did you mean 'dialogues'"),
     ],
 )
 def test_mistakes_are_named(config, change, message, tmp_path):
@@ -138,3 +142,11 @@ def test_mistakes_are_named(config, change, message, tmp_path):
     change(config)
     with pytest.raises(UserError, match=message):
         sft.run(config, str(tmp_path))
+
+
+def test_advice_is_for_this_stage_which_declares_no_model(config, other_vocabulary, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.inputs.vocabulary = str(other_vocabulary)
+    with pytest.raises(UserError, match="inputs.init has a vocabulary of 320.*trained") as error:
+        sft.run(config, str(tmp_path))
+    assert "config.model" not in str(error.value)

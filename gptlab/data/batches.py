@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import flax.struct
@@ -18,7 +18,8 @@ import grain.python as grain
 import numpy as np
 
 from gptlab.data import chat
-from gptlab.data.packing import PackedSource
+from gptlab.data.mixtures import PackedMixture
+from gptlab.data.packing import FIELDS, PackedSource
 from gptlab.data.records import Comparison, Prompt
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.run.errors import UserError
@@ -63,9 +64,7 @@ BatchT = TypeVar("BatchT", TokenBatch, ComparisonBatch, PromptBatch)
 class _Batches(Generic[BatchT]):
     """What the batch sources share: which entries make up the batch at a step, and prefetching.
 
-    Attributes:
-      steps_per_epoch: whole batches in an epoch. What is left over is not lost: it begins the first
-        batch of the next epoch.
+    What is left over of an epoch is not lost: it begins the first batch of the next one.
     """
 
     def __init__(
@@ -92,7 +91,10 @@ class _Batches(Generic[BatchT]):
         self._first = process_index * self._local
         self._entries = entries
         self._process = (process_index, process_count)
-        self.steps_per_epoch = entries // batch_size
+
+    def __len__(self) -> int:
+        """Entries of an epoch."""
+        return self._entries
 
     def at(self, step: int) -> BatchT:
         """This process's rows of the batch at a step (numpy)."""
@@ -114,81 +116,59 @@ class _Batches(Generic[BatchT]):
 
 
 class TrainBatches(_Batches[TokenBatch]):
-    """Training batches of packed rows, from one source or from a mixture at given rates."""
+    """Training batches of packed rows, of one task or of a mixture at its rates."""
 
     def __init__(
         self,
-        source: PackedSource | Sequence[PackedSource],
+        source: PackedSource | PackedMixture,
         batch_size: int,
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        rates: Sequence[float] | None = None,
     ):
         """Makes the order of rows.
 
         Args:
-          source: packed rows; or several sources, with `rates`.
+          source: packed rows. Every member of a mixture is shuffled for itself and repeated as
+            needed; an epoch is as many rows as all of them have together.
           batch_size: rows in a global batch.
           seed: of the order.
           process_index: which block of rows is returned.
           process_count: into how many blocks a batch is divided.
-          rates: how often a row is taken from each source, relative to each other. Every source is
-            repeated as needed; an epoch is as many rows as all of them have together.
 
         Raises:
           UserError: fewer rows than one batch, or batch_size can't be divided among the processes.
         """
-        sources = [source] if isinstance(source, PackedSource) else list(source)
-        lengths = [len(rows) for rows in sources]
-        seq_len = sources[0].seq_len
-        if any(rows.seq_len != seq_len for rows in sources):
-            raise UserError(f"a mixture of rows of {[rows.seq_len for rows in sources]} tokens")
-        if len(sources) > 1 and (rates is None or len(rates) != len(sources) or min(rates) <= 0):
-            raise UserError(f"{len(sources)} sources need as many positive rates, got {rates}")
-        orders = [
-            _shuffled(length, seed, number).map(lambda row, number=number: (number, row))
-            for number, length in enumerate(lengths)
-        ]
-        order = orders[0] if rates is None else grain.MapDataset.mix(orders, list(rates))
-        what = " + ".join(f"{len(s)} packed rows of {s.seq_len} in {s.directory}" for s in sources)
-        super().__init__(order, sum(lengths), batch_size, process_index, process_count, what)
-        self._sources = sources
+        mixture = _as_mixture(source)
+        order = _mixed(
+            mixture, [_shuffled(len(rows), seed, i) for i, rows in enumerate(mixture.sources)]
+        )
+        what = " + ".join(
+            f"{len(s)} packed rows of {s.seq_len} in {s.directory}" for s in mixture.sources
+        )
+        super().__init__(order, len(mixture), batch_size, process_index, process_count, what)
+        self._sources = mixture.sources
 
     def _make(self, entries: list[tuple[int, int]]) -> TokenBatch:
-        parts: dict[str, np.ndarray] = {}
-        for number, source in enumerate(self._sources):
-            at = [i for i, (source_of, _) in enumerate(entries) if source_of == number]
-            if not at:
-                continue
-            for name, values in source.rows([entries[i][1] for i in at]).items():
-                shape = (len(entries), source.seq_len)
-                parts.setdefault(name, np.zeros(shape, np.int32))[at] = values
-        return _token_batch(parts)
+        return _token_batch(self._sources, entries)
 
 
 def eval_batches(
-    source: PackedSource,
+    source: PackedSource | PackedMixture,
     batch_size: int,
     max_batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[TokenBatch]:
-    """Every row once, in order; the last batch is filled up with rows whose loss_mask is 0."""
-    local = batch_size // process_count
-    for rows in _eval_rows(len(source), batch_size, max_batches, process_index, process_count):
-        real = [
-            row for row in rows if row >= 0
-        ]  # Padding comes last; a process may have nothing else.
-        fields = source.rows(real or [0])
-        yield _token_batch(
-            {
-                name: np.concatenate(
-                    [values[: len(real)], np.zeros((local - len(real), source.seq_len), np.int32)]
-                )
-                for name, values in fields.items()
-            }
-        )
+    """Every row once, in order; the last batch is filled up with rows whose loss_mask is 0.
+
+    Of a mixture: its members' rows at their rates, until one of them has no more. So any part of
+    it has the same shares of the members as training has, and no row counts twice.
+    """
+    mixture = _as_mixture(source)
+    order = _mixed(mixture, [grain.MapDataset.range(len(rows)) for rows in mixture.sources])
+    for rows in _eval_rows(len(order), batch_size, max_batches, process_index, process_count):
+        yield _token_batch(mixture.sources, [order[row] if row >= 0 else None for row in rows])
 
 
 class ComparisonBatches(_Batches[ComparisonBatch]):
@@ -256,10 +236,6 @@ class ComparisonBatches(_Batches[ComparisonBatch]):
             order, len(self.comparisons), batch_size, process_index, process_count, what
         )
 
-    def __len__(self) -> int:
-        """Comparisons in use."""
-        return len(self.comparisons)
-
     def eval(self, max_batches: int | None = None) -> Iterator[ComparisonBatch]:
         """Yields every comparison once, in order; the last batch is filled up with weight 0."""
         for rows in self._eval_rows(max_batches):
@@ -309,10 +285,6 @@ class PromptBatches(_Batches[PromptBatch]):
         what = f"{len(self.prompts)} prompts"
         order = _shuffled(len(self.prompts), seed)
         super().__init__(order, len(self.prompts), batch_size, process_index, process_count, what)
-
-    def __len__(self) -> int:
-        """Number of prompts."""
-        return len(self.prompts)
 
     def eval(self, max_batches: int | None = None) -> Iterator[PromptBatch]:
         """Yields every prompt once, in order; the last batch is filled up with index -1."""
@@ -370,7 +342,30 @@ def _eval_rows(
         yield [row if row < length else -1 for row in range(begin, begin + local)]
 
 
-def _token_batch(fields: Mapping[str, np.ndarray]) -> TokenBatch:
+def _as_mixture(source: PackedSource | PackedMixture) -> PackedMixture:
+    return source if isinstance(source, PackedMixture) else PackedMixture((source,), (1.0,))
+
+
+def _mixed(mixture: PackedMixture, orders: list[grain.MapDataset]) -> grain.MapDataset:
+    """(number of the source, row in it), the sources taking turns at the mixture's rates."""
+    entries = [
+        order.map(lambda row, number=number: (number, row)) for number, order in enumerate(orders)
+    ]
+    return entries[0] if len(entries) == 1 else grain.MapDataset.mix(entries, list(mixture.rates))
+
+
+def _token_batch(
+    sources: Sequence[PackedSource], entries: Sequence[tuple[int, int] | None]
+) -> TokenBatch:
+    """The rows (source, row) of several sources as one batch; None is a row of padding."""
+    shape = (len(entries), sources[0].seq_len)
+    fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in FIELDS}
+    for number, source in enumerate(sources):
+        wanted = [(i, entry[1]) for i, entry in enumerate(entries) if entry and entry[0] == number]
+        if wanted:
+            at, rows = zip(*wanted, strict=True)
+            for name, values in source.rows(rows).items():
+                fields[name][list(at)] = values
     return TokenBatch(**{**fields, "loss_mask": fields["loss_mask"].astype(np.float32)})
 
 

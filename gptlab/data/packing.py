@@ -44,25 +44,6 @@ class Chunks:
     dropped_without_loss: int  # chunks
 
 
-def pack(
-    examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlong = "split"
-) -> dict[str, np.ndarray]:
-    """Packs examples into rows of `seq_len` slots.
-
-    Args:
-      examples: an example of more than seq_len + 1 tokens is cut into chunks that overlap by one
-        token, so that every token but the first is a target exactly once ('split'), or left out
-        ('drop'). Chunks without a loss token are left out.
-      seq_len: slots in a row, T.
-      overlong: 'split' or 'drop'.
-
-    Returns:
-      tokens, targets, segment_ids (from 1; 0 is padding), positions: int32 [rows, T]; loss_mask:
-      uint8 [rows, T].
-    """
-    return _lay_out(_cut(examples, seq_len, overlong), seq_len)
-
-
 def packed(
     workdir: epath.PathLike, name: str, split: str, seq_len: int, *, overlong: Overlong = "split"
 ) -> PackedSource:
@@ -89,7 +70,7 @@ def packed(
 
 
 class PackedSource:
-    """Random access to the packed rows of a directory. Has the interface of a Grain data source."""
+    """Random access to the packed rows of a directory."""
 
     def __init__(self, directory: epath.PathLike):
         """Opens the rows that `packed` wrote."""
@@ -110,10 +91,6 @@ class PackedSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row: the fields of `FIELDS`, each int32 [T]."""
-        return {name: values[0] for name, values in self.rows([index]).items()}
-
     def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The rows of several indices: the fields of `FIELDS`, each int32 [len(indices), T]."""
         try:
@@ -131,7 +108,13 @@ class PackedSource:
         )
 
 
-def _cut(examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlong) -> Chunks:
+def cut(examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlong) -> Chunks:
+    """Cuts examples into chunks that fit a row of `seq_len` slots.
+
+    An example of more than seq_len + 1 tokens becomes chunks that overlap by one token, so that
+    every token but the first is a target exactly once ('split'), or is left out ('drop'). Chunks
+    without a loss token are left out.
+    """
     kept = [example for example in examples if len(example.tokens) > 1]
     if overlong == "drop":
         fitting = [example for example in kept if len(example.tokens) <= seq_len + 1]
@@ -215,7 +198,13 @@ def assign_rows(slots: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray
     return row, offset, segment, num_rows
 
 
-def _lay_out(chunks: Chunks, seq_len: int) -> dict[str, np.ndarray]:
+def lay_out(chunks: Chunks, seq_len: int) -> dict[str, np.ndarray]:
+    """Puts chunks into rows of `seq_len` slots.
+
+    Returns:
+      tokens, targets, segment_ids (from 1; 0 is padding), positions: int32 [rows, T]; loss_mask:
+      uint8 [rows, T].
+    """
     row, offset, segment, num_rows = assign_rows(chunks.slots, seq_len)
     # One entry per slot filled: where it is read (flat tokens) and where it is written (flat rows).
     position = np.arange(chunks.slots.sum()) - np.repeat(
@@ -260,8 +249,8 @@ def _build(
     blocks = 0
     try:
         for blocks, examples in enumerate(_blocks(reader), start=1):
-            chunks = _cut(examples, seq_len, overlong)
-            fields = _lay_out(chunks, seq_len)
+            chunks = cut(examples, seq_len, overlong)
+            fields = lay_out(chunks, seq_len)
             rows = np.stack([fields[name].astype("<i4") for name in _STORED], axis=1)
             # Rows come out longest chunk first. Shuffled, any leading part of them is a fair
             # sample.

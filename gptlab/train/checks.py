@@ -14,17 +14,28 @@ def check_inputs(config: ConfigDict) -> None:
             raise UserError(f"config.inputs.{name} is not set: give that stage's workdir")
 
 
-def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
-    """UserError unless the model has the tokenizer's vocabulary and a window of seq_len."""
+def check_declared_model(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+    """UserError unless the model that config.model declares fits the tokenizer and seq_len."""
     if model_config.vocab_size != tokenizer.vocab_size:
         raise UserError(
             f"the model has vocab_size={model_config.vocab_size} and config.inputs.vocabulary has "
             f"{tokenizer.vocab_size} tokens: set config.model.vocab_size={tokenizer.vocab_size}"
         )
+    _check_window(model_config, seq_len, "or raise config.model.max_len")
+
+
+def check_fits(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+    """UserError unless the model of config.inputs.init fits the tokenizer and seq_len."""
+    check_vocabulary(model_config, tokenizer, "config.inputs.init")
+    _check_window(model_config, seq_len, "which its pretraining fixed")
+
+
+def _check_window(model_config: ModelConfig, seq_len: int, otherwise: str) -> None:
     if not 1 <= seq_len <= model_config.max_len:
         raise UserError(
             f"config.data.seq_len={seq_len} does not fit the model's window of "
-            f"{model_config.max_len} tokens (model.max_len)"
+            f"{model_config.max_len} tokens (max_len): set it to 1..{model_config.max_len}, "
+            f"{otherwise}"
         )
 
 

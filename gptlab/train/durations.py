@@ -2,9 +2,11 @@
 
 import math
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from gptlab.run.errors import UserError
+from gptlab.train.checkpoint import checkpoint_steps
 
 KEYS = ("total_steps", "total_tokens", "total_epochs")
 
@@ -34,3 +36,21 @@ def total_steps(config: ConfigDict, batch_tokens: int, steps_per_epoch: float) -
     }[key]
     # The tolerance keeps 3 epochs of 1/0.1 steps from becoming 31 steps.
     return max(1, math.ceil(amount / per_step - 1e-6))
+
+
+def check_not_passed(config: ConfigDict, workdir: epath.PathLike, batch_tokens: int) -> None:
+    """UserError if `workdir` has a checkpoint beyond the steps or tokens that are asked for.
+
+    To be called before the run is opened, as a finished run must not lose its manifest over it.
+    How many steps make total_epochs only the data can tell: a run that is asked for fewer epochs
+    than it has behind it ends where it stands.
+    """
+    reached = max(checkpoint_steps(workdir), default=0)
+    if not reached or config.total_epochs is not None:
+        return
+    if reached > total_steps(config, batch_tokens, 1.0):
+        key = next(key for key in KEYS if config[key] is not None)
+        raise UserError(
+            f"{workdir} is at step {reached} ({reached * batch_tokens} tokens) already, beyond "
+            f"config.{key}={config[key]}: raise that, or choose another --workdir"
+        )

@@ -8,6 +8,7 @@ import pytest
 
 from gptlab.data import batches, chat, packing, records
 from gptlab.data.batches import ComparisonBatches, PromptBatches, TrainBatches
+from gptlab.data.mixtures import PackedMixture
 from gptlab.data.records import Candidate, Comparison, Message, Prompt, TokenExample
 from gptlab.run.errors import UserError
 from tests.fixtures import read_records
@@ -23,6 +24,10 @@ def sources(tiny_corpus, tmp_path_factory):
         examples = read_records(tiny_corpus, name, "train", TokenExample)
         records.write_shards(workdir / "records", name, "train", examples)
     return {name: packing.packed(workdir, name, "train", T) for name in ("pretrain", "dialogues")}
+
+
+def mix(sources, rates=(3.0, 1.0)):
+    return PackedMixture(tuple(sources.values()), rates)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def make(request, sources, prompts, comparisons, tiny_tokenizer):
         if request.param == "rows":
             return TrainBatches(sources["pretrain"], 8, seed, **process)
         if request.param == "mixture":
-            return TrainBatches(list(sources.values()), 8, seed, rates=(3.0, 1.0), **process)
+            return TrainBatches(mix(sources), 8, seed, **process)
         if request.param == "comparisons":
             return ComparisonBatches(comparisons, tiny_tokenizer, 8, 4, T, T, seed, **process)
         return PromptBatches(prompts, tiny_tokenizer, 8, 32, seed, **process)
@@ -116,7 +121,6 @@ def test_too_little_data_for_one_batch(sources, prompts, comparisons, tiny_token
 def test_an_epoch_has_every_row_once_and_the_next_another_order(sources):
     source = sources["pretrain"]
     order = TrainBatches(source, 1, 0)
-    assert order.steps_per_epoch == len(source)
 
     def epoch(number):
         steps = range(number * len(source), (number + 1) * len(source))
@@ -135,22 +139,49 @@ def test_neighbouring_seeds_do_not_share_epochs(sources):
     assert not all(same(one, other) for one, other in pairs)
 
 
+def shares(sources, found):
+    """How many rows of each source are among the rows of some batches."""
+    own = {name: {row.tobytes() for row in _all(sources[name])["tokens"]} for name in sources}
+    assert not own["dialogues"] & own["pretrain"]
+    rows = [row.tobytes() for batch in found for row in batch.tokens if row.any()]
+    return {name: sum(row in own[name] for row in rows) for name in sources}
+
+
 def test_a_mixture_keeps_its_rates(sources):
-    mixed = TrainBatches(list(sources.values()), 8, 0, rates=(3.0, 1.0))
-    of_dialogues = {row.tobytes() for row in _all(sources["dialogues"])["tokens"]}
-    of_pretrain = {row.tobytes() for row in _all(sources["pretrain"])["tokens"]}
-    assert not of_dialogues & of_pretrain
-    rows = [row.tobytes() for step in range(100) for row in mixed.at(step).tokens]
-    assert sum(row in of_dialogues for row in rows) == 200
-    assert sum(row in of_pretrain for row in rows) == 600
+    mixed = TrainBatches(mix(sources), 8, 0)
+    assert shares(sources, map(mixed.at, range(100))) == {"pretrain": 600, "dialogues": 200}
     # Beyond one epoch of the smaller source, its rows come again.
-    assert len(of_dialogues) < 200
+    assert len(sources["dialogues"]) < 200
+
+
+def test_other_rates_make_other_batches(sources):
+    one, other = TrainBatches(mix(sources), 8, 0), TrainBatches(mix(sources, (1.0, 3.0)), 8, 0)
+    assert not any(same(one.at(step), other.at(step)) for step in range(10))
+    assert shares(sources, map(other.at, range(100))) == {"pretrain": 200, "dialogues": 600}
+
+
+def test_a_mixture_is_evaluated_at_its_rates_and_no_row_twice(sources):
+    for rates in ((3.0, 1.0), (1.0, 9.0)):
+        found = list(batches.eval_batches(mix(sources, rates), 8))
+        rows = [row.tobytes() for batch in found for row in batch.tokens if row.any()]
+        assert len(rows) == len(set(rows))
+        seen = shares(sources, found)
+        expected = rates[0] / sum(rates)
+        assert seen["pretrain"] / len(rows) == pytest.approx(expected, abs=2 / len(rows))
+        # It ends where a member has no more, so it is not a short one by mistake.
+        assert any(seen[name] >= len(sources[name]) - 1 for name in sources)
+        first = shares(sources, found[:2])
+        assert first["pretrain"] / 16 == pytest.approx(expected, abs=1 / 16)
+        # Several processes see the same rows.
+        parts = [list(batches.eval_batches(mix(sources, rates), 8, None, i, 2)) for i in range(2)]
+        for whole, *pair in zip(found, *parts, strict=True):
+            np.testing.assert_array_equal(np.concatenate([p.tokens for p in pair]), whole.tokens)
 
 
 def test_a_mixture_needs_a_rate_for_each_source(sources):
-    for rates in (None, (1.0,), (1.0, 0.0)):
+    for rates in ((), (1.0,), (1.0, 0.0)):
         with pytest.raises(UserError, match="2 sources need as many positive rates"):
-            TrainBatches(list(sources.values()), 8, 0, rates=rates)
+            mix(sources, rates)
 
 
 def _all(source):

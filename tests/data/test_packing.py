@@ -23,9 +23,14 @@ def write(workdir, examples, name="pretrain"):
     records.write_shards(workdir / "records", name, "train", examples)
 
 
+def pack(examples, seq_len, overlong="split"):
+    """Rows of all examples at once, without files."""
+    return packing.lay_out(packing.cut(examples, seq_len, overlong), seq_len)
+
+
 def test_the_boundary_of_two_segments():
     """Rows by hand: an input never predicts another segment's token."""
-    rows = packing.pack(
+    rows = pack(
         [example("a", [3, 11, 12, 1], [0, 1, 1, 1]), example("b", [4, 21, 22], [0, 0, 1])], 6
     )
     np.testing.assert_array_equal(rows["tokens"], [[3, 11, 12, 4, 21, 0]])
@@ -36,7 +41,7 @@ def test_the_boundary_of_two_segments():
 
 
 def test_a_long_example_is_split_with_one_token_of_overlap():
-    rows = packing.pack([example("a", range(10, 20))], 4)
+    rows = pack([example("a", range(10, 20))], 4)
     np.testing.assert_array_equal(
         rows["tokens"], [[10, 11, 12, 13], [14, 15, 16, 17], [18, 0, 0, 0]]
     )
@@ -47,16 +52,14 @@ def test_a_long_example_is_split_with_one_token_of_overlap():
 
 @pytest.mark.parametrize(("tokens", "kept"), [(5, True), (6, False)])
 def test_drop_leaves_out_what_exceeds_a_row(tokens, kept):
-    rows = packing.pack([example("a", range(1, tokens + 1)), example("b", [1, 2])], 4, "drop")
+    rows = pack([example("a", range(1, tokens + 1)), example("b", [1, 2])], 4, "drop")
     assert (rows["loss_mask"].sum() == 1 + 4) == kept
     assert (rows["loss_mask"].sum() == 1) == (not kept)
 
 
 def test_chunks_that_teach_nothing_are_left_out():
     """A long prompt's first chunk has no loss; an example of one token has no target."""
-    rows = packing.pack(
-        [example("a", range(1, 10), [0] * 8 + [1]), example("b", [7]), example("c", [])], 4
-    )
+    rows = pack([example("a", range(1, 10), [0] * 8 + [1]), example("b", [7]), example("c", [])], 4)
     np.testing.assert_array_equal(rows["targets"], [[6, 7, 8, 9]])
     np.testing.assert_array_equal(rows["loss_mask"], [[0, 0, 0, 1]])
 
@@ -75,7 +78,7 @@ def corpora(draw):
 
 @given(corpora(), st.integers(1, 17))
 def test_every_token_with_loss_is_a_target_once_after_its_predecessor(examples, seq_len):
-    rows = packing.pack(examples, seq_len)
+    rows = pack(examples, seq_len)
     expected = {
         int(token): int(before)
         for e in examples
@@ -128,13 +131,13 @@ def test_packed_rows_are_the_same_rows(tmp_path):
     examples = [example(str(i), rng.integers(1, 99, rng.integers(2, 30))) for i in range(40)]
     write(tmp_path, examples)
     source = packing.packed(tmp_path, "pretrain", "train", 16)
-    rows = packing.pack(sorted(examples, key=lambda e: e.id), 16)
+    rows = pack(sorted(examples, key=lambda e: e.id), 16)
     fields = source.rows(range(len(source)))
     assert all(values.dtype == np.int32 for values in fields.values())
     order = np.random.default_rng(1).permutation(len(source))
     for name in packing.FIELDS:
         np.testing.assert_array_equal(fields[name], rows[name][order])
-    np.testing.assert_array_equal(source[3]["tokens"], fields["tokens"][3])
+    np.testing.assert_array_equal(source.rows([3])["tokens"][0], fields["tokens"][3])
     assert source.stats["slots"] == sum(len(e.tokens) - 1 for e in examples)
     assert source.directory.name == "pretrain-train-T16"
 
@@ -183,7 +186,7 @@ def test_two_that_pack_at_once_end_with_the_same_rows(tmp_path, monkeypatch):
             pool.submit(packing.packed, tmp_path, "pretrain", "train", 4, overlong="split")
             for _ in range(2)
         ]
-        one, other = (future.result()[0]["tokens"] for future in futures)
+        one, other = (future.result().rows([0])["tokens"] for future in futures)
     np.testing.assert_array_equal(one, other)
     assert [path.name for path in (tmp_path / "packed").iterdir()] == ["pretrain-train-T4"]
 
@@ -236,7 +239,7 @@ def test_packing_keeps_up_with_millions_of_tokens():
     lengths = np.minimum(rng.lognormal(4.5, 1, 8_000).astype(int) + 2, 5000)
     examples = [example(str(i), np.full(n, 7)) for i, n in enumerate(lengths)]
     begin = time.monotonic()
-    rows = packing.pack(examples, 256)
+    rows = pack(examples, 256)
     assert time.monotonic() - begin < 5
     assert lengths.sum() > 1_000_000 * 0.9
     assert (rows["segment_ids"] > 0).mean() > 0.99

@@ -4,7 +4,7 @@ import pytest
 
 from configs import common
 from gptlab.run.errors import UserError
-from gptlab.train.durations import total_steps
+from gptlab.train.durations import check_not_passed, total_steps
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,25 @@ def test_rounding_does_not_add_a_step():
 def test_none_several_or_nothing_positive_is_refused(given):
     with pytest.raises(UserError, match="total_steps"):
         total_steps(common.duration(**given), 100, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"total_steps": 12}, False),
+        ({"total_steps": 11}, True),
+        ({"total_tokens": 1101}, False),  # 12 steps
+        ({"total_tokens": 1100}, True),
+        ({"total_epochs": 0.1}, False),  # only the data can tell
+    ],
+)
+def test_a_run_cannot_be_made_shorter_than_it_is(given, refused, tmp_path):
+    config = common.duration(**given)
+    check_not_passed(config, tmp_path, 100)  # nothing there yet
+    for step in (8, 12):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    if not refused:
+        return check_not_passed(config, tmp_path, 100)
+    (key,) = given
+    with pytest.raises(UserError, match=rf"at step 12 \(1200 tokens\).*beyond config.{key}="):
+        check_not_passed(config, tmp_path, 100)
