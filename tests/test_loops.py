@@ -314,14 +314,19 @@ def test_its_first_steps_are_the_golden_ones(loop, one_device):
         for name, value in values.items()
         # Other processors add up in another order: what is 0 but for that is not compared, nor what
         # counts decisions, of which a close one may fall otherwise.
-        if not name.endswith(("accuracy", "clip_frac"))
-        and value != pytest.approx(want[step][name], rel=1e-4, abs=1e-5)
+        if not name.endswith(("accuracy", "clip_frac")) and value != near(name, want[step][name])
     ]
     assert not wrong, (
         f"{loop.stage} computes something else than before. If that is meant (another loss, other "
         "defaults, other fixtures), write the golden figures anew and say why in the commit: "
         "GPTLAB_UPDATE_GOLDEN=1 python -m pytest tests/test_loops.py -k golden\n" + "\n".join(wrong)
     )
+
+
+def near(name, value):
+    if name == "train/lr":  # a schedule is computed in a few operations
+        return pytest.approx(value, rel=1e-6, abs=0)
+    return pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
 def test_eight_devices_compute_what_one_does(eight_devices, one_device):
