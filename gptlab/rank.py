@@ -7,6 +7,7 @@ The ranking is made by a simulated labeller: a scorer (`config.scorer`) plus Gum
 level (`config.labeller`), see people/labellers.py. Its records have the schema of people's rankings
 and always say that they are simulated, by what scorer and with how much noise. Every split of the
 candidates stays a split: prompts never cross. Takes seconds (VADER: about 3,500 replies a second).
+Asked to stop (SIGTERM, Ctrl-C), it stops within a few hundred sets, and starts anew next time.
 
 Results, for each split: the figures that say how far such labels can be trusted. `ceiling/accuracy`
 is the best that any reward model can score on these labels, `agreement` what two such labellers
@@ -25,10 +26,11 @@ from gptlab.data import records
 from gptlab.data.records import CandidateSet, Comparison
 from gptlab.people import labellers
 from gptlab.run import artifact, processes, program
-from gptlab.run.errors import UserError
+from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
 
 _SAMPLES = 10  # comparisons of each split shown in samples.jsonl
+_CHUNK = 256  # sets ranked before the progress bar moves, and a stop is seen
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -58,7 +60,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             sets = list(records.RecordReader(source, "candidates", split, CandidateSet))
             if not sets:
                 raise UserError(f"records candidates-{split} in {source} are empty")
-            comparisons = labeller.compare(sets)
+            comparisons = _compare(run, labeller, sets, split)
             figures = _figures(comparisons, labeller)
             if processes.is_first():
                 records.write_shards(target, "comparisons", split, comparisons)
@@ -80,6 +82,21 @@ def _splits(directory: epath.Path) -> list[str]:
     if not found:
         raise UserError(f"no records candidates-* in {directory}: was it made by gptlab.collect?")
     return [name.removeprefix(prefix) for name in found]
+
+
+def _compare(
+    run: artifact.Run, labeller: labellers.SimulatedLabeller, sets: list[CandidateSet], split: str
+) -> list[Comparison]:
+    """All comparisons of a split; each has a seed of its own, so chunks make no difference."""
+    comparisons: list[Comparison] = []
+    with run.progress(len(sets), f"ranking {split}", unit="set") as bar:
+        for begin in range(0, len(sets), _CHUNK):
+            chunk = sets[begin : begin + _CHUNK]
+            if run.stop_requested():
+                raise Interrupted(f"stopped while ranking {split}, which will start anew")
+            comparisons += labeller.compare(chunk)
+            bar.update(len(chunk))
+    return comparisons
 
 
 def _figures(

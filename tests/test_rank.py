@@ -1,7 +1,9 @@
 """rank: candidate sets in, simulated comparisons out, split by split."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
@@ -11,7 +13,7 @@ from gptlab.data import records
 from gptlab.data.records import CandidateSet, Comparison
 from gptlab.people import labellers
 from gptlab.run import artifact
-from gptlab.run.errors import UserError
+from gptlab.run.errors import Interrupted, UserError
 from tests.fixtures import SPLITS, read_records
 
 
@@ -99,6 +101,30 @@ def test_a_killed_run_starts_anew(config, tmp_path, monkeypatch):
     assert killed["digest"] == whole["digest"] and killed["results"] == whole["results"]
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("killed", "whole")]
     assert samples[0] == samples[1]
+
+
+def test_sigterm_stops_between_chunks_which_change_nothing(config, tmp_path, monkeypatch):
+    rank.run(config, tmp_path / "whole")
+    monkeypatch.setattr(rank, "_CHUNK", 7)
+    ranked = []
+    compare = labellers.SimulatedLabeller.compare
+
+    def compared(self, sets):
+        ranked.append(len(sets))
+        if len(ranked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compare(self, sets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labellers.SimulatedLabeller, "compare", compared)
+        with pytest.raises(Interrupted, match="stopped while ranking t.*, which will start anew"):
+            rank.run(config, tmp_path / "stopped")
+    assert ranked == [7, 7]
+    manifest = artifact.read_manifest(tmp_path / "stopped", allow_unfinished=True)
+    assert manifest["status"] == "interrupted"
+    rank.run(config, tmp_path / "stopped")
+    digests = [artifact.read_manifest(tmp_path / w)["digest"] for w in ("whole", "stopped")]
+    assert digests[0] == digests[1]
 
 
 def test_an_empty_split_is_named(config, tiny_candidates, tmp_path):

@@ -23,6 +23,7 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from gptlab.run import files
 from gptlab.run.errors import UserError
 
 MODEL_FILE = "vocabulary.model"
@@ -148,15 +149,24 @@ def train(
     model_type is 'bpe' or 'unigram'. With max_sentences > 0 that many stretches of text (about 2
     kB each) are drawn by reservoir sampling under `seed`; 0 takes everything. The model is a pure
     function of the arguments: num_threads is one of them, because unigram's expectations are
-    summed thread by thread. UserError when the texts are too few for vocab_size.
+    summed thread by thread. UserError when the texts are too few for vocab_size. What reading
+    `texts` raises is raised here.
     """
     if model_type not in ("bpe", "unigram"):
         raise UserError(f"config.model_type is {model_type!r}; use 'bpe' or 'unigram'")
     sentencepiece.SetRandomGeneratorSeed(seed)
     model = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def feed() -> Iterator[str]:
+        try:
+            yield from sentences(texts)
+        except Exception as error:  # the trainer would take it for the end of the texts
+            failures.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=sentences(texts),
+            sentence_iterator=feed(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -183,12 +193,16 @@ def train(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if failures:
+            raise failures[0] from None
         reason = " ".join(str(error).split())
         raise UserError(
             f"cannot train a vocabulary of {vocab_size} tokens on these texts ({reason}); "
             "change config.vocab_size or give more text"
         ) from None
-    epath.Path(out_path).write_bytes(model.getvalue())
+    if failures:
+        raise failures[0]
+    files.atomic_write(out_path, model.getvalue())
     return Tokenizer(model.getvalue(), str(out_path))
 
 
