@@ -55,6 +55,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "min_count": 2,
         "inverse_penalty": 1.0,
     }
+    # The baseline of PPO: n replies of SFT, the best by PPO's reward model. sizes=(): left out.
+    config.best_of_n = {"sizes": (2, 4, 8, 16), "samples": 16, "num_prompts": 128}
     config.bootstrap = {"resamples": 2000, "seed": 0, "level": 0.95}
     config.gate = gate()
     config.report_samples = 20

@@ -365,6 +365,7 @@ def evaluate() -> ConfigDict:
                 "min_count": 2,
                 "inverse_penalty": 1.0,
             },
+            "best_of_n": {"sizes": (2, 4, 8, 16), "samples": 16, "num_prompts": 128},
             "bootstrap": {"resamples": 2000, "seed": 0, "level": 0.95},
             "gate": {
                 "min_win_rate_low": 0.5,
@@ -414,6 +415,7 @@ def shrink(config: ConfigDict) -> None:
         optimizer.warmup_steps = 1
     stages.evaluate.update(batch_size=16, report_samples=4)
     stages.evaluate.data.update(num_prompts=32, seq_len=96, pretraining_batches=1)
+    stages.evaluate.best_of_n.update(sizes=(2, 4), samples=4, num_prompts=16)
     stages.evaluate.bootstrap.resamples = 200
     # Nothing is learnt here; the second round is to start from a promoted policy all the same.
     stages.evaluate.gate.update(

@@ -8,11 +8,12 @@ On held-out prompts that no stage has trained on (which is checked), the policy,
 own: under shared ones most replies coincide, the others differ in the direction of training, and
 the win rate's interval shows that coupling. Reported: the gold score; win rates with bootstrap
 intervals over prompts, plain and length-controlled, and the share of ties; the sequence KL to the
-SFT model; diversity; whether replies depend on their prompts; three judges that PPO never saw; and
-the held-out pretraining loss. A gate says whether the policy may be promoted. About a minute for
-500 prompts and the quickstart's model on 2 CPU cores.
+SFT model; diversity; whether replies depend on their prompts; three judges that PPO never saw;
+the held-out pretraining loss; and whether the policy beats, at equal KL, the best of n SFT replies
+by PPO's own reward model. A gate says whether the policy may be promoted. About a minute for 500
+prompts and the quickstart's model on 2 CPU cores.
 
-Writes report.md, report.json, samples.jsonl (replies side by side) and gold.png.
+Writes report.md, report.json, samples.jsonl (replies side by side), gold.png and gold_kl.png.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from ml_collections import ConfigDict
 from gptlab.data import batches, packing
 from gptlab.data.records import Prompt, RecordReader
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.evals import contamination, perplexity, preference, report, suite
+from gptlab.evals import best_of_n, contamination, perplexity, preference, report, suite
 from gptlab.evals.preference import Bootstrap
 from gptlab.evals.suite import Replies
 from gptlab.model import transformer
@@ -123,12 +124,17 @@ def run(config: ConfigDict, workdir: str) -> None:
         unchecked = check_held_out(config, prompts)
         with jax.set_mesh(mesh):
             networks = Networks(config, tokenizer, mesh)
-            systems, held_out = measure(config, own, networks, tokenizer, prompts)
+            systems, held_out, draws = measure(config, own, networks, tokenizer, prompts)
         with own.goodput.measure("eval"):
             bootstrap = Bootstrap(
                 config.bootstrap.resamples, config.bootstrap.seed, config.bootstrap.level
             )
             figures = suite.summarise(systems, held_out, bootstrap)
+            if draws is not None:
+                figures["best_of_n"] = best_of_n.summarise(
+                    draws, config.best_of_n.sizes, systems["policy"].gold,
+                    systems["baseline"].gold, systems["policy"].log_ratio, bootstrap,
+                )  # fmt: skip
             failures = suite.gate(figures, config.gate)
         figures["unchecked_ancestors"] = unchecked
         plain = preference.to_json(figures)
@@ -149,6 +155,16 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "config.data.split='train': a model is evaluated on prompts that it has not been "
             "trained on; choose 'test', or 'validation' if nothing was chosen by it"
+        )
+    sizes, samples = config.best_of_n.sizes, config.best_of_n.samples
+    if sizes and (min(sizes) < 2 or max(sizes) > samples):
+        raise UserError(
+            f"config.best_of_n.sizes={sizes} must be from 2 to best_of_n.samples={samples}, or "
+            "empty to leave out that comparison"
+        )
+    if sizes and config.best_of_n.num_prompts < 1:
+        raise UserError(
+            f"config.best_of_n.num_prompts={config.best_of_n.num_prompts} must be at least 1"
         )
     registry.make(config.gold, config.inputs)
 
@@ -178,12 +194,12 @@ def measure(
     networks: Networks,
     tokenizer: Tokenizer,
     prompts: list[Prompt],
-) -> tuple[dict[str, Replies], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, Replies], dict[str, dict[str, float]], best_of_n.Draws | None]:
     """Samples every system and asks every judge; one network is loaded at a time.
 
     Returns:
-      Replies by system ('policy', 'previous' if there is one, 'baseline'), and held-out
-      pretraining figures by model (those and 'base').
+      Replies by system ('policy', 'previous' if there is one, 'baseline'), held-out pretraining
+      figures by model (those and 'base'), and what best of n chooses from, if that is asked for.
     """
     num_systems = 2 + (config.inputs.previous is not None)
     with own.progress(num_systems + 3, "evaluate", unit="network") as progress:
@@ -194,11 +210,11 @@ def measure(
                 raise Interrupted("stopped during evaluation, which starts anew")
 
         asked = _ask(config, networks, tokenizer, prompts)
-        drawn, columns, held_out = speak(config, networks, asked, next_network)
+        drawn, columns, held_out, many = speak(config, networks, asked, next_network)
         # Turned by half: nobody keeps a prompt of their own.
         half = len(prompts) // 2
         others = _ask(config, networks, tokenizer, prompts[half:] + prompts[:half])
-        judge(config, networks, others, drawn, columns, next_network)
+        chosen_by = judge(config, networks, others, drawn, columns, many, next_network)
         params = networks.load(config.inputs.base)
         held_out["base"] = _held_out(config, networks, params)
         systems = {}
@@ -209,7 +225,7 @@ def measure(
             )
             systems[name] = _replies(config, tokenizer, prompts, samples, tokens, columns[name])
         next_network()
-    return systems, held_out
+    return systems, held_out, _draws(config, tokenizer, prompts, many, chosen_by)
 
 
 def speak(
@@ -217,12 +233,15 @@ def speak(
     networks: Networks,
     asked: Sequence[batches.PromptBatch],
     next_network: Callable[[], None],
-) -> tuple[Samples, Columns, dict[str, dict[str, float]]]:
-    """One reply a prompt from each system, its log-ratio to the baseline, and held-out loss."""
+) -> tuple[Samples, Columns, dict[str, dict[str, float]], list[list[rollout.Samples]]]:
+    """One reply a prompt from each system, its log-ratio to the baseline, and held-out loss.
+
+    Last of all what best of n chooses from: by draw, then by batch.
+    """
     inputs = config.inputs
     # The baseline comes last: it is the reference that scores what all have said.
     paths = {"policy": inputs.policy, "previous": inputs.previous, "baseline": inputs.baseline}
-    keys = system_keys(config.seed, list(paths))
+    keys = system_keys(config.seed, [*paths, "best_of_n"])
     drawn: Samples = {}
     columns: Columns = {}
     held_out = {}
@@ -238,10 +257,25 @@ def speak(
         columns[name] = {"logprob": _rows([networks.logprob(params, s) for s in drawn[name]])}
         held_out[name] = _held_out(config, networks, params)
         next_network()
+    few = asked[: -(-config.best_of_n.num_prompts // asked[0].tokens.shape[0])]
+    many = []
+    for draw in range(draws_of(config)):
+        key = jax.random.fold_in(keys["best_of_n"], draw)
+        many.append(
+            [
+                networks.sample(params, batch, jax.random.fold_in(key, i))
+                for i, batch in enumerate(few)
+            ]
+        )
     for name, samples in drawn.items():
         reference = _rows([networks.logprob(params, s) for s in samples])
         columns[name]["log_ratio"] = columns[name].pop("logprob") - reference
-    return drawn, columns, held_out
+    return drawn, columns, held_out, many
+
+
+def draws_of(config: ConfigDict) -> int:
+    """Replies to a prompt that best of n chooses from; 0 if nobody asks for it."""
+    return config.best_of_n.samples if config.best_of_n.sizes else 0
 
 
 def system_keys(seed: int, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -263,9 +297,14 @@ def judge(
     others: Sequence[batches.PromptBatch],
     drawn: Samples,
     columns: Columns,
+    many: Sequence[Sequence[rollout.Samples]],
     next_network: Callable[[], None],
-) -> None:
-    """Adds the scores of both reward models, PPO's also with every reply under another prompt."""
+) -> list[np.ndarray]:
+    """Adds the scores of both reward models, PPO's also with every reply under another prompt.
+
+    Returns PPO's reward model's scores of what best of n chooses from, by draw.
+    """
+    chosen_by: list[np.ndarray] = []
     for role in ("reward", "judge"):
         model, params = networks.load_reward(config.inputs[role])
         for name, samples in drawn.items():
@@ -277,7 +316,13 @@ def judge(
                 columns[name]["reward_shuffled"] = _rows(
                     [networks.score(model, params, *pair) for pair in moved]
                 )
+        if role == "reward":
+            chosen_by = [
+                _rows([networks.score(model, params, s.tokens, s.scored_lengths) for s in draw])
+                for draw in many
+            ]
         next_network()
+    return chosen_by
 
 
 def _ask(
@@ -369,6 +414,28 @@ def _replies(
     )
 
 
+def _draws(
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    prompts: list[Prompt],
+    many: Sequence[Sequence[rollout.Samples]],
+    chosen_by: Sequence[np.ndarray],
+) -> best_of_n.Draws | None:
+    """What best of n chooses from, with its gold scores."""
+    if not many:
+        return None
+    asked = prompts[: config.best_of_n.num_prompts]
+    scorer = registry.make(config.gold, config.inputs)
+    gold = [
+        scorer(asked, [tokenizer.decode(reply) for reply in _token_lists(draw, len(asked))])
+        for draw in many
+    ]
+    return best_of_n.Draws(
+        reward=np.stack([row[: len(asked)] for row in chosen_by], axis=1),
+        gold=np.stack(gold, axis=1).astype(np.float64),
+    )
+
+
 def write_files(
     workdir: Path,
     config: ConfigDict,
@@ -377,7 +444,7 @@ def write_files(
     figures: Mapping[str, Any],
     failures: list[str],
 ) -> None:
-    """report.md, report.json, samples.jsonl and gold.png."""
+    """report.md, report.json, samples.jsonl, gold.png and gold_kl.png."""
     plain = {**preference.to_json(figures), "passed": not failures, "failures": failures}
     files.atomic_write(workdir / "report.json", files.to_json(plain, indent=1) + "\n")
     lines = [files.to_json(_sample(prompt, i, systems)) for i, prompt in enumerate(prompts)]
@@ -393,6 +460,10 @@ def write_files(
         name: report.markdown_table(header, rows)
         for name, (header, rows) in suite.tables(figures).items()
     }
+    plot_gold_against_kl(workdir / "gold_kl.png", figures)
+    if "best_of_n" in figures:
+        table = report.markdown_table(*best_of_n.table(figures["best_of_n"]))
+        sections["Best of n replies of SFT"] = f"{table}\n\n{_about_best_of_n(figures)}"
     sections["Gate"] = "\n".join(f"- {line}" for line in failures) or "Passed."
     sections["Replies side by side"] = report.markdown_table(
         ["prompt", *(suite.TITLES[name] for name in systems)],
@@ -424,6 +495,37 @@ def _sample(prompt: Prompt, i: int, systems: Mapping[str, Replies]) -> dict[str,
     }
 
 
+def plot_gold_against_kl(path: Path, figures: Mapping[str, Any]) -> None:
+    """What each system gained at which KL, beside what choosing from n replies of SFT does."""
+    curves = {}
+    if "best_of_n" in figures:
+        curves["best of n by PPO's reward model (KL: upper bound)"] = best_of_n.curve(
+            figures["best_of_n"]
+        )
+    markers = {
+        suite.TITLES[name]: (figures[name]["kl"], figures[name]["gold"])
+        for name in suite.TITLES
+        if name in figures
+    }
+    report.plot_curves(
+        path, curves, markers=markers, title="Gold score of held-out replies",
+        x_label="KL to SFT, nats a reply", y_label="gold score",
+    )  # fmt: skip
+
+
+def _about_best_of_n(figures: Mapping[str, Any]) -> str:
+    own = figures["best_of_n"]
+    return (
+        f"By PPO's reward model, on the first {own['num_prompts']} prompts, from {own['samples']} "
+        "replies to each; the policy's figures are those of the same prompts. The KL of best of n "
+        "is the bound log n - (n - 1) / n. 'Mixed down to equal KL' takes, of the one with the "
+        "larger KL, the mixture that answers with it with probability p and with SFT otherwise: p "
+        "times the gain for at most p times the KL, a lower bound of what it could be at that KL. "
+        "So it is surely ahead if the mixture is, and surely behind only if it has the lower score "
+        "as it is."
+    )
+
+
 def _method(config: ConfigDict, figures: Mapping[str, Any]) -> str:
     return (
         f"One reply to each of {figures['num_prompts']} prompts of the {config.data.split} split "
@@ -432,7 +534,10 @@ def _method(config: ConfigDict, figures: Mapping[str, Any]) -> str:
         f"bootstrap over prompts, {config.bootstrap.resamples} resamples. The gold score is "
         f"`{config.gold.name}`, a program, not a person. Ties count one half. Length control is a "
         "logistic regression on the difference of lengths (AlpacaEval 2). Distinct-2 is pooled "
-        f"over the first {figures['diversity_tokens']:,} tokens of each system."
+        f"over the first {figures['diversity_tokens']:,} tokens of each system. KL is the mean "
+        "log-ratio of a system's own replies. 'At equal KL' compares gains over SFT after the "
+        "system with the larger KL is mixed with SFT down to the other's KL, which is a lower "
+        "bound of what it could gain there; its interval resamples gains and KLs together."
     )
 
 

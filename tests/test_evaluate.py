@@ -73,6 +73,7 @@ def tiny_config(inputs, **changed_inputs):
     config.data.pretraining_batches = 1
     config.batch_size = 16
     config.sampling.max_new_tokens = 12
+    config.best_of_n.update(sizes=(2, 3), samples=3, num_prompts=10)
     config.bootstrap.resamples = 100
     return config.lock()
 
@@ -97,9 +98,18 @@ def test_everything_is_reported(report_dir):
     assert isinstance(plain["passed"], bool)
     manifest = artifact.read_manifest(report_dir)
     assert manifest["results"]["policy"] == plain["policy"]
-    assert (report_dir / "gold.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("gold.png", "gold_kl.png"):
+        assert (report_dir / name).read_bytes()[:4] == b"\x89PNG"
     markdown = (report_dir / "report.md").read_text()
     assert "length-controlled" in markdown and "unseen reward model" in markdown
+    assert "| best of 3 | at most 0.432 |" in markdown and "surely ahead" in markdown
+    chosen = plain["best_of_n"]
+    assert chosen["num_prompts"] == 10 and chosen["samples"] == 3
+    # Chosen by the reward model: its own score rises with n, and the policy's is of 10 prompts.
+    assert chosen["3"]["reward_model"]["mean"] > chosen["2"]["reward_model"]["mean"]
+    lines = [json.loads(line) for line in (report_dir / "samples.jsonl").read_text().splitlines()]
+    gold = np.mean([line["policy"]["gold"] for line in lines[:10]])
+    assert chosen["policy"]["gold"]["mean"] == pytest.approx(gold)
 
 
 def test_samples_are_side_by_side_and_from_the_test_split(report_dir, inputs):
@@ -161,6 +171,17 @@ def test_shared_keys_would_measure_the_coupling():
     assert decided["own"] < 0.6 and decided["shared"] == 1.0
     assert ties["own"] < 0.2 and ties["shared"] > 0.9
     assert width["own"] > 4 * width["shared"]
+
+
+def test_best_of_n_can_be_left_out_and_changes_no_reply(inputs, report_dir, tmp_path):
+    config = tiny_config(inputs, previous=inputs["base"])
+    with config.unlocked():
+        config.best_of_n.sizes = ()
+    evaluate.run(config, str(tmp_path / "run"))
+    plain = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "best_of_n" not in plain
+    samples = [(path / "samples.jsonl").read_text() for path in (tmp_path / "run", report_dir)]
+    assert samples[0] == samples[1]
 
 
 def train_on(directory, stage, **own):
@@ -227,6 +248,12 @@ def test_kl_is_the_mean_log_ratio_of_the_policys_own_samples(report_dir):
     assert plain["policy"]["kl"] == pytest.approx(expected.to_json())
 
 
+def test_another_vocabulary_is_refused(inputs, other_vocabulary, tmp_path):
+    config = tiny_config(inputs, vocabulary=str(other_vocabulary))
+    with pytest.raises(UserError, match="inputs.policy has a vocabulary of 320 .* of 330"):
+        evaluate.run(config, str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -235,6 +262,8 @@ def test_kl_is_the_mean_log_ratio_of_the_policys_own_samples(report_dir):
         ({"gold.name": "vaderr"}, "did you mean 'vader'"),
         ({"inputs.judge": None}, "config.inputs.judge is not set"),
         ({"data.split": "train"}, "config.data.split='train'"),
+        ({"best_of_n.sizes": (2, 4)}, "best_of_n.sizes=.2, 4. must be from 2 to"),
+        ({"best_of_n.num_prompts": 0}, "best_of_n.num_prompts=0"),
     ],
 )
 def test_mistakes_are_named(inputs, tmp_path, change, message):

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from gptlab.evals.preference import Interval
 from gptlab.run import files
 
-Curve = tuple[
-    Sequence[float] | np.ndarray, Sequence[float] | np.ndarray
-]  # x and y of the same length
+Point = float | Interval
+# x and y of the same length
+Curve = tuple[Sequence[float] | np.ndarray, Sequence[Point] | np.ndarray]
 
 
 def show(value: Any) -> str:
@@ -72,28 +72,75 @@ def plot_curves(
     title: str,
     x_label: str,
     y_label: str,
-    markers: Mapping[str, tuple[float, float]] | None = None,
+    markers: Mapping[str, tuple[Point, Point]] | None = None,
 ) -> None:
-    """Writes a PNG of named lines and, on top of them, named single points."""
+    """Writes a PNG of named lines and, on top of them, named single points.
+
+    Intervals are drawn as bars. What has the same name up to a comma has the same colour: a second
+    line of it is dashed.
+    """
     figure, axes = _figure(title, x_label, y_label)
+    colours: dict[str, str] = {}
+    dashed: set[str] = set()
     for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name, linewidth=1.4, marker="." if len(x) < 20 else "")
+        group = name.split(",")[0]
+        style = "--" if group in dashed else "-"
+        dashed.add(group)
+        axes.errorbar(
+            x, _means(y), _bars(y), label=name, color=_colour(colours, name), linewidth=1.4,
+            elinewidth=0.8, capsize=2, linestyle=style, marker="." if len(x) < 20 else "",
+        )  # fmt: skip
     for name, (x_point, y_point) in (markers or {}).items():
-        axes.plot([x_point], [y_point], label=name, marker="o", linestyle="")
+        axes.errorbar(
+            _means([x_point]), _means([y_point]), _bars([y_point]), _bars([x_point]), label=name,
+            color=_colour(colours, name), elinewidth=0.8, capsize=2, marker="o", linestyle="",
+        )  # fmt: skip
     if curves or markers:
         axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
+def _colour(colours: dict[str, str], name: str) -> str:
+    """The colour of a name's part before the comma; a new one for a new part."""
+    return colours.setdefault(name.split(",")[0], f"C{len(colours) % 10}")
+
+
+def _means(points: Sequence[Point] | np.ndarray) -> list[float]:
+    return [p.mean if isinstance(p, Interval) else float(p) for p in points]
+
+
+def _bars(points: Sequence[Point] | np.ndarray) -> np.ndarray | None:
+    """How far intervals reach below and above their means, [2, n]; None if there are none."""
+    if not any(isinstance(p, Interval) for p in points):
+        return None
+    reach = [
+        (p.mean - p.low, p.high - p.mean) if isinstance(p, Interval) else (0.0, 0.0) for p in points
+    ]
+    return np.maximum(np.array(reach).T, 0.0)
+
+
 def plot_calibration(path: Any, tables: Mapping[str, list[dict[str, float]]]) -> None:
-    """Writes a PNG of reliability tables (`preference.reliability`) beside the diagonal."""
-    figure, axes = _figure("Calibration", "predicted confidence", "observed frequency")
-    axes.plot([0.5, 1.0], [0.5, 1.0], color="0.7", linewidth=1.0)
+    """Writes a PNG of reliability tables (`preference.reliability`) beside the diagonal.
+
+    Bars are standard errors of the observed frequencies, after one pair more on either side: a bin
+    of one pair is not certain.
+    """
+    figure, axes = _figure(
+        "Calibration", "predicted confidence", "observed frequency, with its standard error"
+    )
+    axes.plot([0.5, 1.0], [0.5, 1.0], color="0.7", linewidth=1.0, label="calibrated")
     for name, rows in tables.items():
-        confidence = [row["confidence"] for row in rows]
-        axes.plot(confidence, [row["accuracy"] for row in rows], label=name, marker=".")
-    if tables:
-        axes.legend(frameon=False, fontsize=8)
+        confidence, observed, count = (
+            np.array([float(row[key]) for row in rows])
+            for key in ("confidence", "accuracy", "count")
+        )
+        guess = (observed * count + 1.0) / (count + 2.0)
+        error = np.sqrt(guess * (1.0 - guess) / count)
+        axes.errorbar(
+            confidence, observed, error, label=f"{name} ({int(count.sum()):,} pairs)",
+            marker=".", linewidth=1.4, elinewidth=0.8, capsize=2,
+        )  # fmt: skip
+    axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptlab.evals import report, stage_figures, suite
+import numpy as np
+
+from gptlab.evals import best_of_n, report, stage_figures, suite
 from gptlab.evals.preference import Interval
 from gptlab.run import artifact, files
 from gptlab.run.metrics import read_metrics
@@ -42,11 +44,14 @@ def write(root: Path, preparation: Record, rounds: Sequence[Record]) -> tuple[st
     plots = write_plots(root, preparation, rounds)
     gate = [[r["round"], r["promoted"], "; ".join(r["failures"])] for r in rounds]
     figures = stage_figures.collect(root, preparation, rounds)
+    unmet = stage_figures.unmet(figures)
     sections = {
+        "Demands": demands(figures, unmet),
         "What each stage shows": report.markdown_table(*stage_figures.table(figures))
         + "\n\n"
         + _WHAT_IS_ASKED,
         "Rounds": report.markdown_table(header, rows) + "\n\n" + _HOW_TO_READ,
+        **best_of_n_sections(rounds),
         "Promotion": report.markdown_table(["round", "promoted", "because"], gate),
         "Stages": report.markdown_table(*stages_table(preparation, rounds)),
         "Plots": "\n\n".join(f"![{plot.stem}]({plot.name})" for plot in plots),
@@ -54,7 +59,43 @@ def write(root: Path, preparation: Record, rounds: Sequence[Record]) -> tuple[st
     text = report.document("From documents to a chat model", sections)
     files.atomic_write(root / "report.md", text)
     files.atomic_write(root / "report.json", machine_readable(figures, preparation, rounds))
-    return report.text_table(*stage_figures.short_table(figures)), plots
+    shown = report.text_table(*stage_figures.short_table(figures))
+    return shown + (f"\n\nUnmet demands: {len(unmet)}" if unmet else ""), plots
+
+
+def demands(figures: Sequence[stage_figures.Figure], unmet: Sequence[stage_figures.Figure]) -> str:
+    """Which demands are not met, a line each, with what was measured."""
+    asked = sum(figure.met is not None for figure in figures)
+    if not unmet:
+        return f"All {asked} are met."
+    lines = [
+        f"- **{figure.stage}: {figure.name}** is {report.show(figure.value)}; asked: "
+        f"{figure.demand}"
+        for figure in unmet
+    ]
+    return f"{len(unmet)} of {asked} are **not met**:\n\n" + "\n".join(lines)
+
+
+def best_of_n_sections(rounds: Sequence[Record]) -> dict[str, str]:
+    """Each round's policy beside best of n replies of SFT, where that was measured."""
+    sections = {}
+    for record in rounds:
+        figures = _intervals(record["figures"].get("best_of_n", {}))
+        if figures:
+            title = f"Round {record['round']}: the policy beside best of n replies of SFT"
+            sections[title] = report.markdown_table(*best_of_n.table(figures))
+    return sections
+
+
+def _intervals(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as they were before they became JSON."""
+
+    def back(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return Interval.from_json(value) if "low" in value else _intervals(value)
+
+    return {name: back(value) for name, value in figures.items()}
 
 
 def machine_readable(
@@ -63,7 +104,7 @@ def machine_readable(
     """report.json: the stages' figures with their demands, and the records of all rounds."""
     content = {
         "stages": [figure.to_json() for figure in figures],
-        "unmet": [f"{f.stage}: {f.name}" for f in figures if f.met is False],
+        "unmet": [f"{f.stage}: {f.name}" for f in stage_figures.unmet(figures)],
         "preparation": preparation,
         "rounds": rounds,
     }
@@ -110,22 +151,28 @@ def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> li
         root / "losses.png", losses(root, preparation),
         title="Loss", x_label="share of the stage's steps", y_label="nats a token",
     )  # fmt: skip
-    curves: dict[str, report.Curve] = {}
-    held_out, gold, calibration = {}, {}, {}
+    proxy: dict[str, report.Curve] = {}
+    chosen: dict[str, report.Curve] = {}
+    gold, calibration = {}, {}
     for record in rounds:
-        name, policy = f"round {record['round']}", record["figures"]["policy"]
-        curves[f"{name}, training"] = reward_against_kl(root / record["steps"]["ppo"]["artifact"])
-        held_out[f"{name}, held out"] = (policy["kl"]["mean"], policy["reward_model"]["mean"])
-        gold[name] = (policy["kl"]["mean"], policy["gold"]["mean"])
+        name, figures = f"round {record['round']}", record["figures"]
+        policy, baseline = _intervals(figures["policy"]), _intervals(figures["baseline"])
+        proxy[f"{name}, training"] = reward_against_kl(root / record["steps"]["ppo"]["artifact"])
+        proxy[f"{name}, held out: SFT and policy"] = (
+            [0.0, policy["kl"].mean], [baseline["reward_model"], policy["reward_model"]],
+        )  # fmt: skip
+        gold[f"{name}, PPO"] = (policy["kl"], policy["gold"])
+        if "best_of_n" in figures:
+            chosen[f"{name}, best of n (KL: upper bound)"] = best_of_n_against_kl(record)
         manifest = artifact.read_manifest(root / record["steps"]["reward"]["artifact"])
         calibration[name] = manifest["results"]["reliability"]
     report.plot_curves(
-        root / "reward_kl.png", curves, markers=held_out,
-        title="Score of PPO's reward model", x_label="KL to SFT, nats a reply", y_label="score",
+        root / "reward_kl.png", proxy, title="Score of each round's own reward model",
+        x_label="KL to SFT, nats a reply", y_label="score, unfinished replies as they are",
     )  # fmt: skip
-    baseline = rounds[0]["figures"]["baseline"]["gold"]["mean"]
+    sft = _intervals(rounds[0]["figures"]["baseline"])["gold"]
     report.plot_curves(
-        root / "gold_kl.png", {}, markers={"SFT": (0.0, baseline), **gold},
+        root / "gold_kl.png", chosen, markers={**gold, "SFT": (0.0, sft)},
         title="Gold score of held-out replies",
         x_label="KL to SFT, nats a reply", y_label="gold score",
     )  # fmt: skip
@@ -145,7 +192,21 @@ def losses(root: Path, preparation: Record) -> dict[str, report.Curve]:
     return curves
 
 
+def best_of_n_against_kl(record: Record) -> report.Curve:
+    """KL bound and gold score of SFT, and of the best of n of its replies for each n."""
+    return best_of_n.curve(_intervals(record["figures"]["best_of_n"]))
+
+
 def reward_against_kl(ppo: Path) -> report.Curve:
-    """KL and score of each rollout of a PPO run, in the order of training."""
-    lines = [line for line in read_metrics(ppo) if "ppo/score" in line]
-    return [line["ppo/kl"] for line in lines], [line["ppo/score"] for line in lines]
+    """KL and score over a PPO run: means over tenths of its steps, as one rollout is noise.
+
+    The score is the reward model's own, as it is of held-out replies: what unfinished replies were
+    paid instead is on no scale but PPO's.
+    """
+    lines = [line for line in read_metrics(ppo) if "ppo/raw_score" in line]
+    tenths = [tenth for tenth in np.array_split(np.arange(len(lines)), 10) if tenth.size]
+    x, y = (
+        [float(np.mean([lines[i][key] for i in tenth])) for tenth in tenths]
+        for key in ("ppo/kl", "ppo/raw_score")
+    )
+    return x, y

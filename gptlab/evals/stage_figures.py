@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptlab.evals import report, suite
+from gptlab.evals import best_of_n, report, suite
 from gptlab.evals.preference import Interval
 from gptlab.run import artifact
 
@@ -234,6 +234,8 @@ def of_policy(stage: str, figures: Mapping[str, Any]) -> list[Figure]:
             f"at least {MIN_DISTINCT_RATIO}", _at_least(ratio, MIN_DISTINCT_RATIO), main=True,
         ),
     ]  # fmt: skip
+    if "best_of_n" in figures:
+        lines.append(of_best_of_n(stage, figures["best_of_n"]))
     if previous:
         keys = ("gold_difference", "gold_difference_kl_matched", "win_rate")
         lines += [
@@ -243,10 +245,36 @@ def of_policy(stage: str, figures: Mapping[str, Any]) -> list[Figure]:
     return lines
 
 
+def of_best_of_n(stage: str, figures: Mapping[str, Any]) -> Figure:
+    """The policy beside best of n at the n whose KL is nearest to its own."""
+    policy = figures["policy"]
+    kl = _figure(policy["kl"])
+    n = best_of_n.nearest(figures, kl.mean)
+    best = {name: _figure(value) for name, value in figures[str(n)].items()}
+    return Figure(
+        stage,
+        f"gold score minus best of {n}'s, mixed down to equal KL",
+        best["policy_difference_kl_matched"],
+        {
+            "KL": kl,
+            f"best of {n}'s KL at most": best["kl"],
+            "gold over SFT": _figure(policy["gold_difference"]),
+            f"best of {n}'s": best["gold_difference"],
+            "surely ahead": best_of_n.ahead(kl.mean, best),
+        },
+        main=True,
+    )
+
+
 def table(figures: Iterable[Figure]) -> tuple[list[str], list[list[Any]]]:
     """All lines with what stands beside them."""
     rows = [[f.stage, f.name, f.value, _listed(f.beside), f.demand, _said(f.met)] for f in figures]
     return ["stage", "figure", "value", "beside it", "demand", "met"], rows
+
+
+def unmet(figures: Iterable[Figure]) -> list[Figure]:
+    """What was asked for and not shown."""
+    return [figure for figure in figures if figure.met is False]
 
 
 def short_table(figures: Iterable[Figure]) -> tuple[list[str], list[list[Any]]]:
@@ -294,4 +322,4 @@ def _listed(beside: Mapping[str, Any]) -> str:
 
 
 def _said(met: bool | None) -> str:
-    return "" if met is None else "yes" if met else "no"
+    return "" if met is None else "yes" if met else "NO"

@@ -45,6 +45,23 @@ def test_plots_are_pngs_and_reproducible(tmp_path):
     assert first != (tmp_path / "c.png").read_bytes()
 
 
+def test_intervals_are_drawn_and_names_share_colours(tmp_path, monkeypatch):
+    labels = {"title": "Gold", "x_label": "KL", "y_label": "score"}
+    drawn = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure.axes[0]))
+    curves = {"round 1, best of n": ([0, 1], [0.1, Interval(0.2, 0.1, 0.4)]), "other": ([0], [1])}
+    markers = {"round 1, PPO": (Interval(2.0, 1.0, 2.5), Interval(0.3, 0.2, 0.5))}
+    report.plot_curves(tmp_path / "a.png", curves, markers=markers, **labels)
+    best, other, ppo = drawn[0].containers
+    assert best[0].get_color() == ppo[0].get_color() != other[0].get_color()
+    (segments,) = (bars.get_segments() for bars in best[2])
+    np.testing.assert_allclose(segments[1][:, 1], [0.1, 0.4])  # from low to high
+    horizontal, vertical = (bars.get_segments()[0] for bars in ppo[2])
+    np.testing.assert_allclose(horizontal[:, 0], [1.0, 2.5])
+    np.testing.assert_allclose(vertical[:, 1], [0.2, 0.5])
+    assert len(other[2]) == 0
+
+
 def test_calibration_plot_of_tables_and_of_none(tmp_path):
     rows = [{"low": 0.5, "high": 0.6, "count": 3, "confidence": 0.55, "accuracy": 0.5}]
     report.plot_calibration(tmp_path / "some.png", {"round 1": rows})

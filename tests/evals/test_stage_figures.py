@@ -108,6 +108,24 @@ def test_the_round_before_is_shown_and_asks_for_nothing():
     assert lines[0].value.mean == 0.1 and lines[1].value is None
 
 
+def test_best_of_n_is_shown_at_the_nearest_kl():
+    best = {
+        "gold_difference": interval(0.2, 0.1, 0.3),
+        "policy_difference": interval(-0.1, "-inf", 0.1),
+        "kl": 1.2,
+    }
+    figures = evaluation()
+    figures["best_of_n"] = {
+        "policy": {"kl": interval(1.1, 1.0, 1.2), "gold_difference": interval(0.3, 0.2, 0.4)},
+        "4": {**best, "policy_difference_kl_matched": interval(-1.0, -2.0, 0.0)},
+        "8": {**best, "policy_difference_kl_matched": interval(0.1, 0.0, 0.2)},
+    }
+    line = stage_figures.of_policy("ppo", figures)[-1]
+    assert line.name == "gold score minus best of 8's, mixed down to equal KL" and line.main
+    assert line.beside["surely ahead"] == "open"
+    assert line.value.mean == 0.1 and line.met is None
+
+
 def test_clean_and_vocabulary():
     clean = {
         "records": {"documents-train": 5},
@@ -141,10 +159,14 @@ def test_a_whole_run_is_reported_for_people_and_for_programs(tmp_path, capsys):
     reward = artifact.read_manifest(root / content["rounds"][0]["steps"]["reward"]["artifact"])
     assert "clean_accuracy" not in reward["results"]
     text = (root / "report.md").read_text()
+    demands = text[text.index("## Demands") : text.index("## What")]
+    assert "**not met**" in demands and demands.count("\n- **") == len(content["unmet"])
+    assert "- **pretrain: held-out bits a byte** is -; asked: below the bigram's -" in demands
     assert "## What each stage shows" in text and text.index("## What") < text.index("## Rounds")
     assert "| pretrain | held-out bits a byte | - | unigram -, bigram -, trigram - |" in text
     printed = capsys.readouterr().out
     lines = printed[printed.rindex("demand  met") :].splitlines()
+    assert f"Unmet demands: {len(content['unmet'])}" in lines
     table = lines[2 : lines.index("")]
     assert 10 <= len(table) <= 16 and any("pretrain: held-out" in line for line in table)
 

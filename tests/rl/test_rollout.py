@@ -104,9 +104,7 @@ def test_a_halt_token_is_an_action_but_no_reward_model_reads_it():
     lengths = np.asarray(free.response_mask.sum(1), int)
     row = next(b for b in range(4) if lengths[b] > 2 and free.response[b, 1] != STOP)
     halt = int(free.response[row, 1])
-    drawn = sample(
-        model, params, *prompts(), jax.random.key(1), sampling(halt_tokens=(halt,)), PAD
-    )
+    drawn = sample(model, params, *prompts(), jax.random.key(1), sampling(halt_tokens=(halt,)), PAD)
     at = int(np.flatnonzero(np.asarray(free.response[row]) == halt)[0])
     assert drawn.response_mask[row].sum() == at + 1 and not drawn.finished[row]
     assert drawn.lengths[row] == drawn.scored_lengths[row] + 1
