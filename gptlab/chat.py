@@ -4,8 +4,9 @@
     python -m gptlab.chat --workdir=runs/quickstart    # a rounds workdir: the promoted policy
 
 Replies appear token by token. The conversation is kept over turns; when the context window is full,
-the oldest turns are left out. Commands: /reset, /system TEXT, /context TEXT (accompanies the next
-message), /help, /quit. Ctrl-C stops a reply, not the program. Piped input: one message a line.
+the oldest turns are left out, and a line says so. Commands: /reset, /system TEXT, /context TEXT
+(accompanies the next message), /help, /quit. Ctrl-C stops a reply, not the program. Piped input:
+one message a line.
 
 The first reply takes some seconds for compiling, later starts take them from the cache.
 """
@@ -84,6 +85,8 @@ class Session:
         self.system: str | None = None
         self.context: str | None = None
         self.messages: list[Message] = []
+        self.notice: str | None = None  # what the user should know of the prompt of this reply
+        self._left_out = 0  # messages that the last prompt had no room for
         room = policy.model.config.max_len - sampling.max_new_tokens
         if room < 8:
             raise UserError(
@@ -94,7 +97,7 @@ class Session:
 
     def reset(self) -> None:
         """Forgets every turn; the system message stays."""
-        self.messages, self.context = [], None
+        self.messages, self.context, self._left_out = [], None, 0
 
     def prompt(self) -> list[int]:
         """Ids that ask for the next reply: the system message and the turns that fit."""
@@ -104,7 +107,8 @@ class Session:
     def reply(self, text: str) -> Generator[str, None, None]:
         """Takes the user's message; yields the reply piece by piece, whole characters only.
 
-        What was yielded is kept as the assistant's turn, however the iteration ends.
+        What was yielded is kept as the assistant's turn, however the iteration ends. `notice` says
+        so if turns have just left the window.
 
         Raises:
             UserError: the system message leaves no room for the message, which is then forgotten.
@@ -116,6 +120,7 @@ class Session:
             self.messages.pop()
             raise
         self.context = None
+        self.notice = self._look_at(ids)
         key = jax.random.fold_in(self._key, self._turn)
         self._turn += 1
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -131,6 +136,22 @@ class Session:
                 yield rest
         finally:
             self.messages.append(Message("assistant", "".join(said), None))
+
+    def _look_at(self, prompt: Sequence[int]) -> str | None:
+        """What of the conversation is newly missing in a prompt, in words."""
+        tokenizer, window = self._policy.tokenizer, self._policy.model.config.max_len
+        newest = chat.encode_message(tokenizer, self.messages[-1])[0]
+        # No content holds a control token: headers count the turns; the last one is the reply's.
+        headers = sum(i in (tokenizer.user_id, tokenizer.assistant_id) for i in prompt) - 1
+        before, self._left_out = self._left_out, len(self.messages) - headers
+        if list(prompt[-1 - len(newest) : -1]) != newest:
+            return f"your message is too long for the window of {window} tokens: a part is read"
+        if self._left_out > before:
+            return (
+                f"the window of {window} tokens is full: the oldest {self._left_out} of "
+                f"{len(self.messages)} messages are no longer read"
+            )
+        return None
 
 
 def policy_workdir(workdir: str | Path) -> Path:
@@ -215,11 +236,22 @@ def _answer(session: Session, text: str) -> None:
     pieces = session.reply(text)
     try:
         for piece in pieces:
+            _notify(session)
             print(piece, end="", flush=True)
+        _notify(session)
         print(flush=True)
     except KeyboardInterrupt:
         pieces.close()
         print(" [stopped]", flush=True)
+
+
+def _notify(session: Session) -> None:
+    """Prints the session's notice, once; dim where that is possible."""
+    if session.notice is not None:
+        line = f"({session.notice})"
+        shown = f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line
+        print(shown, file=sys.stderr, flush=True)
+        session.notice = None
 
 
 def _command(session: Session, line: str) -> None:

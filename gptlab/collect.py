@@ -11,8 +11,9 @@ goes on after its last finished batch.
 
 Replies that a policy gives twice to one prompt are kept and counted (`duplicate_rate`): they are
 what it says, a set without them would show a more varied policy than there is. They teach a reward
-model nothing
-and cost it nothing: equal rewards have a gradient of exactly zero.
+model nothing and cost it nothing: equal rewards have a gradient of exactly zero. A text may be
+encoded into other tokens than were drawn, which a reward model is then trained on:
+`reencoding_mismatch` is the share of replies where that is so.
 """
 
 import functools
@@ -157,8 +158,8 @@ def collect_split(
     key: jax.Array,
 ) -> None:
     """Answers the prompts of one split; every finished batch is a file in parts/."""
-    config, parts = run.config, mesh_lib.data_size(mesh)
-    size = min(config.batch_size, max(parts, len(prompts) // parts * parts))
+    config = run.config
+    size = prompts_a_batch(config.batch_size, len(prompts), mesh_lib.data_size(mesh))
     data = PromptBatches(
         [prompt for _, prompt in prompts],
         tokenizer,
@@ -171,7 +172,8 @@ def collect_split(
     with run.progress(len(prompts), f"collect {split}", unit="prompt") as progress:
         for i, batch in enumerate(data.eval()):
             rows = range(i * size, min((i + 1) * size, len(prompts)))
-            path = run.workdir / _PARTS / f"{split}-{i:06d}.jsonl"
+            # By its rows and not by its number: on another mesh, a batch may be of another size.
+            path = run.workdir / _PARTS / f"{split}-{rows.start:06d}-{rows.stop:06d}.jsonl"
             if not path.exists():
                 own = numbers[np.maximum(batch.index, 0)]
                 with run.goodput.measure("step" if i else "compile"):
@@ -184,6 +186,11 @@ def collect_split(
             progress.update(len(rows))
             if run.stop_requested():
                 raise Interrupted(f"saved {rows.stop} of {len(prompts)} prompts of {split}")
+
+
+def prompts_a_batch(batch_size: int, num_prompts: int, parts: int) -> int:
+    """batch_size, or as many as there are if those are fewer; the mesh's `parts` divide both."""
+    return min(batch_size, max(parts, num_prompts // parts * parts))
 
 
 def write_part(
@@ -199,9 +206,11 @@ def write_part(
 
 
 def read_parts(workdir: epath.Path, split: str) -> list[dict[str, Any]]:
-    """What write_part wrote for a split, in the order of the prompts."""
+    """What write_part wrote for a split, in the order of the prompts, each prompt once."""
     paths = sorted((workdir / _PARTS).glob(f"{split}-*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    by_row = {row["row"]: row for row in rows}
+    return [by_row[row] for row in sorted(by_row)]
 
 
 def write_split(

@@ -88,6 +88,29 @@ def test_oldest_turns_leave_a_full_window_but_not_the_system_message(policy):
     assert text.startswith("be kind") and "day 11" in text and "day 0" not in text
 
 
+def test_a_turn_that_leaves_the_window_is_announced_when_it_does(policy, capsys):
+    talk = session(ByteByByte(policy, b"ok"))
+    announced, missing = [], []
+    for number in range(10):
+        chat.converse(talk, io.StringIO(f"tell me about day {number}\n"), interactive=False)
+        announced.append(capsys.readouterr().err)
+        question = talk.messages.pop()  # the prompt was made without the reply
+        said = policy.tokenizer.decode(talk.prompt())
+        missing.append(sum(m.content not in said for m in talk.messages[::2]))
+        talk.messages.append(question)
+    fuller = [0 < missing[0], *(a < b for a, b in zip(missing, missing[1:], strict=False))]
+    assert any(fuller) and not all(fuller)
+    assert [bool(line) for line in announced] == fuller
+    first = announced[fuller.index(True)]
+    assert first.startswith("(the window of 128 tokens is full: the oldest") and "\x1b" not in first
+
+
+def test_a_message_of_which_only_a_part_is_read_is_announced(policy, capsys):
+    talk = session(ByteByByte(policy, b"ok"))
+    chat.converse(talk, io.StringIO("hi\n" + "long " * 200 + "\n"), interactive=False)
+    assert "too long for the window of 128 tokens" in capsys.readouterr().err
+
+
 def test_context_accompanies_one_message(policy):
     talk = session(policy)
     talk.context = "the film was great"

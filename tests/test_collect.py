@@ -88,6 +88,22 @@ def test_a_stopped_run_goes_on_and_ends_the_same(collected, config, tmp_path, mo
     assert ours["digest"] == theirs["digest"]
 
 
+def test_a_stopped_run_goes_on_with_batches_of_another_size(
+    collected, config, tmp_path, monkeypatch
+):
+    """As on another mesh, which may change: the prompts of a batch may not be its number's."""
+    changed = ConfigDict(config.to_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.Run, "stop_requested", lambda self: True)
+        with pytest.raises(Interrupted):
+            collect.run(changed, str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        # 20 prompts in batches of 16 now; the first 8 are there.
+        patch.setattr(collect, "prompts_a_batch", lambda *_: 16)
+        collect.run(changed, str(tmp_path / "run"))
+    assert contents(tmp_path / "run", "train") == contents(collected, "train")
+
+
 def test_a_run_that_broke_off_at_its_end_writes_its_samples_once(collected, config, tmp_path):
     def broken(self, digest):
         raise RuntimeError("killed")
@@ -130,9 +146,7 @@ def test_another_seed_says_something_else(collected, config, tmp_path):
     assert contents(tmp_path / "run", "validation") != contents(collected, "validation")
 
 
-def test_replies_hold_no_control_token_but_their_end(
-    config, tmp_path, tiny_tokenizer, monkeypatch
-):
+def test_replies_hold_no_control_token_but_their_end(config, tmp_path, tiny_tokenizer, monkeypatch):
     """Not even of a model that likes them: what it draws after one is never seen."""
     seen = []
     original = collect.write_part
