@@ -10,11 +10,14 @@ import jax.numpy as jnp
 _MASKED = -1e30
 
 
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions: jax.Array, max_len: int, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles.
 
     Args:
-        positions: int32 [B, T].
+        positions: int32 [B, T], below max_len.
+        max_len: the context window.
         head_dim: K, even.
         theta: the base of the geometric sequence of wavelengths.
 
@@ -22,8 +25,14 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
         Two float32 arrays [B, T, K/2]. (Su et al. 2021, arXiv 2104.09864, eq. 15.)
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    if positions.size <= max_len:
+        angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
+        return jnp.cos(angles), jnp.sin(angles)
+    # The window has fewer angles than the batch, and what is looked up in a table is computed
+    # once; XLA's CPU backend computes cosines anew wherever a layer and head use them.
+    angles = jnp.arange(max_len, dtype=jnp.float32)[:, None] * frequencies[None]
+    cos, sin = (jnp.take(f(angles), positions, axis=0) for f in (jnp.cos, jnp.sin))
+    return cos, sin
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptlab.model import attention as attn
+from gptlab.model.product import product
 from gptlab.model.sharding import constrain
 from gptlab.run.errors import UserError
 
@@ -163,7 +164,7 @@ class Dense(nn.Module):
         """[..., I] -> [..., O] in `dtype`."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype), self.dtype)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32)
@@ -327,19 +328,14 @@ class Backbone(nn.Module):
         if c.position == "learned":
             x = x + jnp.take(self.positions.astype(c.dtype), positions, axis=0)
         else:
-            rope = attn.rope_tables(positions, c.head_dim, c.rope_theta)
+            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta)
         return constrain(x, "batch", "length", "act_embed"), rope
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-norm output [B, T, D] -> float32 [B, T, V]."""
         c = self.config
         table = self.embedding if c.tie_embeddings else self.unembedding  # [V, D]
-        logits = jnp.einsum(
-            "btd,vd->btv",
-            hidden.astype(c.dtype),
-            table.astype(c.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = product(hidden.astype(c.dtype), table.astype(c.dtype).T, "float32")
         return constrain(logits, "batch", "length", "act_vocab")
 
     def normalize(self, x: jax.Array) -> jax.Array:

@@ -180,12 +180,19 @@ def test_rope_depends_on_distance_only():
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in (0, 1))
 
     def score(at_q, at_k):
-        a = attn.apply_rope(q, attn.rope_tables(jnp.array([[at_q]]), 16, 1e4))
-        b = attn.apply_rope(k, attn.rope_tables(jnp.array([[at_k]]), 16, 1e4))
+        a = attn.apply_rope(q, attn.rope_tables(jnp.array([[at_q]]), 64, 16, 1e4))
+        b = attn.apply_rope(k, attn.rope_tables(jnp.array([[at_k]]), 64, 16, 1e4))
         return float((a * b).sum())
 
     assert abs(score(9, 4) - score(25, 20)) < 1e-5
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_rope_angles_looked_up_are_those_computed():
+    positions = jnp.arange(24).reshape(2, 12) % 16  # more of them than tokens in the window
+    looked_up = attn.rope_tables(positions, 16, 8, 1e4)
+    for a, b in zip(looked_up, attn.rope_tables(positions, 24, 8, 1e4), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", [{"unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
