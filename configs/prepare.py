@@ -75,7 +75,9 @@ def tokenize() -> ConfigDict:
     config.inputs = ConfigDict(dict(corpus=placeholder(str), vocabulary=placeholder(str)))
     config.module = placeholder(str)  # imported first; may register Tasks and TFDS builders
     config.tasks = ("pretrain", "dialogues")  # Tasks or Mixtures (all their Tasks)
-    config.mixtures = ConfigDict()  # name -> {task: rate}; a seqio Mixture is made of each
+    # name -> {task: rate}: what --config.data.name of pretrain and sft may name, too. The tasks are
+    # tokenised whether config.tasks names them or not; a rate is a share of the rows of a batch.
+    config.mixtures = ConfigDict()
     config.slices = 8  # units of work for each task and split
     config.num_shards = 1
     config.beam = beam()

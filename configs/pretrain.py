@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.inputs = common.inputs("tokens", "vocabulary")
-    config.data = {"name": "pretrain", "seq_len": 1024}
+    config.data = {"name": "pretrain", "seq_len": 1024}  # a task or a mixture of the tokens
     # 50,304 = 393 x 128 and not GPT-2's 50,257: a multiple of what the hardware multiplies by.
     config.model = common.model(arg or "gpt2_124m", vocab_size=50304)
     config.compute = common.compute(dtype="bfloat16", remat="dots")

@@ -21,6 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.inputs = common.inputs("init", "tokens", "vocabulary")
+    # The name is of a task or a mixture of the tokens; an overlong dialogue is dropped or split.
     config.data = {"name": "dialogues", "seq_len": 256, "overlong": "drop"}
     config.loss_on = "assistant"
     config.compute = common.compute(dropout=0.2)

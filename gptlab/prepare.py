@@ -12,7 +12,8 @@ over them (gptlab/data/tasks.py).
 
 The records are the same bytes whatever the number of workers: a record's shard is a hash of its
 id, and a shard is sorted. Blocks of some hundred records are Beam's elements, as its overhead is
-per element.
+per element. Asked to stop (SIGTERM, Ctrl-C), it stops after the blocks in hand, and starts anew
+next time.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptlab.data import clean, dedup, readers, records
-from gptlab.data.records import Comparison, Conversation, Document, Prompt
+from gptlab.data import clean, cleaning_report, dedup, readers, records
+from gptlab.data.cleaning_report import STATISTICS, Statistics, kind_of
+from gptlab.data.records import Conversation, Document, Prompt
 from gptlab.run import artifact, files, program
-from gptlab.run.errors import UserError
+from gptlab.run.errors import Interrupted, UserError
 
 BLOCK_ITEMS, BLOCK_CHARS = 400, 1 << 19
 PARTITIONS = 32  # of the duplicates' hashes: each is resolved in one worker's memory
-EXAMPLES = 3
-STATISTICS, QUARANTINE = "statistics.json", "quarantine.jsonl"
+TICKS, STOP = ".ticks", ".stop"  # in the workdir while workers run: work done, and a stop asked for
 Payload = tuple[str, bytes]  # id, record bytes
 
 
@@ -73,7 +74,6 @@ class Cleaning:
     prompt_min_chars: int
     num_shards: int
     directory: str
-    ticks: str
 
 
 def run_clean(config: ConfigDict, workdir: str) -> None:
@@ -85,13 +85,15 @@ def run_clean(config: ConfigDict, workdir: str) -> None:
             print(f"prepare: {workdir} is done")
             return
         settings = _cleaning(config, opened.workdir)
-        with _progress(opened, settings.ticks, len(sources), "cleaning", "source"):
+        with _watched(opened, len(sources), "cleaning", "source"):
             _run_pipeline(config.beam, functools.partial(clean_pipeline, sources, settings))
         _fill_empty_shards(settings.directory, config.num_shards)
         statistics = json.loads((opened.workdir / STATISTICS).read_text())
-        _check_quality(statistics, config, opened.workdir)
-        files.atomic_write(opened.workdir / "report.md", clean_report(statistics, opened))
-        opened.results(**clean_results(statistics))
+        cleaning_report.check_quality(statistics, config, opened.workdir)
+        files.atomic_write(
+            opened.workdir / "report.md", cleaning_report.report(statistics, opened.identity)
+        )
+        opened.results(**cleaning_report.results(statistics))
         opened.complete(records.digest(settings.directory))
 
 
@@ -110,7 +112,6 @@ def _cleaning(config: ConfigDict, workdir: epath.Path) -> Cleaning:
         prompt_min_chars=config.prompts.min_chars,
         num_shards=config.num_shards,
         directory=str(workdir / "records"),
-        ticks=str(workdir / ".ticks"),
     )
 
 
@@ -138,12 +139,13 @@ def clean_pipeline(sources: list[readers.Source], settings: Cleaning, root: beam
         | "unique prompts"
         >> beam.FlatMap(keep_prompts, settings).with_outputs(*outputs, main="main")
     )
-    _write(settings.directory, settings.num_shards, kept.main, prompts.main)
+    _write(settings, kept.main, prompts.main)
+    workdir = os.path.dirname(settings.directory)
     (
         (cleaned.statistics, kept.statistics, prompts.statistics)
         | "all statistics" >> beam.Flatten()
         | "together" >> beam.GroupByKey()
-        | "write statistics" >> beam.Map(write_statistics, os.path.dirname(settings.directory))
+        | "write statistics" >> beam.Map(cleaning_report.write_statistics, workdir)
     )
 
 
@@ -152,6 +154,8 @@ def read_blocks(source: readers.Source, settings: Cleaning) -> Iterator[bytes]:
     block: list[readers.Item | readers.Bad] = []
     chars = 0
     for item in readers.read(source, settings.limits):
+        if not block and _stopping(settings):
+            return
         block.append(item)
         if isinstance(item, readers.Item) and isinstance(item.record, Document):
             chars += len(item.record.text)
@@ -162,7 +166,7 @@ def read_blocks(source: readers.Source, settings: Cleaning) -> Iterator[bytes]:
             block, chars = [], 0
     if block:
         yield pickle.dumps(block)
-    _tick(settings.ticks)
+    _tick(settings)
 
 
 def split_of(topic: str | None, unit: str, settings: Cleaning) -> str:
@@ -185,6 +189,8 @@ def _share(*names: object) -> float:
 
 def clean_block(block: bytes, settings: Cleaning) -> Iterator[Any]:
     """Pickled items -> (partition, [(hash, split, id, record bytes)]), and statistics."""
+    if _stopping(settings):
+        return
     statistics = Statistics()
     parts: dict[int, list[tuple[bytes, str, str, bytes]]] = {}
     for item in pickle.loads(block):
@@ -232,6 +238,8 @@ def _clean_record(item: readers.Item, rules: clean.Rules) -> tuple[Any, str | No
 
 def keep_unique(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
     """One partition's records -> those to keep by (set, shard), and prompts by their hash."""
+    if _stopping(settings):
+        return
     statistics = Statistics()
     kept, dropped = dedup.unique(
         (key, split, record_id, (split, data))
@@ -255,13 +263,9 @@ def keep_unique(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterat
 
 
 def _add(shards: dict, record: Any, split: str, num_shards: int) -> None:
-    name = f"{_kind(record)}-{split}"
+    name = f"{kind_of(record)}-{split}"
     shard = records.shard_of(record.id, num_shards)
     shards.setdefault((name, shard), []).append((record.id, record.to_bytes()))
-
-
-def _kind(record: Any) -> str:
-    return type(record).__name__.lower() + "s"
 
 
 def _prompts(
@@ -288,6 +292,8 @@ def _prompts(
 
 def keep_prompts(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
     """One partition's prompts without duplicates; what occurs in training is no held-out prompt."""
+    if _stopping(settings):
+        return
     statistics = Statistics()
     entries: dict[bytes, list[tuple[str, str, bytes]]] = {}
     for block in group[1]:
@@ -312,23 +318,25 @@ def keep_prompts(group: tuple[int, Iterable[list]], settings: Cleaning) -> Itera
     yield TaggedOutput("statistics", (0, statistics.dump()))
 
 
-def _write(directory: str, num_shards: int, *collections: beam.PCollection) -> None:
+def _write(settings: Cleaning | Tokenizing, *collections: beam.PCollection) -> None:
     """Collections of ((set, shard), payloads) -> shards of records."""
     (
         collections
         | "all records" >> beam.Flatten()
         | "by shard" >> beam.GroupByKey()
-        | "write shard" >> beam.Map(write_shard, directory, num_shards)
+        | "write shard" >> beam.Map(write_shard, settings)
     )
 
 
 def write_shard(
-    group: tuple[tuple[str, int], Iterable[list[Payload]]], directory: str, num_shards: int
+    group: tuple[tuple[str, int], Iterable[list[Payload]]], settings: Cleaning | Tokenizing
 ) -> None:
     """Sorts and writes one shard."""
+    if _stopping(settings):
+        return
     (name, shard), blocks = group
     kind, split = name.rsplit("-", 1)
-    path = records.shard_path(directory, kind, split, shard, num_shards)
+    path = records.shard_path(settings.directory, kind, split, shard, settings.num_shards)
     records.write_shard(path, (payload for block in blocks for payload in block))
 
 
@@ -340,185 +348,6 @@ def _fill_empty_shards(directory: str, num_shards: int) -> None:
             path = records.shard_path(directory, kind, split, shard, num_shards)
             if not path.exists():
                 records.write_shard(path, [])
-
-
-# --- what happened ---
-
-
-class Statistics:
-    """Counts by (source, kind, split, outcome) with a few examples each, and the quarantine."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str, str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str, str, str]] = Counter()
-        self.examples: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
-        self.bad: list[tuple[str, int, str]] = []
-
-    def keep(self, record: Any, split: str) -> None:
-        """Counts a record that is written."""
-        self._count(record, split, "kept")
-
-    def drop(self, record: Any, split: str, reason: str, remark: str = "") -> None:
-        """Counts a record that is left out, and may show it."""
-        key = self._count(record, split, reason)
-        self._show(key, record.id, " ".join(_text(record)[:160].split()) + remark)
-
-    def quarantine(self, bad: readers.Bad) -> None:
-        """Notes what could not be read."""
-        self.bad.append((bad.file, bad.line, bad.reason))
-
-    def merge(self, dumped: bytes) -> None:
-        """Adds what dump() of another one returned."""
-        counts, sizes, examples, bad = pickle.loads(dumped)
-        self.counts.update(counts)
-        self.bytes.update(sizes)
-        for key, shown in examples.items():
-            for record_id, text in shown:
-                self._show(key, record_id, text)
-        self.bad += bad
-
-    def dump(self) -> bytes:
-        """For another process."""
-        return pickle.dumps((self.counts, self.bytes, self.examples, self.bad))
-
-    def _count(self, record: Any, split: str, outcome: str) -> tuple[str, str, str, str]:
-        source = record.prompt.source if isinstance(record, Comparison) else record.source
-        key = (source, _kind(record), split, outcome)
-        self.counts[key] += 1
-        self.bytes[key] += len(_text(record).encode("utf-8", "replace"))
-        return key
-
-    def _show(self, key: tuple[str, str, str, str], record_id: str, text: str) -> None:
-        # The smallest ids: the same examples whatever the order of the blocks.
-        shown = self.examples.setdefault(key, [])
-        shown.append((record_id, text))
-        shown.sort()
-        del shown[EXAMPLES:]
-
-
-def _text(record: Any) -> str:
-    if isinstance(record, Document):
-        return record.text
-    if isinstance(record, Comparison):
-        return "\n".join(c.content for c in record.candidates)
-    return "\n".join(m.content for m in record.messages)
-
-
-def write_statistics(group: tuple[int, Iterable[bytes]], directory: str) -> None:
-    """Merges all statistics; writes them and the quarantine."""
-    total = Statistics()
-    for dumped in group[1]:
-        total.merge(dumped)
-    rows = [
-        {
-            "source": key[0], "kind": key[1], "split": key[2], "outcome": key[3],
-            "count": count, "bytes": total.bytes[key], "examples": total.examples.get(key, []),
-        }
-        for key, count in sorted(total.counts.items())
-    ]  # fmt: skip
-    bad = [{"file": f, "line": n, "reason": r} for f, n, r in sorted(total.bad)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
-    files.atomic_write(epath.Path(directory) / QUARANTINE, lines.encode("utf-8", "replace"))
-    content = json.dumps({"rows": rows, "quarantined": len(bad), "reasons": _reasons(bad)})
-    files.atomic_write(epath.Path(directory) / STATISTICS, content)
-
-
-def _reasons(bad: list[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
-    """(reason, how often, up to three places) of the quarantine."""
-    places: dict[str, list[str]] = {}
-    for row in bad:
-        places.setdefault(row["reason"], []).append(f"{row['file']}:{row['line']}")
-    return [(reason, len(found), found[:EXAMPLES]) for reason, found in sorted(places.items())]
-
-
-def _check_quality(statistics: dict[str, Any], config: ConfigDict, workdir: epath.Path) -> None:
-    """UserError when too much is bad, or nothing is left to train on or to validate with."""
-    kept: Counter[tuple[str, str]] = Counter()
-    read = 0
-    for row in statistics["rows"]:
-        if row["kind"] != "prompts":
-            read += row["count"]
-        if row["outcome"] == "kept":
-            kept[row["kind"], row["split"]] += row["count"]
-    bad = statistics["quarantined"]
-    if bad > config.max_bad_fraction * (bad + read):
-        reasons = ", ".join(f"{reason} ({n})" for reason, n, _ in statistics["reasons"][:3])
-        raise UserError(
-            f"{bad} of {bad + read} inputs could not be read: {reasons}; see "
-            f"{workdir / QUARANTINE}, mend them or raise config.max_bad_fraction "
-            f"({config.max_bad_fraction})"
-        )
-    trained = [kind for kind in ("documents", "conversations") if kept[kind, "train"]]
-    if not trained:
-        raise UserError(
-            f"no document is left for training: config.clean and config.split dropped all {read}"
-        )
-    for kind in trained:
-        if not kept[kind, "validation"]:
-            raise UserError(
-                f"none of the {kept[kind, 'train']} {kind} fell into validation; raise "
-                f"config.split.validation_fraction ({config.split.validation_fraction}) "
-                "or give more data"
-            )
-
-
-def clean_results(statistics: dict[str, Any]) -> dict[str, Any]:
-    """Figures for the manifest: kept counts and bytes per record set, dropped counts per reason."""
-    kept: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    for row in statistics["rows"]:
-        if row["outcome"] == "kept":
-            kept[f"{row['kind']}-{row['split']}"] += row["count"]
-            size[f"{row['kind']}-{row['split']}"] += row["bytes"]
-        else:
-            dropped[f"{row['kind']}: {row['outcome']}"] += row["count"]
-    return {
-        "records": dict(kept), "bytes": dict(size), "dropped": dict(dropped),
-        "quarantined": statistics["quarantined"],
-    }  # fmt: skip
-
-
-def clean_report(statistics: dict[str, Any], opened: artifact.Run) -> str:
-    """report.md: what is kept by source and split, what was dropped and why, with examples."""
-    splits = dedup.SPLITS
-    table: dict[tuple[str, str], Counter[str]] = {}
-    lines = []
-    for row in statistics["rows"]:
-        cell = table.setdefault((row["source"], row["kind"]), Counter())
-        if row["outcome"] == "kept":
-            cell[row["split"]] += row["count"]
-            cell["bytes"] += row["bytes"]
-        else:
-            cell["dropped"] += row["count"]
-    out = [f"# Corpus {opened.identity}", "", "## Kept", ""]
-    out += [
-        f"| source | kind | {' | '.join(splits)} | bytes kept | dropped |",
-        "|---|---|" + "---:|" * 5,
-    ]
-    for (source, kind), cell in sorted(table.items()):
-        counts = " | ".join(f"{cell[s]:,}" for s in splits)
-        out.append(f"| {source} | {kind} | {counts} | {cell['bytes']:,} | {cell['dropped']:,} |")
-    out += [
-        "",
-        "## Dropped",
-        "",
-        "| source | kind | split | reason | count |",
-        "|---|---|---|---|---:|",
-    ]
-    for row in statistics["rows"]:
-        if row["outcome"] != "kept":
-            out.append("| {source} | {kind} | {split} | {outcome} | {count:,} |".format(**row))
-            head = f"- {row['source']}, {row['kind']}, {row['split']}, {row['outcome']}:"
-            lines += [head] + [f"  - `{key}`: {_code(text)}" for key, text in row["examples"]]
-    out += ["", "Examples:", "", *lines, "", f"## Quarantined: {statistics['quarantined']:,}", ""]
-    for reason, count, places in statistics["reasons"]:
-        out.append(f"- {reason}: {count:,} ({', '.join(f'`{p}`' for p in places)})")
-    return "\n".join(out) + "\n"
-
-
-def _code(text: str) -> str:
-    return "`" + text.replace("`", "'") + "`"
 
 
 # --- tokenize ---
@@ -533,7 +362,6 @@ class Tokenizing:
     module: str | None
     num_shards: int
     directory: str
-    ticks: str
 
 
 def run_tokenize(config: ConfigDict, workdir: str) -> None:
@@ -551,15 +379,16 @@ def run_tokenize(config: ConfigDict, workdir: str) -> None:
             module=config.module,
             num_shards=config.num_shards,
             directory=str(opened.workdir / "records"),
-            ticks=str(opened.workdir / ".ticks"),
         )
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
         from gptlab.data import tasks
 
         tasks.use(settings.corpus, settings.vocabulary, settings.module)
-        mixtures = {name: tasks.add_mixture(name, dict(r)) for name, r in config.mixtures.items()}
-        slices = tasks.slices(config.tasks, config.slices)
-        with _progress(opened, settings.ticks, len(slices), "tokenizing", "slice"):
+        for name, rates in config.mixtures.items():
+            tasks.add_mixture(name, dict(rates))
+        names = [*config.tasks, *config.mixtures]
+        slices, mixtures = tasks.slices(names, config.slices), tasks.mixture_rates(names)
+        with _watched(opened, len(slices), "tokenizing", "slice"):
             _run_pipeline(config.beam, functools.partial(tokenize_pipeline, slices, settings))
         _fill_empty_shards(settings.directory, config.num_shards)
         counts = json.loads((opened.workdir / STATISTICS).read_text())
@@ -577,7 +406,7 @@ def tokenize_pipeline(slices: list[Any], settings: Tokenizing, root: beam.Pipeli
         | "spread slices" >> beam.Reshuffle()
         | "tokenize" >> beam.FlatMap(tokenize_slice, settings).with_outputs("counts", main="main")
     )
-    _write(settings.directory, settings.num_shards, done.main)
+    _write(settings, done.main)
     (
         done.counts
         | "together" >> beam.GroupByKey()
@@ -595,6 +424,8 @@ def tokenize_slice(part: Any, settings: Tokenizing) -> Iterator[Any]:
     shards: dict[int, list[Payload]] = {}
     waiting = 0
     for example in tasks.examples(part):
+        if not waiting and _stopping(settings):
+            return
         counts.update(
             examples=1, tokens=len(example.tokens), learnt_tokens=int(example.loss_mask.sum())
         )
@@ -606,7 +437,7 @@ def tokenize_slice(part: Any, settings: Tokenizing) -> Iterator[Any]:
             shards, waiting = {}, 0
     yield from (((name, s), payloads) for s, payloads in sorted(shards.items()))
     yield TaggedOutput("counts", (0, (name, dict(counts))))
-    _tick(settings.ticks)
+    _tick(settings)
 
 
 def write_counts(group: tuple[int, Iterable[tuple[str, dict[str, int]]]], directory: str) -> None:
@@ -663,7 +494,8 @@ def _run_pipeline(config: ConfigDict, build: Callable[[beam.Pipeline], None]) ->
         runner = FnApiRunner()
         mode = "multi_processing" if config.num_workers > 1 else "in_memory"
         options += [f"--direct_num_workers={config.num_workers}", f"--direct_running_mode={mode}"]
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    # What a worker raises arrives here as well; Beam would log its traceback before that.
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
         pipeline = beam.Pipeline(runner=runner, options=PipelineOptions(options))
         build(pipeline)
@@ -689,41 +521,57 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _tick(path: str) -> None:
+def _tick(settings: Cleaning | Tokenizing) -> None:
     """One unit of work is done: one byte more in a file, which every process can append to."""
+    path = os.path.join(os.path.dirname(settings.directory), TICKS)
     if os.path.isdir(os.path.dirname(path)):
         with open(path, "ab") as file:
             file.write(b".")
 
 
-class _progress:  # noqa: N801  (used as a function)
-    """Shows the ticks of all workers while a pipeline runs."""
+def _stopping(settings: Cleaning | Tokenizing) -> bool:
+    """Whether the run was asked to stop. Workers look between blocks, and then do no more."""
+    return os.path.exists(os.path.join(os.path.dirname(settings.directory), STOP))
 
-    def __init__(self, opened: artifact.Run, ticks: str, total: int, desc: str, unit: str):
-        self._ticks = ticks
+
+class _watched:  # noqa: N801  (used as a function)
+    """While a pipeline runs, shows the ticks of all workers and hands a requested stop on to them.
+
+    Raises Interrupted if there was one: what the pipeline made is not all of it.
+    """
+
+    def __init__(self, opened: artifact.Run, total: int, desc: str, unit: str):
+        self._opened, self._desc = opened, desc
+        self._ticks, self._stop = (opened.workdir / name for name in (TICKS, STOP))
         self._bar = opened.progress(total, desc, unit=unit)
-        self._stop = threading.Event()
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> None:
-        if os.path.exists(self._ticks):
-            os.unlink(self._ticks)
+        self._remove()
         self._bar.__enter__()
         self._thread.start()
 
-    def __exit__(self, *exception: Any) -> None:
-        self._stop.set()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._done.set()
         self._thread.join()
-        self._bar.__exit__(*exception)
-        if os.path.exists(self._ticks):
-            os.unlink(self._ticks)
+        self._bar.__exit__(kind, error, trace)
+        self._remove()
+        if self._opened.stop_requested():
+            raise Interrupted(f"stopped while {self._desc}, which will start anew") from None
+
+    def _remove(self) -> None:
+        for path in (self._ticks, self._stop):
+            path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         seen = 0
         stopping = False
         while not stopping:
-            stopping = self._stop.wait(0.5)
-            now = os.path.getsize(self._ticks) if os.path.exists(self._ticks) else 0
+            stopping = self._done.wait(0.3)
+            if self._opened.stop_requested() and not self._stop.exists():
+                self._stop.touch()
+            now = self._ticks.stat().length if self._ticks.exists() else 0
             if now > seen:
                 self._bar.update(now - seen)
                 seen = now

@@ -1,17 +1,25 @@
-"""prepare end to end: splits, files, workers, bad input; the user's own Tasks in records."""
+"""prepare end to end: splits, files, workers, bad input; a user's own data up to the batches."""
 
+import itertools
 import json
+import os
+import signal
+import sys
+import time
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import prepare as prepare_config
+from configs import pretrain as pretrain_config
 from configs import train_tokenizer as tokenizer_config
-from gptlab import prepare, train_tokenizer
-from gptlab.data import records
+from gptlab import prepare, pretrain, train_tokenizer
+from gptlab.data import readers, records
 from gptlab.data.records import Conversation, Document, Prompt, RecordReader, TokenExample
 from gptlab.run import artifact
-from gptlab.run.errors import UserError
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.train import mesh as mesh_lib
 
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")
 
@@ -158,6 +166,7 @@ def test_errors_are_one_line(corpus, tmp_path, changes, message):
 OWN = """
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from gptlab.data import tasks
 
 def lines(split, shuffle_files, seed=None):
@@ -171,59 +180,163 @@ seqio.TaskRegistry.add(
     ],
     output_features=tasks.output_features(),
 )
+
+class PreparePoems(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(30):
+            yield i, {"text": f"Poem {i} says that roses are red and that violets are not."}
 """
 
 
-def test_tokenize_with_a_task_of_ones_own(corpus, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def vocabulary(corpus, tmp_path_factory):
     config = tokenizer_config.get_config()
     config.inputs.corpus = str(corpus)
     config.vocab_size = 320
-    train_tokenizer.run(config, str(tmp_path / "vocabulary"))
-    results = artifact.read_manifest(tmp_path / "vocabulary")["results"]
+    workdir = tmp_path_factory.mktemp("vocabulary") / "run"
+    train_tokenizer.run(config, str(workdir))
+    return workdir
+
+
+def tokenize_config(corpus, vocabulary, **changes):
+    config = prepare_config.get_config("tokenize")
+    config.inputs.update(corpus=str(corpus), vocabulary=str(vocabulary))
+    config.slices = 2  # each takes Beam its time
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, vocabulary, tmp_path_factory):
+    """The corpus as tokens of our own Tasks."""
+    workdir = tmp_path_factory.mktemp("plain") / "run"
+    prepare.run(tokenize_config(corpus, vocabulary), str(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def own(corpus, vocabulary, tmp_path_factory):
+    """The same beside a TFDS data set of one's own, with a Task and a mixture of one's own."""
+    root = tmp_path_factory.mktemp("own")
+    (root / "prepare_own_module.py").write_text(OWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        from gptlab.data import tasks
+
+        tasks.load_module("prepare_own_module")
+        builder = sys.modules["prepare_own_module"].PreparePoems(data_dir=str(root / "tfds"))
+        builder.download_and_prepare()
+        config = clean_config(corpus.parent / "input", module="prepare_own_module")
+        config.data.update(beside=("tfds:prepare_poems",), tfds_dir=str(root / "tfds"))
+        prepare.run(config, str(root / "clean"))
+        config = tokenize_config(root / "clean", vocabulary, module="prepare_own_module", slices=1)
+        config.mixtures.mine = ConfigDict({"prepare_lines": 0.5, "pretrain": 0.5})
+        prepare.run(config, str(root / "tokens"))
+    return root
+
+
+def test_tokenize(corpus, vocabulary, plain, own, tmp_path):
+    results = artifact.read_manifest(vocabulary)["results"]
     documents = read(corpus, "documents", "train", Document)
     messages = [m for c in read(corpus, "conversations", "train", Conversation) for m in c.messages]
     assert results["train/round_tripped_texts"] == len(documents) + len(messages)
-
-    (tmp_path / "prepare_lines_module.py").write_text(OWN)
-    monkeypatch.chdir(tmp_path)
-
-    def tokenize(name, **changes):
-        config = prepare_config.get_config("tokenize")
-        config.inputs.update(corpus=str(corpus), vocabulary=str(tmp_path / "vocabulary"))
-        config.slices = 2  # each takes Beam its time
-        config.update_from_flattened_dict(changes)
-        prepare.run(config, str(tmp_path / name))
-        return tmp_path / name
-
-    plain = tokenize("plain")
     assert records.record_sets(plain / "records") == [
         f"{task}-{split}"
         for task in ("dialogues", "pretrain")
         for split in ("test", "train", "validation")
     ]
     assert len(read(plain, "pretrain", "train", TokenExample)) == len(documents)
+    assert artifact.read_manifest(plain)["results"]["mixtures"] == {}
 
-    config = prepare_config.get_config("tokenize")
-    config.inputs.update(corpus=str(corpus), vocabulary=str(tmp_path / "vocabulary"))
-    config.module, config.slices = "prepare_lines_module", 3  # other slices, the same records
-    config.tasks = ("pretrain", "mine")
-    config.mixtures.mine = ConfigDict({"prepare_lines": 0.5, "dialogues": 0.5})
-    prepare.run(config, str(tmp_path / "own"))
-    own = tmp_path / "own"
-    mine = read(own, "prepare_lines", "train", TokenExample)
-    vocabulary = train_tokenizer.Tokenizer.load(tmp_path / "vocabulary")
-    assert sorted(vocabulary.decode(e.tokens) for e in mine) == [
-        f"train line {i}" for i in range(4)
-    ]
-    assert {e.tokens[-1] for e in mine} == {vocabulary.eos_id}
-    manifest = artifact.read_manifest(own)["results"]
-    assert manifest["mixtures"] == {"mine": {"prepare_lines": 0.5, "dialogues": 0.5}}
+    mine = read(own / "tokens", "prepare_lines", "train", TokenExample)
+    tokenizer = train_tokenizer.Tokenizer.load(vocabulary)
+    assert sorted(tokenizer.decode(e.tokens) for e in mine) == [f"train line {i}" for i in range(4)]
+    assert {e.tokens[-1] for e in mine} == {tokenizer.eos_id}
+    manifest = artifact.read_manifest(own / "tokens")["results"]
+    assert manifest["mixtures"] == {"mine": {"prepare_lines": 0.5, "pretrain": 0.5}}
     assert manifest["token_sets"]["prepare_lines-train"]["examples"] == 4
-    same = (plain / "records" / "pretrain-train-00000-of-00001.array_record").read_bytes()
-    assert (own / "records" / "pretrain-train-00000-of-00001.array_record").read_bytes() == same
+    # Other slices, the same records.
+    name = "records/dialogues-train-00000-of-00001.array_record"
+    assert (own / "tokens" / name).read_bytes() == (plain / name).read_bytes()
 
     with pytest.raises(UserError, match="config.inputs.vocabulary is not set"):
         prepare.run(prepare_config_without_vocabulary(corpus), str(tmp_path / "none"))
+
+
+def trained_on(tokens, vocabulary, name):
+    """The texts in an epoch of the training batches that pretrain makes of a task or mixture."""
+    config = pretrain_config.get_config()
+    config.inputs.update(tokens=str(tokens), vocabulary=str(vocabulary))
+    config.data.update(name=name, seq_len=128)
+    config.batch_size = 1
+    data, _ = pretrain.make_batches(config, mesh_lib.make_mesh(config.mesh))
+    tokenizer = train_tokenizer.Tokenizer.load(vocabulary)
+    texts = set()
+    for batch in map(data.at, range(2 * len(data))):  # members of a mixture take turns
+        for segment in range(1, batch.segment_ids.max() + 1):
+            at = batch.segment_ids == segment
+            texts.add(tokenizer.decode([batch.tokens[at][0], *batch.targets[at]]))
+    return texts
+
+
+def test_tasks_and_tfds_builders_of_ones_own_change_the_training_batches(own, plain, vocabulary):
+    poems = {
+        d.text
+        for d in read(own / "clean", "documents", "train", Document)
+        if d.source == "tfds:prepare_poems"
+    }
+    lines = {f"train line {i}" for i in range(4)}
+    without = trained_on(plain, vocabulary, "pretrain")
+    assert len(poems) > 10 and len(without) > 10 and not without & (poems | lines)
+    assert trained_on(own / "tokens", vocabulary, "pretrain") == without | poems
+    assert trained_on(own / "tokens", vocabulary, "prepare_lines") == lines
+    assert trained_on(own / "tokens", vocabulary, "mine") >= lines | poems
+    with pytest.raises(UserError, match="no such task or mixture"):
+        trained_on(plain, vocabulary, "mine")
+
+
+def asked_to_stop_at_once(items):
+    """SIGTERM, then half a minute of items."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    for item in itertools.islice(itertools.cycle(items), 3000):
+        time.sleep(0.01)
+        yield item
+
+
+def test_sigterm_stops_cleaning_between_blocks_and_it_starts_anew(corpus, tmp_path, monkeypatch):
+    config = clean_config(corpus.parent / "input")
+    item = readers.Item(Document("d", "A text that is long enough to be kept.", "s"), unit="d")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "BLOCK_ITEMS", 1)
+        patch.setattr(prepare.readers, "read", lambda *_: asked_to_stop_at_once([item]))
+        with pytest.raises(Interrupted, match="stopped while cleaning, which will start anew"):
+            prepare.run(config, str(tmp_path / "run"))
+    manifest = artifact.read_manifest(tmp_path / "run", allow_unfinished=True)
+    assert manifest["status"] == "interrupted"
+    prepare.run(config, str(tmp_path / "run"))
+    digests = [artifact.read_manifest(w)["digest"] for w in (tmp_path / "run", corpus)]
+    assert digests[0] == digests[1]
+    assert not {prepare.STOP, prepare.TICKS} & {p.name for p in (tmp_path / "run").iterdir()}
+
+
+def test_sigterm_stops_tokenizing(corpus, vocabulary, tmp_path, monkeypatch):
+    from gptlab.data import tasks
+
+    example = TokenExample("e", np.arange(3), np.ones(3))
+    monkeypatch.setattr(prepare, "BLOCK_ITEMS", 1)
+    monkeypatch.setattr(tasks, "examples", lambda _: asked_to_stop_at_once([example]))
+    with pytest.raises(Interrupted, match="stopped while tokenizing"):
+        config = tokenize_config(corpus, vocabulary, tasks=("pretrain",), slices=1)
+        prepare.run(config, str(tmp_path / "run"))
 
 
 def prepare_config_without_vocabulary(corpus):

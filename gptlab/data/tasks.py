@@ -261,10 +261,12 @@ tf.config.set_visible_devices([], "GPU")  # text only: the accelerators are left
 logging.set_verbosity(logging.WARNING)  # seqio announces every slice
 
 
-def add_mixture(name: str, rates: Mapping[str, float]) -> dict[str, float]:
+def add_mixture(name: str, rates: Mapping[str, float]) -> None:
     """Registers a seqio Mixture with the config's rates, in place of one of that name."""
     for task in rates:
         _known(task, "config.mixtures")
+    if not rates or min(rates.values()) <= 0:
+        raise UserError(f"config.mixtures.{name}: every rate must be above 0, got {dict(rates)}")
     if name in seqio.TaskRegistry.names():
         raise UserError(f"config.mixtures.{name}: there is a Task of that name")
     if name in seqio.MixtureRegistry.names():
@@ -276,7 +278,16 @@ def add_mixture(name: str, rates: Mapping[str, float]) -> dict[str, float]:
             f"config.mixtures.{name}: {error}; Tasks of a Mixture need the same features: use "
             "gptlab.data.tasks.output_features() and end the preprocessors with learn_everything"
         ) from None
-    return {task: float(rate) for task, rate in rates.items()}
+
+
+def mixture_rates(names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """{mixture: {task: rate}} of the Mixtures among these names, a user's module's own included."""
+    rates = {}
+    for name in names:
+        provider = _known(name, "config.tasks")
+        if isinstance(provider, seqio.Mixture):
+            rates[name] = {task.name: float(provider.get_rate(task)) for task in provider.tasks}
+    return rates
 
 
 @dataclasses.dataclass(frozen=True)

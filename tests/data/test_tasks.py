@@ -110,8 +110,9 @@ def test_a_task_of_the_users_own_module(workdirs, monkeypatch):
 
 
 def test_mixtures(workdirs):
-    rates = tasks.add_mixture("both", {"dialogues": 0.25, "pretrain": 1})
-    assert rates == {"dialogues": 0.25, "pretrain": 1.0}
+    tasks.add_mixture("both", {"dialogues": 0.25, "pretrain": 1})
+    rates = tasks.mixture_rates(["pretrain", "both"])
+    assert rates == {"both": {"dialogues": 0.25, "pretrain": 1.0}}
     assert {p.task for p in tasks.slices(["both"], 2)} == {"dialogues", "pretrain"}
     tasks.add_mixture("both", {"dialogues": 0.5})  # rates of another run in this process
     assert {p.task for p in tasks.slices(["both"], 2)} == {"dialogues"}
@@ -177,6 +178,9 @@ def test_errors(workdirs, monkeypatch):
         tasks.slices([], 2)
     with pytest.raises(UserError, match="config.mixtures: no Task"):
         tasks.add_mixture("m", {"nothing": 1})
+    for rates in ({}, {"pretrain": 0}, {"pretrain": 1, "dialogues": -1}):
+        with pytest.raises(UserError, match="config.mixtures.m: every rate must be above 0"):
+            tasks.add_mixture("m", rates)
     with pytest.raises(UserError, match="there is a Task of that name"):
         tasks.add_mixture("pretrain", {"pretrain": 1})
     with pytest.raises(UserError, match="no module 'nowhere.tasks'"):
