@@ -20,7 +20,8 @@ from ml_collections.config_dict import placeholder
 from configs import common
 
 ARGS = ("", "smoke")
-PROMPT_TOKENS, REPLY_TOKENS = 64, 40
+PROMPT_TOKENS, REPLY_TOKENS = 64, 48
+LEARNT_REPLY_TOKENS = 40  # SFT learns from no longer replies, so that nearly all end in time
 FOLDS = 4  # of the training labels, by prompt: the last one is the unseen judge's
 
 
@@ -183,7 +184,12 @@ def sft() -> ConfigDict:
         {
             "seed": 0,
             "inputs": common.inputs("init", "tokens", "vocabulary"),
-            "data": {"name": "dialogues", "seq_len": 256, "overlong": "split"},
+            "data": {
+                "name": "dialogues",
+                "seq_len": 256,
+                "overlong": "split",
+                "max_reply_tokens": LEARNT_REPLY_TOKENS,
+            },
             "loss_on": "assistant",
             "compute": common.compute(unroll=4),
             "batch_size": 8,
@@ -312,7 +318,7 @@ def ppo() -> ConfigDict:
                 "kind": "model",
                 "scorer": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},
             },
-            "kl": {"kind": "fixed", "coef": 0.3, "target": 6.0, "horizon": 10_000},
+            "kl": {"kind": "fixed", "coef": 0.25, "target": 6.0, "horizon": 10_000},
             "no_eos_score": -1.0,
             "score_position": "last",
             "whiten_rewards": False,

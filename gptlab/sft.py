@@ -114,6 +114,11 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     """Everything between opening the run and completing it."""
     # (2) Inputs, checked before anything is compiled. The architecture is the pretrained model's.
     check_inputs(config)
+    if config.loss_on == "all" and config.data.max_reply_tokens:
+        raise UserError(
+            f"config.data.max_reply_tokens={config.data.max_reply_tokens} leaves replies out of the "
+            "loss, which config.loss_on='all' puts back: set it to 0, or loss_on='assistant'"
+        )
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     architecture = load_model_config(config.inputs.init)
     model_config = ModelConfig.build(architecture, config.compute.to_dict())
@@ -122,7 +127,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
 
     # (3) Data: this process's block of rows of each batch. config.data.name is a task or a mixture;
-    # an overlong dialogue is left out or split, as config.data.overlong says.
+    # an overlong dialogue is left out or split, as config.data.overlong says, and replies of more
+    # than config.data.max_reply_tokens (0: any length) are only context.
     source, held_out_source = (
         mixtures.packed(
             config.inputs.tokens,
@@ -130,6 +136,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             split,
             config.data.seq_len,
             overlong=config.data.overlong,
+            max_reply_tokens=config.data.max_reply_tokens,
         )
         for split in ("train", "validation")
     )

@@ -133,6 +133,8 @@ def test_the_best_checkpoint_is_kept_and_reported_beside_the_pretrained_model(co
         (lambda c: c.inputs.update(init=None), "config.inputs.init is not set"),
         (lambda c: c.update(loss_on="user"), "loss_on='user'"),
         (lambda c: c.data.update(overlong="cut"), "overlong"),
+        (lambda c: c.data.update(max_reply_tokens=-1), "max_reply_tokens=-1"),
+        (lambda c: (c.data.update(max_reply_tokens=9), c.update(loss_on="all")), "puts back"),
         (lambda c: c.data.update(seq_len=500), "seq_len=500 does not fit"),
         (lambda c: c.data.update(name="dialogs"), "did you mean 'dialogues'"),
     ],

@@ -82,6 +82,7 @@ def packed(
     seq_len: int,
     *,
     overlong: Overlong = "split",
+    max_reply_tokens: int = 0,
     key: str = "config.data.name",
 ) -> PackedMixture:
     """The packed rows of a task, or of a mixture's members with their rates.
@@ -93,5 +94,10 @@ def packed(
     if len(rates) > 1 and split != "train":
         there = records.record_sets(epath.Path(workdir) / "records")
         rates = {t: rate for t, rate in rates.items() if f"{t}-{split}" in there} or rates
-    sources = [packing.packed(workdir, t, split, seq_len, overlong=overlong) for t in rates]
+    sources = [
+        packing.packed(
+            workdir, t, split, seq_len, overlong=overlong, max_reply_tokens=max_reply_tokens
+        )
+        for t in rates
+    ]
     return PackedMixture(tuple(sources), tuple(rates.values()))

@@ -22,7 +22,7 @@ from gptlab.data import records
 from gptlab.run import files, processes
 from gptlab.run.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 _STORED = ("tokens", "targets", "loss_mask", "segment_ids")
 _STATS = "packed.json"
@@ -45,24 +45,34 @@ class Chunks:
 
 
 def packed(
-    workdir: epath.PathLike, name: str, split: str, seq_len: int, *, overlong: Overlong = "split"
+    workdir: epath.PathLike,
+    name: str,
+    split: str,
+    seq_len: int,
+    *,
+    overlong: Overlong = "split",
+    max_reply_tokens: int = 0,
 ) -> PackedSource:
     """Packed rows of `<workdir>/records/<name>-<split>`, made on first use and kept beside it.
 
     All processes of a run must call it in the same order: the first makes the rows.
 
-    They are made again when the records, seq_len or `overlong` are not those they were made from.
+    They are made again when the records or the settings are not those they were made from. See
+    `cut` for the settings.
 
     Raises:
       UserError: no such records, one of them is corrupt, or nothing in them fits.
     """
     if overlong not in ("split", "drop"):
         raise UserError(f"data.overlong={overlong!r}: expected 'split' or 'drop'")
+    if max_reply_tokens < 0:
+        raise UserError(f"data.max_reply_tokens={max_reply_tokens}: expected 0 (off) or more")
     workdir = epath.Path(workdir)
     reader = records.RecordReader(workdir / "records", name, split, records.TokenExample)
     suffix = "" if overlong == "split" else f"-{overlong}"
+    suffix += f"-R{max_reply_tokens}" if max_reply_tokens else ""
     directory = workdir / "packed" / f"{name}-{split}-T{seq_len}{suffix}"
-    key = _key(reader.paths, seq_len, overlong)
+    key = _key(reader.paths, seq_len, overlong, max_reply_tokens)
     if processes.is_first() and _settings(directory) != key:
         _build(reader, directory, key)
     processes.barrier(f"packed {directory}")
@@ -108,12 +118,18 @@ class PackedSource:
         )
 
 
-def cut(examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlong) -> Chunks:
+def cut(
+    examples: Iterable[records.TokenExample],
+    seq_len: int,
+    overlong: Overlong,
+    max_reply_tokens: int = 0,
+) -> Chunks:
     """Cuts examples into chunks that fit a row of `seq_len` slots.
 
     An example of more than seq_len + 1 tokens becomes chunks that overlap by one token, so that
-    every token but the first is a target exactly once ('split'), or is left out ('drop'). Chunks
-    without a loss token are left out.
+    every token but the first is a target exactly once ('split'), or is left out ('drop'). A reply
+    (an unbroken run of loss tokens) of more than `max_reply_tokens` stays as context but is not
+    learnt from; 0 allows any length. Chunks without a loss token are left out.
     """
     kept = [example for example in examples if len(example.tokens) > 1]
     if overlong == "drop":
@@ -130,6 +146,8 @@ def cut(examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlo
     slots = np.minimum(seq_len, lengths[example_of] - 1 - piece * seq_len)
     tokens = _concatenate([example.tokens for example in fitting], np.int32)
     mask = _concatenate([example.loss_mask for example in fitting], np.uint8)
+    if max_reply_tokens:
+        mask = _without_long_runs(mask, begin, max_reply_tokens)
     seen = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     has_loss = seen[start + slots + 1] > seen[start + 1]
     return Chunks(
@@ -140,6 +158,22 @@ def cut(examples: Iterable[records.TokenExample], seq_len: int, overlong: Overlo
         dropped_overlong=len(kept) - len(fitting),
         dropped_without_loss=int((~has_loss).sum()),
     )
+
+
+def _without_long_runs(mask: np.ndarray, begin: np.ndarray, longest: int) -> np.ndarray:
+    """The 0/1 mask [n] with runs of more than `longest` ones cleared.
+
+    No run passes an example's first token, at `begin`: nothing predicts that token.
+    """
+    mask = mask.copy()
+    mask[begin] = 0
+    edges = np.diff(mask.astype(np.int8), prepend=0, append=0)
+    first, after = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    long = after - first > longest
+    cleared = np.zeros(len(mask) + 1, np.int64)
+    cleared[first[long]] += 1
+    cleared[after[long]] -= 1
+    return np.where(np.cumsum(cleared[:-1]) > 0, 0, mask).astype(mask.dtype)
 
 
 def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
@@ -241,7 +275,7 @@ def _build(
     key: dict[str, Any],
 ) -> None:
     """Packs everything into a temporary directory and renames it: nobody sees half an artifact."""
-    seq_len, overlong = key["seq_len"], key["overlong"]
+    seq_len = key["seq_len"]
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}.tmp"
     totals = dict.fromkeys(
         ("rows", "slots", "loss_tokens", "segments", "dropped_overlong", "dropped_without_loss"), 0
@@ -249,7 +283,7 @@ def _build(
     blocks = 0
     try:
         for blocks, examples in enumerate(_blocks(reader), start=1):
-            chunks = cut(examples, seq_len, overlong)
+            chunks = cut(examples, seq_len, key["overlong"], key["max_reply_tokens"])
             fields = lay_out(chunks, seq_len)
             rows = np.stack([fields[name].astype("<i4") for name in _STORED], axis=1)
             # Rows come out longest chunk first. Shuffled, any leading part of them is a fair
@@ -267,8 +301,9 @@ def _build(
         if not totals["rows"]:
             raise UserError(
                 f"no example of {reader.paths[0]} fits rows of {seq_len} tokens "
-                f"({totals['dropped_overlong']} are longer): raise data.seq_len, or "
-                "data.overlong='split'"
+                f"({totals['dropped_overlong']} are longer, {totals['dropped_without_loss']} "
+                "pieces have nothing to learn from): raise data.seq_len or data.max_reply_tokens, "
+                "or data.overlong='split'"
             )
         files.atomic_write(
             temporary / _STATS, json.dumps({**key, **totals, "blocks": blocks}, indent=2) + "\n"
@@ -304,13 +339,16 @@ def _row_path(directory: epath.Path, block: int) -> epath.Path:
     return directory / f"rows-{block:05d}.array_record"
 
 
-def _key(paths: Sequence[epath.Path], seq_len: int, overlong: str) -> dict[str, Any]:
+def _key(
+    paths: Sequence[epath.Path], seq_len: int, overlong: str, max_reply_tokens: int
+) -> dict[str, Any]:
     """What the packed rows depend on: the source's bytes and the settings."""
     return {
         "schema": SCHEMA_VERSION,
         "source": files.digest_files(paths),
         "seq_len": seq_len,
         "overlong": overlong,
+        "max_reply_tokens": max_reply_tokens,
     }
 
 
@@ -323,4 +361,5 @@ def _settings(directory: epath.Path) -> dict[str, Any] | None:
         stats = json.loads(path.read_text())
     except ValueError:
         return None  # Damaged: the rows are made again.
-    return {name: stats.get(name) for name in ("schema", "source", "seq_len", "overlong")}
+    names = ("schema", "source", "seq_len", "overlong", "max_reply_tokens")
+    return {name: stats.get(name) for name in names}

@@ -23,9 +23,10 @@ def write(workdir, examples, name="pretrain"):
     records.write_shards(workdir / "records", name, "train", examples)
 
 
-def pack(examples, seq_len, overlong="split"):
+def pack(examples, seq_len, overlong="split", max_reply_tokens=0):
     """Rows of all examples at once, without files."""
-    return packing.lay_out(packing.cut(examples, seq_len, overlong), seq_len)
+    chunks = packing.cut(examples, seq_len, overlong, max_reply_tokens)
+    return packing.lay_out(chunks, seq_len)
 
 
 def test_the_boundary_of_two_segments():
@@ -55,6 +56,18 @@ def test_drop_leaves_out_what_exceeds_a_row(tokens, kept):
     rows = pack([example("a", range(1, tokens + 1)), example("b", [1, 2])], 4, "drop")
     assert (rows["loss_mask"].sum() == 1 + 4) == kept
     assert (rows["loss_mask"].sum() == 1) == (not kept)
+
+
+def test_replies_above_the_limit_are_only_context():
+    talk = example("a", [3, 11, 12, 4, 21, 22, 23, 4, 31], [0, 1, 1, 0, 1, 1, 1, 0, 1])
+    # An unbroken run never reaches over the border of two examples.
+    neighbour = example("b", [5, 41, 42, 43], [1, 1, 1, 0])
+    rows = pack([talk, neighbour], 16, max_reply_tokens=2)
+    np.testing.assert_array_equal(rows["tokens"][0, :8], [3, 11, 12, 4, 21, 22, 23, 4])
+    np.testing.assert_array_equal(rows["loss_mask"][0, :8], [1, 1, 0, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(rows["loss_mask"][0, 8:11], [1, 1, 0])
+    everything = pack([talk, neighbour], 16)
+    np.testing.assert_array_equal(everything["loss_mask"][0, :8], [1, 1, 0, 1, 1, 1, 0, 1])
 
 
 def test_chunks_that_teach_nothing_are_left_out():
@@ -170,7 +183,7 @@ def test_rows_are_made_once_and_again_only_when_their_source_changes(tmp_path, m
     assert built[2:] == ["pretrain-train-T4-drop", "pretrain-train-T8"]
     # Rows of another schema, or without a readable description, are made again.
     stats = tmp_path / "packed" / "pretrain-train-T8" / "packed.json"
-    for content in (stats.read_text().replace('"schema": 1', '"schema": 0'), "{"):
+    for content in (stats.read_text().replace('"schema": 2', '"schema": 1'), "{"):
         stats.write_text(content)
         assert len(packing.packed(tmp_path, "pretrain", "train", 8)) == 2
     assert built[4:] == ["pretrain-train-T8"] * 2
