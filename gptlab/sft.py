@@ -116,8 +116,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_inputs(config)
     if config.loss_on == "all" and config.data.max_reply_tokens:
         raise UserError(
-            f"config.data.max_reply_tokens={config.data.max_reply_tokens} leaves replies out of the "
-            "loss, which config.loss_on='all' puts back: set it to 0, or loss_on='assistant'"
+            f"config.data.max_reply_tokens={config.data.max_reply_tokens} leaves replies out of "
+            "the loss, which config.loss_on='all' puts back: set it to 0, or loss_on='assistant'"
         )
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     architecture = load_model_config(config.inputs.init)
