@@ -1,4 +1,7 @@
-"""The documented commands of benchmarks/ start; one goes all the way at a tiny size."""
+"""The documented commands of benchmarks/ start, and at a tiny size give the figures they promise.
+
+No time is asserted: the machine that runs the tests is busy.
+"""
 
 import json
 import os
@@ -11,26 +14,83 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "benchmarks").glob("*.py"))
+PROGRAMS = sorted(
+    path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
+)
+SPREAD = {"median", "q25", "q75"}
 
 
-def run(*arguments):
+def run(*arguments, timeout=280):
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def figures_of(*arguments):
+    """The last line of what a benchmark prints."""
+    return json.loads(run(*arguments).splitlines()[-1])
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_the_documented_command_starts(path):
     command = re.search(r"^    (python .*?)( \[.*)?$", path.read_text(), re.MULTILINE)[1]
-    assert "usage:" in run(*shlex.split(command)[1:], "--help")
+    try:
+        assert "usage:" in run(*shlex.split(command)[1:], "--help")
+    except AssertionError as error:
+        if "No module named 'torch'" not in str(error):
+            raise
+        pytest.skip("PyTorch is not installed, and need not be")
 
 
 @pytest.mark.slow
 def test_a_step_and_the_loop_around_it_are_measured():
-    tiny = "--preset=tiny --batch_size=8 --seq_len=32 --unroll=2 --steps=20".split()
-    figures = json.loads(run("-m", "benchmarks.train_step", *tiny))
-    assert figures["step"]["ms"] > 0 and figures["loop"]["ms"] > 0
+    tiny = "--preset=tiny --batch_size=8 --seq_len=32 --unroll=2 --rounds=3 --stretch=2".split()
+    figures = figures_of("-m", "benchmarks.train_step", *tiny)
+    for dtype in ("float32", "bfloat16"):
+        of_dtype = figures[dtype]
+        assert set(of_dtype["step_ms"]) == SPREAD and of_dtype["step_ms"]["median"] > 0
+        assert of_dtype["forward_ms"]["median"] > 0 and of_dtype["tokens_per_sec"] > 0
+        assert 0 < of_dtype["share_of_peak"] < 1 and of_dtype["compile_s"] > 0
+        assert of_dtype["argument_mib"] > 0 and of_dtype["temp_mib"] > 0
+    assert set(figures["loop"]["overhead"]) == SPREAD
+    assert figures["loop"]["compiles_after_first_steps"] == 0
+    assert figures["peak_rss_mib"] > 0
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_at_every_batch_size():
+    tiny = "--preset=tiny --batches=1,3 --prompt=8 --new=4 --rounds=2".split()
+    figures = figures_of("-m", "benchmarks.decode", *tiny)
+    for name in ("batch_1", "batch_3"):
+        of_batch = figures[name]
+        assert of_batch["prefill"]["tokens_per_sec"] > 0 and of_batch["prefill"]["compile_s"] > 0
+        assert of_batch["naive"]["ms_per_token"]["median"] > 0
+        for way in ("plain", "greedy", "top_k_top_p"):
+            assert set(of_batch[way]["ms_per_token"]) == SPREAD
+            assert {"tokens_per_sec", "share_of_peak", "time_to_naive", "temp_mib"} <= set(
+                of_batch[way]
+            )
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_on_a_text(tmp_path):
+    text = tmp_path / "input.txt"
+    text.write_text("to be, or not to be: that is the question.\n" * 200)
+    figures = figures_of("-m", "benchmarks.nanogpt", f"--text={text}", "--steps=8", "--stretch=4")
+    assert 0 < figures["gptlab"]["held_out_loss"] < 4  # ln 15 is 2.7
+    assert set(figures["gptlab"]["ms"]) == SPREAD
+
+
+def test_compiles_are_counted():
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "from benchmarks.measure import CompileCounter\n"
+        "f = jax.jit(lambda x: 2 * x)\n"
+        "x, y = jnp.zeros(2), jnp.zeros(3)\n"
+        "f(x); counter = CompileCounter(); f(x); print(counter.count)\n"
+        "f(y); print(counter.count)\n"
+    )
+    assert run("-c", code).split() == ["0", "1"]
