@@ -243,7 +243,8 @@ def assert_close(workdir, reference, rtol):
     close = ("train/loss", "train/grad_norm", "train/param_norm", "train/lr")
     for key in want:
         if key[1] in close or key[1].endswith("/loss"):
-            np.testing.assert_allclose(got[key], want[key], rtol=rtol, err_msg=str(key))
+            # PPO's loss comes near 0: whitened advantages have mean 0, and the critic learns.
+            np.testing.assert_allclose(got[key], want[key], rtol=rtol, atol=1e-5, err_msg=str(key))
 
 
 def assert_identical(workdir, reference):
