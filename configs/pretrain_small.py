@@ -3,8 +3,8 @@
     python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain_small \
         --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
 
-One and a half passes over the quickstart's corpus. Where the CPU has no AMX, bfloat16 is slower than
-float32: --config.compute.dtype=float32 there.
+One and a half passes over the quickstart's corpus. Where the CPU has no AMX, bfloat16 is slower
+than float32: --config.compute.dtype=float32 there.
 """
 
 from ml_collections import ConfigDict

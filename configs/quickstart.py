@@ -281,7 +281,8 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
     )
     if reviews:  # a review and its prompt take about 70 tokens
         config.data.seq_len, config.batch_size = 96, 16
-        config.update(common.duration(total_steps=200))
+        config.optimizer = common.muon(0.01, adam_lr=0.002, warmup_steps=10)
+        config.update(common.duration(total_steps=320))
     else:
         config.update(common.duration(total_epochs=1.0))
     return config

@@ -268,8 +268,9 @@ def prepare_once(planner: Planner, runner: Runner) -> dict[str, Step]:
     do("tokenize", corpus=once["clean"], vocabulary=once["vocabulary"])
     do("pretrain", tokens=once["tokenize"], vocabulary=once["vocabulary"])
     do("sft", init=once["pretrain"], tokens=once["tokenize"], vocabulary=once["vocabulary"])
-    if has_reviews:
-        do("reviews", init=once["sft"], comparisons=once["clean"], vocabulary=once["vocabulary"])
+    if has_reviews:  # No chat: the pretrained model has read reviews later than the SFT model.
+        base = once["pretrain"]
+        do("reviews", init=base, comparisons=once["clean"], vocabulary=once["vocabulary"])
     else:
         runner.leave_out("reviews")
     return once
