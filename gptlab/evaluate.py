@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, packing
+from gptlab.data import batches, mixtures
 from gptlab.data.records import Prompt, RecordReader
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evals import best_of_n, contamination, perplexity, preference, report, suite
@@ -353,13 +353,16 @@ def _token_lists(samples: Sequence[rollout.Samples], num_prompts: int) -> list[l
 
 def _held_out(config: ConfigDict, networks: Networks, params: Any) -> dict[str, float]:
     """Loss on held-out pretraining text: its rise is the alignment tax."""
-    source = packing.packed(
-        config.inputs.tokens, config.data.pretraining, config.data.split, config.data.seq_len
+    data = config.data
+    source = mixtures.packed(
+        config.inputs.tokens,
+        data.pretraining,
+        data.split,
+        data.seq_len,
+        key="config.data.pretraining",
     )
     block, blocks = mesh_lib.process_block(networks.mesh)
-    rows = batches.eval_batches(
-        source, config.batch_size, config.data.pretraining_batches, block, blocks
-    )
+    rows = batches.eval_batches(source, config.batch_size, data.pretraining_batches, block, blocks)
     figures = networks.held_out(params, rows)
     return {name.split("/")[-1]: value for name, value in figures.items()}
 

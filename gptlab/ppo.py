@@ -28,7 +28,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, packing
+from gptlab.data import batches, mixtures
 from gptlab.data.batches import PromptBatches, TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model.heads import ScalarModel
@@ -44,7 +44,7 @@ from gptlab.rl.episodes import Episodes
 from gptlab.rl.rollout import Rollout
 from gptlab.run import artifact, profile, program
 from gptlab.run.errors import Interrupted, UserError
-from gptlab.train import checkpoint, losses
+from gptlab.train import checkpoint, durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
@@ -212,6 +212,9 @@ def run(config: ConfigDict, workdir: str) -> None:
       UserError: an input or a config value is wrong, or a loss is not finite.
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
+    asked = total_steps(config)
+    setting = "total_steps" if config.total_steps is not None else "total_episodes"
+    durations.check_steps_not_passed(workdir, asked, f"config.{setting}={config[setting]}")
     with artifact.open_run(config, workdir, "ppo") as run:
         if run.finished:
             print(f"{workdir}: this policy is already trained")
@@ -401,7 +404,9 @@ def read_ptx(config: ConfigDict, updates: int, mesh: Mesh) -> batches.TrainBatch
     mesh_lib.check_batch_size(
         "ptx.batch_size", config.ptx.batch_size, mesh, config.accumulation_steps
     )
-    source = packing.packed(config.inputs.tokens, config.ptx.name, "train", config.ptx.seq_len)
+    source = mixtures.packed(
+        config.inputs.tokens, config.ptx.name, "train", config.ptx.seq_len, key="config.ptx.name"
+    )
     rows = config.ptx.batch_size * updates
     return batches.TrainBatches(source, rows, config.seed, *mesh_lib.process_block(mesh))
 

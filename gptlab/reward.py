@@ -94,6 +94,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
     # (1) The run.
+    durations.check_not_passed(config, workdir, tokens_per_step(config))
     with artifact.open_run(config, workdir, "reward") as run:
         if run.finished:
             print(f"{workdir}: the reward model is already done")
@@ -117,7 +118,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     choosing, reporting, reported_on = held_out_comparisons(config)
     held_out = make_batches(config, tokenizer, choosing, mesh, shrink=True)
     reported = make_batches(config, tokenizer, reporting, mesh, shrink=True)
-    batch_tokens = config.batch_size * config.data.max_candidates * config.data.seq_len
+    batch_tokens = tokens_per_step(config)
     total = durations.total_steps(config, batch_tokens, len(data) / config.batch_size)
 
     # (4) Model and state: the SFT model's backbone, a fresh head.
@@ -193,6 +194,11 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
         write_report(run.workdir, figures, tables, reported_on)
         run.complete(state_lib.digest(best))
+
+
+def tokens_per_step(config: ConfigDict) -> int:
+    """Token positions of one global batch."""
+    return config.batch_size * config.data.max_candidates * config.data.seq_len
 
 
 def check(config: ConfigDict) -> None:

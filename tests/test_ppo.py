@@ -437,3 +437,10 @@ def test_a_vocabulary_of_another_size_is_refused_before_anything_is_sampled(
 def test_ptx_needs_its_corpus(config, tmp_path):
     with pytest.raises(UserError, match="inputs.tokens"):
         rerun(config, tmp_path / "run", **{"ptx.coef": 1.0, "inputs.tokens": None})
+
+
+def test_a_run_cannot_become_shorter_than_it_is(config, tmp_path):
+    (tmp_path / "checkpoints" / "9").mkdir(parents=True)
+    fewer = {"total_steps": None, "total_episodes": 8 * config.batch_size}
+    with pytest.raises(UserError, match="at step 9 already, beyond the 8 .*total_episodes"):
+        rerun(config, tmp_path, **fewer)

@@ -297,6 +297,14 @@ def test_mistakes_are_one_line(config, tmp_path, change, words):
         reward.run(changed, str(tmp_path / "run"))
 
 
+def test_a_run_cannot_become_shorter_than_it_is(config, tmp_path):
+    (tmp_path / "checkpoints" / "9").mkdir(parents=True)
+    changed = ConfigDict(config.to_dict())
+    changed.update(total_epochs=None, total_steps=8)
+    with pytest.raises(UserError, match="at step 9 already, beyond the 8 .*total_steps"):
+        reward.run(changed, str(tmp_path))
+
+
 def test_another_vocabulary_is_refused_before_anything_is_compiled(config, tiny_model, tmp_path):
     """Ids beyond the embedding would be read as its last row, without a word."""
     small = {**tiny_model, "vocab_size": 300}

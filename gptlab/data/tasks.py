@@ -38,11 +38,11 @@ import tensorflow as tf
 from absl import logging
 
 from gptlab.data import chat, records
+from gptlab.data.dedup import SPLITS
 from gptlab.data.records import Conversation, Document, RecordReader, TokenExample
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.run.errors import UserError
 
-SPLITS = ("train", "validation", "test")
 _PARTS = 1024  # record sets are offered to seqio in as many parts; a part is a range of records
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gptlab.data.dedup import SPLITS
 from gptlab.evals import best_of_n, report, suite
 from gptlab.evals.preference import Interval
 from gptlab.run import artifact
@@ -91,7 +92,9 @@ def of_clean(results: Mapping[str, Any]) -> list[Figure]:
 
 def of_vocabulary(results: Mapping[str, Any]) -> list[Figure]:
     """Compression, and what came back byte for byte."""
-    tripped = [_number(results.get(f"{s}/round_tripped_texts")) for s in ("train", "validation")]
+    # A corpus of few documents may have no test split.
+    counts = {s: _number(results.get(f"{s}/round_tripped_texts")) for s in SPLITS}
+    tripped = [n for s, n in counts.items() if n is not None or s != "test"]
     done = all(tripped)
     return [
         Figure(

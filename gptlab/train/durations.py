@@ -45,12 +45,18 @@ def check_not_passed(config: ConfigDict, workdir: epath.PathLike, batch_tokens: 
     How many steps make total_epochs only the data can tell: a run that is asked for fewer epochs
     than it has behind it ends where it stands.
     """
-    reached = max(checkpoint_steps(workdir), default=0)
-    if not reached or config.total_epochs is not None:
+    if config.total_epochs is not None or not checkpoint_steps(workdir):
         return
-    if reached > total_steps(config, batch_tokens, 1.0):
-        key = next(key for key in KEYS if config[key] is not None)
+    asked = total_steps(config, batch_tokens, 1.0)
+    key = next(key for key in KEYS if config[key] is not None)
+    check_steps_not_passed(workdir, asked, f"config.{key}={config[key]}")
+
+
+def check_steps_not_passed(workdir: epath.PathLike, asked: int, setting: str) -> None:
+    """UserError if `workdir` has a checkpoint beyond the `asked` steps that `setting` makes."""
+    reached = max(checkpoint_steps(workdir), default=0)
+    if reached > asked:
         raise UserError(
-            f"{workdir} is at step {reached} ({reached * batch_tokens} tokens) already, beyond "
-            f"config.{key}={config[key]}: raise that, or choose another --workdir"
+            f"{workdir} is at step {reached} already, beyond the {asked} that {setting} asks for: "
+            "raise that, or choose another --workdir"
         )

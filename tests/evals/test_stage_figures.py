@@ -136,6 +136,8 @@ def test_clean_and_vocabulary():
     assert [f.value for f in stage_figures.of_clean({})] == [None, None, None]
     results = {"train/round_tripped_texts": 7, "validation/round_tripped_texts": 3}
     assert met(stage_figures.of_vocabulary(results)) == {"texts that round-trip": True}
+    more = stage_figures.of_vocabulary({**results, "test/round_tripped_texts": 2})
+    assert [f.value for f in more if "round-trip" in f.name] == [12]
     assert met(stage_figures.of_vocabulary({})) == {"texts that round-trip": False}
 
 
