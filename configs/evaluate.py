@@ -1,13 +1,14 @@
-"""The evaluation suite on 500 held-out prompts; about a minute for the quickstart's model on a CPU.
+"""The evaluation suite on up to 500 held-out prompts, one of each conversation.
 
     python -m gptlab.evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
         --config.inputs.policy=runs/ppo --config.inputs.baseline=runs/sft \
         --config.inputs.base=runs/pretrain --config.inputs.vocabulary=runs/vocabulary \
-        --config.inputs.prompts=runs/clean --config.inputs.tokens=runs/corpus \
+        --config.inputs.prompts=runs/clean --config.inputs.tokens=runs/tokens \
         --config.inputs.reward=runs/reward --config.inputs.judge=runs/judge
 
 `inputs.reviews` (a clean corpus with human comparisons) adds the judge fitted on them, and
-`inputs.previous` (another policy) a paired and a KL-matched comparison with that one. What to
+`inputs.previous` (another policy) a paired and a KL-matched comparison with that one. With the
+quickstart's model and the 257 prompts of its test split it takes 67 s on two CPU cores. What to
 expect: intervals of the win rate that hold 1/2 wherever a policy is compared with itself.
 """
 
@@ -36,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.data = {
         "split": "test",
-        "num_prompts": 500,
+        "num_prompts": 500,  # or all there are; one of each conversation
         "prompt_len": 64,
         "seq_len": 256,
         "pretraining": "pretrain",

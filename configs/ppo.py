@@ -1,16 +1,22 @@
-"""PPO from an SFT model against a reward model, for a model of about 1M parameters on two CPU
-cores.
+"""PPO from an SFT model against a reward model; for about 1M parameters on two CPU cores.
 
-    python -m gptlab.ppo --config=configs/ppo.py --workdir=runs/ppo \\
-        --config.inputs.init=runs/sft --config.inputs.reward=runs/reward \\
+    python -m gptlab.ppo --config=configs/ppo.py --workdir=runs/ppo \
+        --config.inputs.init=runs/sft --config.inputs.reward=runs/reward \
         --config.inputs.prompts=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
-A step of 'cpu' takes about 1.8 s of two cores' time: 0.3 sampling, 0.5 scoring, 1.0 updating.
-
-Arguments name a recipe of RLHF.md, section 4: 'cpu' (the default, 60 steps of 64 episodes),
-'instructgpt' (one inner epoch of 8 minibatches, fixed KL coefficient, constant learning rate),
-'ziegler' (4 epochs, adaptive KL, whitened rewards), 'scorer' (no reward model: the share of some
-words, a canary).
+Arguments name a recipe:
+  'cpu' (the default): 60 steps of 64 episodes. A step takes about 1.8 s on two cores: 0.3 sampling,
+    0.5 scoring, 1.0 updating. The reward model's score rises within some ten steps; how far it is
+    worth rising depends on the KL coefficient (EXPERIMENTS.md).
+  'scorer': the same, paid by a program, the share of some words: a canary.
+  'instructgpt' (arXiv 2203.02155, appendix C.4): one inner epoch of 8 minibatches, fixed KL
+    coefficient, constant learning rate, PPO-ptx. Not as there: no moving average of the policy
+    (0.992 there); ptx.coef is 1.0 on a mean over tokens (27.8 there, of a loss whose reduction is
+    not given); the policy has the learning rate that is given for the value function.
+  'ziegler' (arXiv 1909.08593, sentiment): 4 epochs, adaptive KL, whitened rewards. Not as there:
+    the critic is a network of its own that starts as the reward model, where theirs was a head,
+    zero at first, on the policy's own trunk.
+The last two are for large models and batches, and were not run to their end.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +28,7 @@ ARGS = ("cpu", "instructgpt", "ziegler", "scorer")
 
 
 def get_config(arg: str = "cpu") -> ConfigDict:
-    """Batch sizes and learning rates of the recipes, except 'cpu' and 'scorer', are the papers'."""
+    """Batch sizes of 'instructgpt' and 'ziegler' are the papers'; see above for what is not."""
     if arg not in ARGS:
         raise ValueError(f"configs/ppo.py takes one of {ARGS}, got {arg!r}")
     config = ConfigDict(
@@ -53,17 +59,20 @@ def get_config(arg: str = "cpu") -> ConfigDict:
             # 'model': inputs.reward, normalised. 'scorer': a program, scorers/registry.py.
             "reward": {
                 "kind": "model",
+                # Read only with kind 'scorer'; inputs.reward only with 'model'.
                 "scorer": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},
             },
+            # target (nats a reply) and horizon (episodes) are read only with kind 'adaptive'.
             "kl": {"kind": "fixed", "coef": 0.05, "target": 6.0, "horizon": 10_000},
-            "no_eos_score": placeholder(float),  # replaces the score of an unfinished reply
+            "no_eos_score": placeholder(float),  # replaces an unfinished reply's score; None: kept
             "score_position": "last",  # or 'after_last'
             "whiten_rewards": False,
             "advantage": "gae",
             "gamma": 1.0,
             "lam": 0.95,
             "whiten_advantages": "minibatch",  # or 'rollout', 'none'
-            # PPO-ptx: rows of inputs.tokens with each optimiser step; 0 is off.
+            # PPO-ptx: rows of inputs.tokens with each optimiser step. With coef 0 it is off, and the
+            # other keys and inputs.tokens are not read.
             "ptx": {"coef": 0.0, "name": "pretrain", "batch_size": 8, "seq_len": 128},
             "mesh": common.mesh(),
             "log_every_steps": 1,

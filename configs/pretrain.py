@@ -1,7 +1,7 @@
 """GPT-2 small (124M) as nanoGPT trains it: 0.49M tokens a batch, 600k steps.
 
     python -m gptlab.pretrain --config=configs/pretrain.py --workdir=runs/pretrain \
-        --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+        --config.inputs.tokens=runs/tokens --config.inputs.vocabulary=runs/vocabulary
 
 For a pod or a GPU cluster; nanoGPT takes 4 days on 8 A100 and reaches a held-out loss of 2.85 on
 OpenWebText. The vocabulary has 50,304 tokens (train_tokenizer with that vocab_size).

@@ -1,10 +1,10 @@
-"""About 3M parameters on two CPU cores in at most 90 minutes: to beat the trigram.
+"""About 3M parameters on two CPU cores, made for 90 minutes at most: to beat the trigram.
 
-    python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain_small \
-        --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+    python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain \
+        --config.inputs.tokens=runs/tokens --config.inputs.vocabulary=runs/vocabulary
 
-One and a half passes over the quickstart's corpus. Where the CPU has no AMX, bfloat16 is slower
-than float32: --config.compute.dtype=float32 there.
+6.1M tokens, 1.4 passes over the quickstart's corpus. What came of it is in EXPERIMENTS.md. Where the
+CPU has no AMX, bfloat16 is slower than float32: --config.compute.dtype=float32 there.
 """
 
 from ml_collections import ConfigDict

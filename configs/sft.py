@@ -1,12 +1,17 @@
 """Supervised fine-tuning as in InstructGPT (arXiv 2203.02155, appendix C.1), for a small model.
 
     python -m gptlab.sft --config=configs/sft.py --workdir=runs/sft \
-        --config.inputs.init=runs/pretrain_small --config.inputs.tokens=runs/corpus \
+        --config.inputs.init=runs/pretrain --config.inputs.tokens=runs/tokens \
         --config.inputs.vocabulary=runs/vocabulary
 
 From InstructGPT: residual dropout 0.2, cosine to 10% without warm-up, batch 32 of dialogues, the
 checkpoint chosen by held-out loss (it overfits after the first epochs). A model of a few million
-parameters needs a learning rate 30 times as large and fewer than 16 epochs.
+parameters is given a learning rate 30 times as large and 3 epochs instead of 16.
+
+Three epochs of the public dialogues are about 9M tokens: half an hour at the 5.9k tokens/s of the
+quickstart's 1.1M parameters in bfloat16 on two cores with AMX, more in this config's float32. Not
+run to its end yet. The quickstart's own SFT, a quarter of an epoch in 3 minutes, takes held-out
+replies from a perplexity of 196 to 48.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
-"""A vocabulary of 2,048 tokens, for a model of about 1M parameters; half a minute on 12 MB.
+"""A vocabulary of 2,048 tokens, for a model of about 1M parameters; 20 s for 25 MB of text.
 
-    python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \\
-        --config.inputs.corpus=runs/corpus --workdir=runs/vocabulary
+    python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \
+        --config.inputs.corpus=runs/clean --workdir=runs/vocabulary
+
+To expect: 3.26 bytes a token on the quickstart's corpus, held out as in training.
 """
 
 from ml_collections import ConfigDict

@@ -180,12 +180,27 @@ def check_held_out(config: ConfigDict, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def load_prompts(config: ConfigDict) -> list[Prompt]:
-    """The first `num_prompts` held-out prompts of a seeded order (all, if there are fewer)."""
+    """Held-out prompts in a seeded order, `num_prompts` of them or all there are.
+
+    Of each conversation there is one: prompts with a common beginning are not independent, which
+    the intervals take them to be.
+    """
     reader = RecordReader(
         Path(config.inputs.prompts) / "records", "prompts", config.data.split, Prompt
     )
     order = np.random.default_rng(config.seed).permutation(len(reader))
-    return [reader[int(i)] for i in order[: config.data.num_prompts]]
+    prompts: dict[str, Prompt] = {}
+    for prompt in (reader[int(i)] for i in order):
+        prompts.setdefault(prompt.conversation_id, prompt)
+        if len(prompts) == config.data.num_prompts:
+            break
+    else:
+        if config.data.num_prompts is not None:
+            print(
+                f"evaluate: {config.data.split} has prompts of {len(prompts)} conversations, fewer "
+                f"than config.data.num_prompts={config.data.num_prompts}: all of them are used"
+            )
+    return list(prompts.values())
 
 
 def measure(

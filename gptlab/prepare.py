@@ -1,8 +1,8 @@
 """Stages 1 and 3, by Apache Beam: documents -> clean text; that and a vocabulary -> tokens.
 
-    python -m gptlab.prepare --config=configs/prepare.py:clean --workdir=runs/corpus
-    python -m gptlab.prepare --config=configs/prepare.py:tokenize --workdir=runs/tokens \\
-        --config.inputs.corpus=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+    python -m gptlab.prepare --config=configs/prepare.py:clean --workdir=runs/clean
+    python -m gptlab.prepare --config=configs/prepare.py:tokenize --workdir=runs/tokens \
+        --config.inputs.corpus=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
 'clean' reads the sources, assigns every conversation, topic and film to a split before anything
 else, repairs and filters the text, removes duplicates (a held-out copy stays, the training copies
@@ -37,7 +37,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptlab.data import clean, cleaning_report, dedup, readers, records
+from gptlab.data import clean, cleaning_report, dedup, raw, readers, records
 from gptlab.data.cleaning_report import STATISTICS, Statistics, kind_of
 from gptlab.data.records import Conversation, Document, Prompt
 from gptlab.run import artifact, files, program
@@ -79,7 +79,7 @@ class Cleaning:
 def run_clean(config: ConfigDict, workdir: str) -> None:
     """sources -> records/{documents,conversations,prompts,comparisons}-{train,validation,test}."""
     sources = readers.plan(config.data.sources, config.data.documents, config.data.beside)
-    inputs = {"sources": [s.path for s in sources if s.path is not None]}
+    inputs = raw.of_sources(sources, config.data.tfds_dir, config.module)
     with artifact.open_run(config, workdir, "prepare", files=inputs) as opened:
         if opened.finished:
             print(f"prepare: {workdir} is done")
@@ -369,7 +369,7 @@ def run_tokenize(config: ConfigDict, workdir: str) -> None:
     for name in ("corpus", "vocabulary"):
         if config.inputs[name] is None:
             raise UserError(f"config.inputs.{name} is not set; give the workdir of that stage")
-    with artifact.open_run(config, workdir, "prepare") as opened:
+    with artifact.open_run(config, workdir, "prepare", files=raw.of_tasks(config)) as opened:
         if opened.finished:
             print(f"prepare: {workdir} is done")
             return

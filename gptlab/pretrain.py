@@ -1,7 +1,7 @@
 """Loop 1, pretraining: next-token loss on packed documents.
 
     python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain \
-        --config.inputs.tokens=runs/corpus --config.inputs.vocabulary=runs/vocabulary
+        --config.inputs.tokens=runs/tokens --config.inputs.vocabulary=runs/vocabulary
 
 Reads a task of a tokenised corpus, or a mixture of its tasks (config.data.name); writes checkpoints
 of the parameters and the optimiser. The same command goes on where a killed run was, bit for bit.

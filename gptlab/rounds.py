@@ -29,6 +29,7 @@ import jax
 from ml_collections import ConfigDict
 
 from gptlab import collect, evaluate, ppo, pretrain, rank, reward, sft, train_tokenizer
+from gptlab.data import raw as raw_inputs
 from gptlab.data import readers, records
 from gptlab.evals import rounds_report
 from gptlab.run import artifact, files, program
@@ -114,17 +115,19 @@ class Planner:
                 raise UserError(f"config.stages.{name}.inputs has no {key}")
             config.inputs[key] = None if value is None else str(value.workdir)
         identities = {key: value.identity for key, value in inputs.items() if value is not None}
-        raw = raw_files(config) if name == "clean" else {}
+        raw = raw_files(config) if PROGRAMS[name] == "prepare" else {}
         digests = {f"files:{key}": files.digest_files(paths) for key, paths in raw.items()}
         identity = artifact.identity(PROGRAMS[name], config, {**identities, **digests})
         workdir = self._root / "artifacts" / f"{PROGRAMS[name]}-{identity}"
         return Step(name, round_number, config.lock(), identities, identity, workdir)
 
 
-def raw_files(config: ConfigDict) -> dict[str, list[str]]:
+def raw_files(config: ConfigDict) -> raw_inputs.Files:
     """The raw files that `prepare` will read for this config, as it names them to its own run."""
+    if config.mode == "tokenize":
+        return raw_inputs.of_tasks(config)
     sources = readers.plan(config.data.sources, config.data.documents, config.data.beside)
-    return {"sources": [source.path for source in sources if source.path is not None]}
+    return raw_inputs.of_sources(sources, config.data.tfds_dir, config.module)
 
 
 class Runner:
@@ -377,7 +380,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Runs everything that is not done yet. Errors and interruption are those of the stages."""
     check(config)
     root = Path(workdir)
-    raw = raw_files(config.stages.clean)
+    raw = raw_files(config.stages.clean) | raw_files(config.stages.tokenize)
     supersede(config, root, raw)
     with artifact.open_run(config, workdir, "rounds", files=raw) as own:
         forget_rounds(root, config.num_rounds)
@@ -430,7 +433,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{group} lacks {', '.join(missing)}")
 
 
-def supersede(config: ConfigDict, root: Path, raw: Mapping[str, list[str]]) -> None:
+def supersede(config: ConfigDict, root: Path, raw: raw_inputs.Files) -> None:
     """Makes room for a changed config: artifacts are kept by identity, so nothing is lost.
 
     An ordinary run refuses a workdir of another config, as that would mix two runs. Here every

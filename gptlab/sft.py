@@ -1,7 +1,7 @@
 """Loop 2, supervised fine-tuning: next-token loss on the assistant's tokens of dialogues.
 
     python -m gptlab.sft --config=configs/sft.py --workdir=runs/sft \
-        --config.inputs.init=runs/pretrain --config.inputs.tokens=runs/corpus \
+        --config.inputs.init=runs/pretrain --config.inputs.tokens=runs/tokens \
         --config.inputs.vocabulary=runs/vocabulary
 
 Starts from the best checkpoint of a pretraining run and learns what the assistant says and where
@@ -127,8 +127,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
 
     # (3) Data: this process's block of rows of each batch. config.data.name is a task or a mixture;
-    # an overlong dialogue is left out or split, as config.data.overlong says, and replies of more
-    # than config.data.max_reply_tokens (0: any length) are only context.
+    # an overlong dialogue is left out or split, as config.data.overlong says. Replies of more than
+    # config.data.max_reply_tokens (0: any length) are not learnt from; held out, they count.
     source, held_out_source = (
         mixtures.packed(
             config.inputs.tokens,
@@ -136,9 +136,9 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             split,
             config.data.seq_len,
             overlong=config.data.overlong,
-            max_reply_tokens=config.data.max_reply_tokens,
+            max_reply_tokens=longest,
         )
-        for split in ("train", "validation")
+        for split, longest in (("train", config.data.max_reply_tokens), ("validation", 0))
     )
     block = mesh_lib.process_block(mesh)
     data = batches.TrainBatches(source, config.batch_size, config.seed, *block)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import common
 from configs import evaluate as evaluate_config
 from gptlab import evaluate
-from gptlab.data.records import Prompt, RecordReader
+from gptlab.data.records import Message, Prompt, RecordReader, write_shards
 from gptlab.evals import contamination, preference
 from gptlab.model import transformer
 from gptlab.model.heads import ScalarModel
@@ -272,3 +272,18 @@ def test_mistakes_are_named(inputs, tmp_path, change, message):
         config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=message):
         evaluate.run(config, str(tmp_path / "run"))
+
+
+def test_one_prompt_of_each_conversation_is_asked(inputs, tmp_path):
+    """Prompts that share a beginning are not independent, as the intervals take them to be."""
+    question = (Message("user", "who are you?"),)
+    ids = ["a:000", "a:004", "b:002", "c:000", "c:002", "c:004", "whole"]
+    write_shards(
+        tmp_path / "records", "prompts", "test", [Prompt(i, question, "test") for i in ids]
+    )
+    config = tiny_config(inputs, prompts=str(tmp_path))
+    prompts = evaluate.load_prompts(config)
+    assert sorted(p.conversation_id for p in prompts) == ["a", "b", "c", "whole"]
+    with config.unlocked():
+        config.data.num_prompts = 3
+    assert evaluate.load_prompts(config) == prompts[:3]

@@ -85,8 +85,11 @@ def reward(tiny: SimpleNamespace) -> ConfigDict:
 
 
 def ppo(tiny: SimpleNamespace) -> ConfigDict:
-    config = ppo_config.get_config("scorer")
-    config.inputs.update(init=tiny.policy, vocabulary=tiny.vocabulary, prompts=tiny.clean)
+    config = ppo_config.get_config()
+    config.inputs.update(
+        init=tiny.policy, reward=tiny.reward, vocabulary=tiny.vocabulary, prompts=tiny.clean
+    )
+    config.no_eos_score = None  # an untrained policy ends no reply, and all would be paid the same
     config.data.prompt_len = 24
     config.sampling.max_new_tokens = 8
     config.compute = common.compute()
@@ -125,12 +128,14 @@ def with_cadence(config: ConfigDict) -> ConfigDict:
 def tiny(tiny_clean, tiny_corpus, tiny_vocabulary, tiny_comparisons, tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("loops")
     policy = artifacts.write_policy(root / "policy", tiny_model)
+    reward_model = artifacts.write_reward(root / "reward", tiny_model, gain=2.0, bias=0.5)
     return SimpleNamespace(
         clean=str(tiny_clean),
         corpus=str(tiny_corpus),
         vocabulary=str(tiny_vocabulary),
         comparisons=str(tiny_comparisons),
         policy=str(policy),
+        reward=str(reward_model),
         model=tiny_model,
         root=root,
     )

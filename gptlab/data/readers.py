@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from gptlab.data.records import Candidate, Comparison, Conversation, Document, Message, Prompt
+from gptlab.run import files
 from gptlab.run.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".jsonl")
@@ -135,10 +136,11 @@ def _plan_files(documents: str) -> list[Source]:
             raise UserError(
                 f"config.data.documents: cannot read the directory {root}; check its permissions"
             )
-        found = [path for path in root.rglob("*") if path.is_file()]
+        found = list(files.below(root))
         base = root
     else:
-        found = [Path(p) for p in glob.glob(str(root), recursive=True) if Path(p).is_file()]
+        _check_glob(str(root))
+        found = [p for p in map(Path, glob.glob(str(root), recursive=True)) if files.is_file(p)]
         base = Path(os.path.commonpath([p.parent for p in found])) if found else root
     usable = sorted(path for path in found if _suffix(path) in SUFFIXES)
     if not usable:
@@ -149,6 +151,15 @@ def _plan_files(documents: str) -> list[Source]:
             "(or one of these and .gz)"
         )
     return [Source("file", str(path), path.relative_to(base).as_posix()) for path in usable]
+
+
+def _check_glob(pattern: str) -> None:
+    """UserError for a directory that can't be listed: glob passes over it in silence."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+        for place in glob.glob(pattern, recursive=True):
+            if os.path.isdir(place):
+                files.check_listable(place)
 
 
 def _suffix(path: Path) -> str:
@@ -230,7 +241,7 @@ def _read_html(file: IO[bytes], source: Source, limits: Limits) -> Lines:
     for encoding in ("utf-8-sig", declared[1].decode() if declared else "utf-8-sig"):
         try:
             text = data.decode(encoding)
-        except (UnicodeDecodeError, LookupError):
+        except (UnicodeError, LookupError):  # 'undefined' and 'idna' raise no UnicodeDecodeError
             continue
         key = f"{source.key}:000000"
         yield 0, Item(Document(key, text, source.name), unit=key, html=True)
@@ -240,18 +251,20 @@ def _read_html(file: IO[bytes], source: Source, limits: Limits) -> Lines:
 
 def _read_jsonl(file: IO[bytes], source: Source, limits: Limits) -> Lines:
     path = str(source.path)
+    blank = True
     for number, line in _bounded_lines(file, limits.max_line_bytes):
         if line is None:
+            blank = False
             yield number, Bad(path, number, f"line longer than {limits.max_line_bytes} bytes")
         elif line.strip():
+            blank = False
             try:
                 yield number, _parse_line(line, f"{source.key}:{number:09d}")
             except UnicodeDecodeError:
                 yield number, Bad(path, number, "not UTF-8")
             except (ValueError, RecursionError) as error:
                 yield number, Bad(path, number, str(error))
-    # A file without one line is as empty as an empty text.
-    if file.tell() == 0:
+    if blank:
         yield 0, Bad(path, 1, "empty")
 
 

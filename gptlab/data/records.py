@@ -102,7 +102,10 @@ class Conversation(_JsonRecord):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt(_JsonRecord):
-    """A conversation that ends with the user's turn, to be answered."""
+    """A conversation that ends with the user's turn, to be answered.
+
+    A prompt cut out of a conversation has the id '<the conversation's>:<the last turn's number>'.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -111,6 +114,12 @@ class Prompt(_JsonRecord):
     def __post_init__(self) -> None:
         if not self.messages or self.messages[-1].role != "user":
             raise ValueError(f"prompt {self.id!r} does not end with a user's message")
+
+    @property
+    def conversation_id(self) -> str:
+        """The same for all prompts that were cut out of one conversation."""
+        conversation, _, turn = self.id.rpartition(":")
+        return conversation if turn.isdecimal() else self.id
 
 
 @dataclasses.dataclass(frozen=True)

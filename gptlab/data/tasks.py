@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from gptlab.data import chat, records
+from gptlab.data import chat, raw, records
 from gptlab.data.dedup import SPLITS
 from gptlab.data.records import Conversation, Document, RecordReader, TokenExample
 from gptlab.data.tokenizer import Tokenizer
@@ -66,8 +66,7 @@ def use(corpus: str, vocabulary_path: str, module: str | None) -> None:
 
 def load_module(name: str) -> None:
     """Imports a module of Tasks or TFDS builders; the current directory counts too."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    raw.look_here()
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -319,6 +318,26 @@ def slices(names: Iterable[str], count: int) -> list[Slice]:
                 n = min(count, len(task.source.list_shards(split)))
                 parts += [Slice(name, split, i, n) for i in range(n)]
     return parts
+
+
+def source_files(module: str, names: Iterable[str]) -> dict[str, str]:
+    """{name: path} of the files that Tasks, or all Tasks of Mixtures, read on this machine.
+
+    TFDS data sets and seqio's file sources say them; those of a FunctionDataSource nobody knows.
+    Raises UserError for an unknown name or module.
+    """
+    load_module(module)
+    found = {}
+    for name in names:
+        provider = _known(name, "config.tasks")
+        for task in provider.tasks if isinstance(provider, seqio.Mixture) else [provider]:
+            if isinstance(task.source, RecordSource):
+                continue  # the corpus: an artifact
+            for split in sorted(set(SPLITS) & set(task.splits)):
+                for i, path in enumerate(task.source.list_shards(split)):
+                    if os.path.isfile(path):
+                        found[f"{task.name}-{split}-{i:05d}"] = str(path)
+    return found
 
 
 def _known(name: str, where: str) -> seqio.Task | seqio.Mixture:

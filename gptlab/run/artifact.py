@@ -65,6 +65,7 @@ _PACKAGES = (
     "tensorflow apache-beam"
 ).split()
 _SHOWN_DIFFERENCES = 5
+RawFiles = Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
 
 
 class Run:
@@ -161,7 +162,7 @@ def open_run(
     workdir: str | os.PathLike[str],
     stage: str,
     *,
-    files: Mapping[str, Iterable[str | os.PathLike[str]]] | None = None,
+    files: Mapping[str, RawFiles] | None = None,
 ) -> Run:
     """Opens a new run in `workdir`, or goes on with the same run there.
 
@@ -169,7 +170,7 @@ def open_run(
       config: the stage's config. `config.inputs`, if present, names the artifacts it reads.
       workdir: a local (or mounted) directory; made if missing.
       stage: the program's name, 'pretrain' say.
-      files: raw inputs by name; they count by their content.
+      files: raw inputs by name, as paths or {name: path}; they count by content and name.
 
     Returns:
       The run, to be used in a with statement. If `run.finished`, there is nothing left to do.
@@ -326,9 +327,10 @@ def _inputs(config: Mapping[str, Any], directory: Path) -> dict[str, dict[str, A
     return entries
 
 
-def _file_entry(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
-    listed = [os.fspath(path) for path in paths]
-    return {"paths": listed[:20], "count": len(listed), "digest": files.digest_files(listed)}
+def _file_entry(raw: RawFiles) -> dict[str, Any]:
+    kept = raw if isinstance(raw, Mapping) else list(raw)
+    listed = [os.fspath(p) for p in (kept.values() if isinstance(kept, Mapping) else kept)]
+    return {"paths": listed[:20], "count": len(listed), "digest": files.digest_files(kept)}
 
 
 def _identities(inputs: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, str]:

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gptlab.run.errors import UserError
 
@@ -95,25 +96,70 @@ def _free_space(path: str | os.PathLike[str] | None) -> str:
     return ""
 
 
-def digest_files(paths: Iterable[str | os.PathLike[str]]) -> str:
+def digest_files(
+    paths: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+) -> str:
     """Hash (16 hex digits) of the names and contents of files; directories count recursively.
 
-    A file counts by its name below the given path, so the same directory in another place, or the
-    same list in another order, has the same digest.
+    A file counts by the name it is given in a mapping, or else by its place below the directory
+    that all paths share, so the same files elsewhere, or in another order, have the same digest.
+    One that is there but can't be read counts as 'unreadable': who reads it says so.
 
-    Raises UserError for a path that does not exist or can't be read.
+    Raises UserError for a path that does not exist, and for a directory that can't be listed.
     """
     entries = []
-    for path in map(Path, paths):
+    for name, path in _named(paths).items():
         if path.is_dir():
-            found = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file()]
+            entries += [
+                (f"{name}/{file.relative_to(path).as_posix()}", _content_digest(file))
+                for file in below(path)
+            ]
         else:
-            found = [(path.name, path)]
-        entries += [(name, _content_digest(file)) for name, file in found]
+            entries.append((name, _content_digest(path)))
     total = hashlib.sha256()
     for name, content in sorted(entries):
         total.update(f"{len(name)}:{name}:{content}\n".encode())
     return total.hexdigest()[:16]
+
+
+def _named(
+    paths: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+) -> dict[str, Path]:
+    if isinstance(paths, Mapping):
+        return {name: Path(path) for name, path in paths.items()}
+    listed = [Path(os.path.abspath(path)) for path in paths]
+    if not listed:
+        return {}
+    root = os.path.commonpath([p if p.is_dir() else p.parent for p in listed])
+    return {path.relative_to(root).as_posix(): path for path in listed}
+
+
+def below(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """All files below a directory; UserError for a part of it that can't be listed."""
+    for place, _, names in os.walk(directory, onerror=_not_listable):
+        yield from (path for name in names if is_file(path := Path(place, name)))
+
+
+def check_listable(directory: str | os.PathLike[str]) -> None:
+    """UserError if a directory can't be listed."""
+    try:
+        os.scandir(directory).close()
+    except OSError as error:
+        _not_listable(error)
+
+
+def _not_listable(error: OSError) -> NoReturn:
+    raise UserError(
+        f"cannot read the directory {error.filename}: {error.strerror}; check its permissions"
+    ) from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file, or something that can't even be looked at: reading it will tell."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def _content_digest(path: Path) -> str:
@@ -121,4 +167,6 @@ def _content_digest(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
+        if os.path.lexists(path) or not isinstance(error, FileNotFoundError):
+            return "unreadable"
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error

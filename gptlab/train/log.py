@@ -23,6 +23,7 @@ PEAK_FLOPS = {
 }
 # So many steps skipped in a row mean that the run has diverged for good.
 MAX_SKIPPED_IN_A_ROW = 100
+_NORMS = ("grad_norm", "param_norm")  # what must be finite beside the loss, by how names end
 
 
 class StepLog:
@@ -104,21 +105,23 @@ class StepLog:
         return figures if self._mfu is None else figures | {"perf/mfu": rate * self._mfu}
 
     def _check_finite(self, step: int, values: dict[str, Any]) -> None:
-        watched = ("train/loss", "train/grad_norm", "train/param_norm")
-        bad = [name for name in watched if not math.isfinite(values[name])]
+        # The critic's norms among them: its loss may be finite when its gradient is not.
+        norms = [name for end in _NORMS for name in sorted(values) if name.endswith(end)]
+        bad = [name for name in ("train/loss", *norms) if not math.isfinite(values[name])]
         if not bad:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
+        optimizer = "value_optimizer" if "critic" in bad[0] else "optimizer"
         # What is wrong with the parameters themselves cannot be passed over.
-        if self._config.on_nonfinite == "stop" or bad[0] == "train/param_norm":
+        if self._config.on_nonfinite == "stop" or bad[-1].endswith("param_norm"):
             raise UserError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}; nothing of it is saved. Lower "
-                "config.optimizer.lr, or pass over such steps with config.on_nonfinite='skip'"
+                f"config.{optimizer}.lr, or pass over such steps with config.on_nonfinite='skip'"
             )
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{bad[0]} is {values[bad[0]]} at step {step}, and so were the "
                 f"{MAX_SKIPPED_IN_A_ROW - 1} steps before: this run has diverged. Lower "
-                "config.optimizer.lr and start again in another --workdir"
+                f"config.{optimizer}.lr and start again in another --workdir"
             )

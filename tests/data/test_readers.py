@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 from collections import Counter
 
@@ -118,6 +119,7 @@ def test_bad_files_do_not_stop_the_others(tmp_path):
     write(tmp_path / "h.html", "<p>" + "x" * 3000)
     (tmp_path / "i.txt").symlink_to(tmp_path / "a.txt")
     write(tmp_path / "j.html", b"<p>\xff\xfe")
+    write(tmp_path / "k.jsonl", "\n  \n\n")
     found = read_all(tmp_path)
     bad = {x.file.rsplit("/", 1)[1]: x for x in found if isinstance(x, Bad)}
     assert set(bad) == {
@@ -129,15 +131,60 @@ def test_bad_files_do_not_stop_the_others(tmp_path):
         "g.jsonl.gz",
         "h.html",
         "j.html",
+        "k.jsonl",
     }
     assert bad["b.txt"] == Bad(str(tmp_path / "b.txt"), 2, "not UTF-8")
-    assert {bad[f"{n}.txt"].reason for n in "cd"} | {bad["e.jsonl"].reason} == {"empty"}
+    assert {bad[f"{n}.txt"].reason for n in "cd"} | {bad[f"{n}.jsonl"].reason for n in "ek"} == {
+        "empty"
+    }
     assert "end-of-stream" in bad["f.jsonl.gz"].reason and bad["f.jsonl.gz"].line > 1
     assert "gzip" in bad["g.jsonl.gz"].reason.lower()
     assert "larger than 2000 bytes" in bad["h.html"].reason
     assert bad["j.html"].reason == "not UTF-8"
     texts = Counter(x.record.text for x in found if isinstance(x, Item))
     assert texts["fine"] == 2 and texts["whole"] == bad["f.jsonl.gz"].line - 1
+
+
+@pytest.mark.parametrize("charset", ["undefined", "idna", "punycode", "hex", "no-such"])
+def test_a_declared_charset_that_decodes_nothing_is_a_bad_page(tmp_path, charset):
+    page = f'<meta charset="{charset}"><p>'.encode() + b"caf\xe9 " + b"x" * 100
+    (bad,) = read_all(write(tmp_path / "page.html", page))
+    assert bad == Bad(str(tmp_path / "page.html"), 1, "not UTF-8")
+
+
+def test_a_file_that_cannot_be_read_is_quarantined(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "fine")
+    write(tmp_path / "b.txt", "secret")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "gone.txt")
+
+    def deny(path, *args, **kwargs):
+        if str(path).endswith("b.txt"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(readers, "open", deny, raising=False)
+    fine, denied, gone = read_all(tmp_path)
+    assert fine.record.text == "fine"
+    assert denied == Bad(str(tmp_path / "b.txt"), 1, "unreadable: Permission denied")
+    assert gone == Bad(str(tmp_path / "c.txt"), 1, "unreadable: No such file or directory")
+
+
+@pytest.mark.parametrize("pattern", ["", "*/*.txt", "**/*.txt", "*/deep/*.txt"])
+def test_a_directory_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch, pattern):
+    write(tmp_path / "a" / "deep" / "a.txt", "fine")
+    write(tmp_path / "locked" / "deep" / "b.txt", "never seen")
+    scandir = os.scandir
+
+    def deny(path="."):
+        if str(path).rstrip("/").endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    assert len(readers.plan((), str(tmp_path / "**" / "*.txt"))) == 2
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(UserError, match="cannot read the directory .*locked: Permission denied"):
+        readers.plan((), str(tmp_path / pattern) if pattern else str(tmp_path))
+    assert len(readers.plan((), str(tmp_path / "a" / "**"))) == 1
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".jsonl.gz"])

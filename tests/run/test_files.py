@@ -82,6 +82,47 @@ def test_digest_depends_on_names_and_contents_only(tmp_path):
     assert digest != files.digest_files([two])
 
 
+def test_digest_tells_files_of_one_name_apart(tmp_path):
+    one, two = tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt"
+    for path in (one, two):
+        path.parent.mkdir()
+        path.write_text(str(path.parent.name))
+    digests = files.digest_files([one, two]), files.digest_files({"1": one, "2": two})
+    assert digests == (files.digest_files([two, one]), files.digest_files({"2": two, "1": one}))
+    one.write_text("b")
+    two.write_text("a")
+    assert files.digest_files([one, two]) != digests[0]
+    assert files.digest_files({"1": one, "2": two}) != digests[1]
+    assert files.digest_files({"1": two, "2": one}) == digests[1]
+
+
 def test_digest_of_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="cannot read .*nothing"):
         files.digest_files([tmp_path / "nothing"])
+
+
+def test_digest_of_what_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("a")
+    readable = files.digest_files([tmp_path])
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", denied, raising=False)
+        unreadable = files.digest_files([tmp_path])
+        assert unreadable == files.digest_files([tmp_path]) != readable
+    with monkeypatch.context() as patch:
+        deny_listing(patch, "sub")
+        with pytest.raises(UserError, match="cannot read the directory .*sub: Permission denied"):
+            files.digest_files([tmp_path])
+    assert files.digest_files([tmp_path]) == readable
+
+
+def denied(path, *_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def deny_listing(patch, name):
+    """Directories of that name can't be listed (root could list one of any permissions)."""
+    scandir = os.scandir
+    patch.setattr(
+        os, "scandir", lambda d=".": denied(d) if os.path.basename(d) == name else scandir(d)
+    )
