@@ -6,16 +6,17 @@
 
 Arguments name a recipe:
   'cpu' (the default): 60 steps of 64 episodes. A step takes about 1.8 s on two cores: 0.3 sampling,
-    0.5 scoring, 1.0 updating. The reward model's score rises within some ten steps; how far it is
-    worth rising depends on the KL coefficient (EXPERIMENTS.md).
+    0.5 scoring, 1.0 updating. What to expect depends on the reward model and the KL coefficient:
+    EXPERIMENTS.md has a table.
   'scorer': the same, paid by a program, the share of some words: a canary.
   'instructgpt' (arXiv 2203.02155, appendix C.4): one inner epoch of 8 minibatches, fixed KL
-    coefficient, constant learning rate, PPO-ptx. Not as there: no moving average of the policy
-    (0.992 there); ptx.coef is 1.0 on a mean over tokens (27.8 there, of a loss whose reduction is
-    not given); the policy has the learning rate that is given for the value function.
+    coefficient, constant learning rate, PPO-ptx (on inputs.tokens). Not as there: no moving average
+    of the policy (0.992 there); ptx.coef is 1.0 on a mean over tokens (27.8 there, of a loss whose
+    reduction is not given); the policy has the learning rate that is given for the value function.
   'ziegler' (arXiv 1909.08593, sentiment): 4 epochs, adaptive KL, whitened rewards. Not as there:
     the critic is a network of its own that starts as the reward model, where theirs was a head,
-    zero at first, on the policy's own trunk.
+    zero at first, on the policy's trunk; replies may end, and score -1 if they don't within 24
+    tokens, where theirs all had 24.
 The last two are for large models and batches, and were not run to their end.
 """
 
@@ -71,8 +72,8 @@ def get_config(arg: str = "cpu") -> ConfigDict:
             "gamma": 1.0,
             "lam": 0.95,
             "whiten_advantages": "minibatch",  # or 'rollout', 'none'
-            # PPO-ptx: rows of inputs.tokens with each optimiser step. With coef 0 it is off, and the
-            # other keys and inputs.tokens are not read.
+            # PPO-ptx: rows of inputs.tokens with each optimiser step. coef 0 is off; inputs.tokens
+            # and the other keys are read only when it is on.
             "ptx": {"coef": 0.0, "name": "pretrain", "batch_size": 8, "seq_len": 128},
             "mesh": common.mesh(),
             "log_every_steps": 1,

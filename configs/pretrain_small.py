@@ -3,8 +3,8 @@
     python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain \
         --config.inputs.tokens=runs/tokens --config.inputs.vocabulary=runs/vocabulary
 
-6.1M tokens, 1.4 passes over the quickstart's corpus. What came of it is in EXPERIMENTS.md. Where the
-CPU has no AMX, bfloat16 is slower than float32: --config.compute.dtype=float32 there.
+6.1M tokens, 1.4 passes over the quickstart's corpus. What came of it is in EXPERIMENTS.md. Where
+the CPU has no AMX, bfloat16 is slower than float32: --config.compute.dtype=float32 there.
 """
 
 from ml_collections import ConfigDict

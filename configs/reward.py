@@ -45,8 +45,8 @@ def get_config(arg: str = "rounds") -> ConfigDict:
                 # than those of training.
                 "prompt_len": 64,
                 "max_candidates": 2 if reviews else 4,
-                # Train on the labels of some folds of the prompts only, (0,) of 1 being all. Held-out
-                # labels are not divided: every model chooses its checkpoint on the same ones.
+                # Train on the labels of some folds of the prompts only, (0,) of 1 being all. The
+                # held-out labels are whole: all models choose their checkpoint on the same ones.
                 "num_folds": 1,
                 "folds": (0,),
             },

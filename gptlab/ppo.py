@@ -6,10 +6,10 @@
 
 A step samples `batch_size` replies (`samples_per_prompt` to each prompt), pays them the reward's
 score and a KL penalty per token, and makes epochs * minibatches optimiser steps on policy and
-critic (InstructGPT, arXiv 2203.02155; lm-human-preferences, 1909.08593; the details and their
-tests: RLHF.md, section 7). The critic starts as the reward model. `ptx.coef` mixes in the
-pretraining gradient; `reward.kind='scorer'` pays by a program instead of a model. How long it takes
-and what to expect stand in the config.
+critic (InstructGPT, arXiv 2203.02155; lm-human-preferences, 1909.08593; the details that decide
+whether it works: Huang et al. 2024, 2403.17031). The critic starts as the reward model. `ptx.coef`
+mixes in the pretraining gradient; `reward.kind='scorer'` pays by a program instead of a model. How
+long it takes and what to expect stand in the config.
 
 Dimensions: B episodes, P prompt, R response, T = P + R, U optimiser steps (epochs * minibatches).
 """

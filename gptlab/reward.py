@@ -222,7 +222,8 @@ def read_comparisons(config: ConfigDict, split: str) -> list[Comparison]:
     """The comparisons of one split, pooled over every input named comparisons*.
 
     Of train, those whose prompt is in one of config.data.folds: models of other folds, a judge say,
-    share no label with this one. The held-out splits stay whole.
+    are trained on no label of this one's. The held-out splits stay whole, so both choose their
+    checkpoint on the same labels.
     """
     pooled: list[Comparison] = []
     for directory in comparison_directories(config):

@@ -122,7 +122,7 @@ def baselines(
 ) -> dict[str, float]:
     """Held-out bits per byte of the models of every order.
 
-    Counts like perplexity.held_out: the bits of all tokens with loss, control tokens included, over
+    Counts like train.held_out: the bits of all tokens with loss, control tokens included, over
     the bytes of the text.
 
     Args:

@@ -123,7 +123,7 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def num_params(self) -> int:
-        """Exact number of parameters (RLHF.md section 1 'Counts' for both families)."""
+        """Exact number of parameters of either family: 124,439,808 for GPT-2 small."""
         d, f, a, kv = self.d_model, self.d_ff, self.d_attn, self.d_kv
         norm = d * (2 if self.norm == "layernorm" and self.use_bias else 1)
         layer = d * a + 2 * d * kv + a * d + (a + 2 * kv) * self.qkv_bias + d * self.use_bias

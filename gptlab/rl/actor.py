@@ -29,7 +29,7 @@ class Actor:
     """Compiled sampling and scoring, and the frozen models: what a rollout is made with.
 
     Policy and reference go through one executable, critic and reward model through another: equal
-      parameters give equal numbers, bit for bit.
+    parameters give equal numbers, bit for bit.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Advantages from rewards and values: GAE, and whitening over the tokens that exist.
 
 Every array is aligned with the response: index t of a [B, R] array belongs to the t-th response
-  token.
+token.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ def gae(
       rewards: reward of each response token; entries outside the mask are ignored.
       values: critic's value of the state *before* each response token.
       mask: 1 on the tokens of the episode (the value mask: one token longer than the policy mask
-        when the
-        score is paid one after the last token).
+        when the score is paid one after the last token).
       gamma: discount per token.
       lam: weight of longer estimates.
 

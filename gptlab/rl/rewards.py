@@ -39,8 +39,8 @@ def replace_unfinished(
 ) -> Float[Array, "B"]:
     """The score of a reply that never ended is *replaced* by `no_eos_score`, not shifted by it.
 
-    A reward model has only seen whole replies, so what it says of half a one means nothing. None
-    keeps it.
+    A reward model has seen whole replies above all, so what it says of half a one means little.
+    None keeps it.
     """
     if no_eos_score is None:
         return scores

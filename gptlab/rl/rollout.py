@@ -1,10 +1,9 @@
 """Rollouts: sample replies, then read every log-prob and value from one scoring forward.
 
 Shapes: B episodes, P prompt slots, R response slots, T = P + R. Prompts are right padded and a
-  row's response stands directly after its prompt, so `tokens` [B, T] is an ordinary right-padded
-  batch. Arrays [B, R] are aligned with the
-response: index t belongs to response token t, which the model predicts at sequence position
-  prompt_length - 1 + t.
+row's response stands directly after its prompt, so `tokens` [B, T] is an ordinary right-padded
+batch. Arrays [B, R] are aligned with the response: index t belongs to response token t, which the
+model predicts at sequence position prompt_length - 1 + t.
 """
 
 from __future__ import annotations
@@ -176,9 +175,9 @@ def response_logprobs(
     (nats).
 
     The scoring forward: rollout, reference and update all come here, so an untouched policy has a
-      KL of exactly 0 and a ratio of 1, and no place can forget the temperature. The hidden states
-      are cut to the response before they meet the vocabulary, which is most of the work of a small
-      model. Both are 0 outside the response.
+    KL of exactly 0 and a ratio of 1, and no place can forget the temperature. The hidden states
+    are cut to the response before they meet the vocabulary, which is most of the work of a small
+    model. Both are 0 outside the response.
     """
     positions, segment_ids = layout(samples.lengths, samples.tokens.shape[1])
     hidden = model.apply(
@@ -210,7 +209,7 @@ def token_scalars(
     here.
 
     Dropout is on when a key for it is given: never in RL, where old and new values must be one
-      function's.
+    function's.
     """
     positions, segment_ids = layout(lengths, tokens.shape[1])
     rngs = {} if dropout_key is None else {"dropout": dropout_key}

@@ -92,7 +92,7 @@ def fit_comparisons(
     features = vectorizer.transform(replies)
     difference = features[better] - features[worse]
     # The loss of (x, 1) is that of (-x, 0): turning every other pair round changes nothing but
-    # gives # the solver the two classes it asks for.
+    # gives the solver the two classes it asks for.
     sign = np.where(np.arange(len(better)) % 2, -1.0, 1.0)
     difference = difference.multiply(sign[:, None]).tocsr()
     if len(better) == 1:

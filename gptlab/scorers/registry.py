@@ -31,7 +31,7 @@ class Scorer(Protocol):
 
 
 # What a factory calls `workdir` is given in the spec as `input`, a name under config.inputs:
-# lineage # knows only what is there.
+# lineage knows only what is there.
 _FACTORIES: dict[str, Callable[..., Scorer]] = {
     "length": programs.Length,
     "repetition": programs.Repetition,
