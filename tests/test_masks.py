@@ -137,7 +137,7 @@ def test_pretraining_learns_every_token_of_a_document_and_its_end(
 
 
 def test_reward_reads_each_reply_at_its_end_and_nothing_after(tiny_tokenizer, tiny_model):
-    """RLHF.md: r(x, y) is read at the last real token, whatever stands in the padding."""
+    """r(x, y) is read at the last real token, whatever stands in the padding."""
 
     def ranked(key, replies, ranks, finished=True):
         prompt = Prompt(key, (Message("user", f"how was the {key}?", "a film"),), "made")

@@ -90,7 +90,7 @@ def test_it_runs_and_says_what_happened(trained):
 
 
 def test_first_step_of_an_untouched_policy(trained):
-    """RLHF.md 7, rows 1, 5 and 10: KL and non-score reward exactly 0, ratio 1, decoder agrees."""
+    """KL and non-score reward exactly 0, ratio 1, decoder agrees."""
     first = lines_of(trained)[0]
     assert first["ppo/kl"] == 0 and first["ppo/non_score_reward"] == 0
     assert first["ppo/ratio_max_dev"] < 1e-4
@@ -169,14 +169,14 @@ def scored(config):
 
 
 def test_critic_starts_as_the_reward_model(scored):
-    """RLHF.md 7, row 14: critic(last) = score at step 0, normalisation included, exactly."""
+    """critic(last) = score at step 0, normalisation included, exactly."""
     data, *_, last = scored
     np.testing.assert_array_equal(last, data.scores)
     assert np.std(data.scores) > 0
 
 
 def test_critic_of_a_program_starts_at_zero(config, vowels):
-    """RLHF.md 7, row 15: a trunk that never predicted values has a zero head, so V = 0."""
+    """A trunk that never predicted values has a zero head, so V = 0."""
     actor, _, scalar, _, critic, data, mesh = networks(copy_of(config, **{"reward.kind": "scorer"}))
     with jax.set_mesh(mesh):
         batch = ppo.mesh_lib.put_batch(data.at(0), mesh)
@@ -212,7 +212,7 @@ def loss_and_grads(loss_fn, params, batch):
 
 
 def test_padding_cannot_change_a_loss_or_its_gradient(config, scored, episodes):
-    """RLHF.md 7, row 20: policy and value loss, with rubbish wherever a mask is 0."""
+    """Policy and value loss, with rubbish wherever a mask is 0."""
     _, model, scalar, policy, critic, _ = scored
     mask, values = episodes.samples.response_mask, episodes.value_mask
     slots = jnp.arange(episodes.samples.tokens.shape[1])[None, :]
@@ -238,7 +238,7 @@ def test_padding_cannot_change_a_loss_or_its_gradient(config, scored, episodes):
 
 
 def test_ptx_gradient_is_added_in_the_same_step(config, scored, episodes):
-    """RLHF.md 7, row 25: grad = g_ppo + c g_ptx, by accumulation, whatever the microbatches."""
+    """The gradient is g_ppo + c g_ptx, by accumulation, whatever the microbatches."""
     _, model, _, policy, _, _ = scored
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(9, 300, (8, 17)), jnp.int32)
@@ -271,7 +271,7 @@ def test_ptx_runs_in_the_loop(config, trained, tmp_path):
 
 
 def test_value_clip_is_a_max_with_factor_one_half():
-    """RLHF.md 7, row 21: value and gradient on both sides of the clip, by hand."""
+    """Value and gradient on both sides of the clip, by hand."""
     loss = lambda v: ppo.losses.ppo_value_loss(  # noqa: E731
         v, jnp.zeros((1, 2)), jnp.asarray([[1.0, -1.0]]), jnp.ones((1, 2)), 0.2
     )[0]
@@ -282,7 +282,7 @@ def test_value_clip_is_a_max_with_factor_one_half():
 
 
 def test_advantage_whitening_scopes(config, scored):
-    """RLHF.md 7, row 17: 'rollout' whitens before the cut into minibatches, the others do not."""
+    """'rollout' whitens before the cut into minibatches, the others do not."""
     data = jax.tree.map(jnp.asarray, scored[0])
     prepared = {
         kind: ppo.episodes_lib.prepare(
@@ -312,7 +312,7 @@ def adaptive(config, tmp_path_factory):
 
 
 def test_adaptive_kl_moves_after_the_batch(adaptive):
-    """RLHF.md 7, row 22: step k is paid with the coefficient that step k - 1 left, n = episodes."""
+    """Step k is paid with the coefficient that step k - 1 left, n = episodes."""
     coef = np.float32(0.2)
     for line in lines_of(adaptive):
         assert abs(line["ppo/kl_coef"] - coef) < 1e-6

@@ -64,7 +64,7 @@ def test_it_learns_the_labeller(trained):
 
 
 def test_samples_have_mean_zero_and_std_one_and_the_order_stays(trained, config, tiny_tokenizer):
-    """RLHF.md 7, row 13: normalised once on the samples; a ranking cannot change."""
+    """Normalised once on the samples; a ranking cannot change."""
     mesh = mesh_lib.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model, params, gain, bias = rewards.load_reward_model(trained, mesh, config.compute)
@@ -81,7 +81,7 @@ def test_samples_have_mean_zero_and_std_one_and_the_order_stays(trained, config,
 
 
 def test_demonstrations_average_zero(trained, config, tiny_tokenizer, tiny_clean):
-    """RLHF.md 7, row 13, InstructGPT's way: a shift alone."""
+    """InstructGPT's way: a shift alone."""
     changed = ConfigDict(config.to_dict())
     changed.normalise = "demonstrations"
     changed.inputs.demonstrations = str(tiny_clean)
@@ -257,7 +257,7 @@ def test_figures_are_of_comparisons_that_chose_no_checkpoint(
 
 
 def test_head_starts_with_std_of_stiennon(policy, config):
-    """RLHF.md 7, row 12: std 1/sqrt(d + 1), bias 0, on the SFT model's own backbone."""
+    """Std 1/sqrt(d + 1), bias 0, on the SFT model's own backbone."""
     wide = ScalarModel(
         ModelConfig.build(
             {**checkpoint.load_model_config(policy), "d_model": 512}, config.compute.to_dict()
@@ -269,7 +269,7 @@ def test_head_starts_with_std_of_stiennon(policy, config):
 
 
 def test_loss_is_a_mean_within_each_prompt_then_over_prompts():
-    """RLHF.md 7, row 24: on a ragged batch that differs from the mean over all pairs."""
+    """On a ragged batch that differs from the mean over all pairs."""
     rewarded = jax.numpy.asarray([[2.0, 1.0, 0.0], [0.5, 1.5, 9.0]])
     ranks = jax.numpy.asarray([[1, 2, 3], [1, 2, 0]])
     loss, weight, _ = reward.losses.ranking_loss_sums(rewarded, ranks, jax.numpy.ones(2))

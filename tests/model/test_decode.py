@@ -60,7 +60,7 @@ def forward_logits(model, params, tokens, reply):
 
 @pytest.mark.parametrize("name", TINY)
 def test_cached_decoding_equals_the_training_forward(name):
-    """Log-probabilities within 1e-5 in float32, ragged rows (RLHF.md section 7, rows 5 and 11)."""
+    """Log-probabilities within 1e-5 in float32, ragged rows."""
     model, params = build(name)
     out = generate(model, params, DRAW)
     for b, length in enumerate(LENGTHS):

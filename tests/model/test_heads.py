@@ -23,7 +23,7 @@ def create(model, seed=0):
 
 
 def test_reward_head_standard_deviation():
-    """1/sqrt(D+1), over many seeds (RLHF.md section 7, row 12)."""
+    """1/sqrt(D+1), over many seeds."""
     heads = [create(ScalarModel(CONFIG), seed)["head"] for seed in range(40)]
     weights = np.concatenate([np.ravel(head["kernel"]) for head in heads])  # 1,280 draws
     assert abs(weights.std() * 33**0.5 - 1) < 0.08
@@ -62,7 +62,7 @@ def test_scalar_from_language(tied):
 
 
 def test_reward_at_the_last_real_token_ignores_padding():
-    """RLHF.md section 7, row 9: more padding changes nothing."""
+    """More padding changes nothing."""
     model = ScalarModel(CONFIG)
     params = create(model)
     tokens = jax.random.randint(jax.random.key(3), (1, 6), 0, 512)

@@ -1,5 +1,4 @@
-"""Finished artifacts with random parameters: a policy to start from and a reward model, untrained.
-"""
+"""Finished artifacts with random parameters: a policy to start from, and a reward model."""
 
 from __future__ import annotations
 

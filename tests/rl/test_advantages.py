@@ -40,7 +40,6 @@ def test_gae_equals_the_slow_sum(gamma, lam):
 
 
 def test_zero_bootstrap_gives_reward_to_go_minus_value():
-    """RLHF.md 7, row 19."""
     rewards, values, mask, lengths = ragged(1)
     got, returns = advantages.gae(rewards, values, jnp.asarray(mask), gamma=1.0, lam=1.0)
     for row, length in enumerate(lengths):
@@ -50,7 +49,7 @@ def test_zero_bootstrap_gives_reward_to_go_minus_value():
 
 
 def test_returns_come_from_unwhitened_advantages_by_hand():
-    """RLHF.md 7, row 18: two tokens, gamma 1, lambda 0.5."""
+    """Two tokens, gamma 1, lambda 0.5."""
     rewards = jnp.asarray([[0.0, 1.0]])
     values = jnp.asarray([[0.5, 0.25]])
     got, returns = advantages.gae(rewards, values, jnp.ones((1, 2)), gamma=1.0, lam=0.5)
@@ -60,7 +59,7 @@ def test_returns_come_from_unwhitened_advantages_by_hand():
 
 
 def test_padding_changes_nothing():
-    """RLHF.md 7, row 20: what stands in the padding cannot reach an advantage or its gradient."""
+    """What stands in the padding cannot reach an advantage or its gradient."""
     rewards, values, mask, _ = ragged(2)
     mask = jnp.asarray(mask)
 
@@ -79,7 +78,7 @@ def test_padding_changes_nothing():
 
 
 def test_whitening_has_biased_variance():
-    """RLHF.md 7, row 17: numpy's ddof=0, over real tokens only."""
+    """As numpy with ddof=0, over real tokens only."""
     x, _, mask, _ = ragged(3)
     got = np.asarray(advantages.whiten(jnp.asarray(x), jnp.asarray(mask), keep_mean=False))
     real = x[mask > 0]
@@ -90,7 +89,7 @@ def test_whitening_has_biased_variance():
 
 
 def test_whitening_by_minibatch_and_by_rollout_differ():
-    """RLHF.md 7, row 17: the scope is a choice that matters."""
+    """The scope is a choice that matters."""
     x, _, mask, _ = ragged(4, rows=4)
     x, mask = jnp.asarray(x), jnp.asarray(mask)
     rollout = advantages.whiten(x, mask, keep_mean=False)
@@ -99,7 +98,7 @@ def test_whitening_by_minibatch_and_by_rollout_differ():
 
 
 def test_reward_whitening_keeps_the_mean():
-    """RLHF.md 7, row 16, by hand: [1, 3] -> mean 2, std 1, so nothing moves; [0, 4] -> [1, 3]."""
+    """By hand: [1, 3] -> mean 2, std 1, so nothing moves; [0, 4] -> [1, 3]."""
     got = advantages.whiten(jnp.asarray([[1.0, 3.0]]), jnp.ones((1, 2)), keep_mean=True)
     np.testing.assert_allclose(got, [[1.0, 3.0]], atol=1e-5)
     got = advantages.whiten(

@@ -37,7 +37,7 @@ def test_sequence_kl_sums_tokens_and_averages_responses():
 
 
 def test_adaptive_coefficient_trajectory_by_hand():
-    """RLHF.md 7, row 22: target 6, horizon 100, n = 50 episodes; errors clipped at +-0.2."""
+    """Target 6, horizon 100, n = 50 episodes; errors clipped at +-0.2."""
     controller = kl.AdaptiveKL(coef=0.2, target=6.0, horizon=100)
     coef = controller.initial()
     trajectory = []
@@ -49,7 +49,7 @@ def test_adaptive_coefficient_trajectory_by_hand():
 
 
 def test_episodes_not_iterations_drive_the_controller():
-    """RLHF.md 7, row 22: twice the episodes in a batch moves twice as far."""
+    """Twice the episodes in a batch moves twice as far."""
     controller = kl.AdaptiveKL(coef=1.0, target=6.0, horizon=1000)
     one = controller.update(jnp.asarray(1.0), jnp.asarray(9.0), episodes=100)
     two = controller.update(jnp.asarray(1.0), jnp.asarray(9.0), episodes=200)

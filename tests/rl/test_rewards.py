@@ -21,14 +21,14 @@ def assemble(**changes):
 
 
 def test_untouched_policy_pays_exactly_nothing():
-    """RLHF.md 7, row 1: policy = reference makes the non-score reward exactly 0."""
+    """Policy = reference makes the non-score reward exactly 0."""
     got = assemble(logprobs=REF)
     np.testing.assert_array_equal(got.non_score, np.zeros((2, 4)))
     np.testing.assert_array_equal(got.total, [[0, np.float32(0.73), 0, 0], [0, 0, 0, -0.25]])
 
 
 def test_score_at_the_last_token_by_hand():
-    """RLHF.md 7, row 2: d = [[.5, -1], [0, 0, 0, -2]], beta 0.1."""
+    """d = [[.5, -1], [0, 0, 0, -2]], beta 0.1."""
     got = assemble(position="last")
     np.testing.assert_allclose(
         got.total, [[-0.05, 0.1 + 0.73, 0, 0], [0, 0, 0, 0.2 - 0.25]], atol=1e-6
@@ -37,14 +37,13 @@ def test_score_at_the_last_token_by_hand():
 
 
 def test_score_one_after_the_last_token_by_hand():
-    """RLHF.md 7, rows 2 and 20: a value mask one slot longer; a full response has no such slot."""
+    """A value mask one slot longer; a full response has no such slot."""
     got = assemble(position="after_last")
     np.testing.assert_allclose(got.total, [[-0.05, 0.1, 0.73, 0], [0, 0, 0, 0.2 - 0.25]], atol=1e-6)
     np.testing.assert_array_equal(got.value_mask, [[1, 1, 1, 0], [1, 1, 1, 1]])
 
 
 def test_unfinished_reply_has_its_score_replaced_not_shifted():
-    """RLHF.md 7, row 3."""
     got = assemble(finished=jnp.asarray([True, False]))
     np.testing.assert_array_equal(got.scores, np.asarray([0.73, -1.0], np.float32))
     np.testing.assert_allclose(got.total[1], [0, 0, 0, 0.2 - 1.0], atol=1e-6)
@@ -58,7 +57,6 @@ def test_rewards_are_float32_whatever_the_scores():
 
 
 def test_whitening_keeps_the_mean_over_the_value_mask():
-    """RLHF.md 7, row 16."""
     plain, white = assemble(position="after_last"), assemble(position="after_last", whiten=True)
     real = np.asarray(plain.value_mask) > 0
     before, after = np.asarray(plain.total)[real], np.asarray(white.total)[real]

@@ -70,7 +70,7 @@ def samples():
 
 
 def test_truncation_after_the_first_stop_token_by_hand():
-    """RLHF.md 7, row 4: the first one stays, everything after it goes, a second one too."""
+    """The first one stays, everything after it goes, a second one too."""
     response = jnp.asarray([[7, STOP, 8, STOP], [7, 8, 9, 9], [STOP, 5, 5, 5], [7, 8, 9, STOP]])
     cut, mask, finished, halted = rollout.truncate_at_stop(response, (STOP,), PAD)
     want = [[7, STOP, PAD, PAD], [7, 8, 9, 9], [STOP, PAD, PAD, PAD], [7, 8, 9, STOP]]
@@ -144,7 +144,7 @@ def slow_logprobs(drawn, temperature):
 
 
 def test_logprobs_are_sliced_where_they_are_predicted():
-    """RLHF.md 7, row 6: [context - 1 : -1]; a slice off by one would be far away."""
+    """[context - 1 : -1]; a slice off by one would be far away."""
     model, params = language_model()
     got, _ = response_logprobs(model, params, samples(), 0.7)
     want = slow_logprobs(samples(), 0.7)
@@ -154,7 +154,7 @@ def test_logprobs_are_sliced_where_they_are_predicted():
 
 
 def test_temperature_divides_logits_before_the_log_softmax():
-    """RLHF.md 7, row 5: a forgotten temperature, or one applied to log-probs, is caught."""
+    """A forgotten temperature, or one applied to log-probs, is caught."""
     model, params = language_model()
     got, _ = response_logprobs(model, params, samples(), 0.7)
     forgotten, _ = response_logprobs(model, params, samples(), 1.0)
@@ -164,7 +164,7 @@ def test_temperature_divides_logits_before_the_log_softmax():
 
 
 def test_decoder_and_scoring_forward_agree():
-    """RLHF.md 7, rows 5 and 11: rollout and scoring use one temperature and one model."""
+    """Rollout and scoring use one temperature and one model."""
     model, params = language_model()
     got, _ = response_logprobs(model, params, samples(), 0.7)
     np.testing.assert_allclose(got, samples().decode_logprobs, atol=2e-5)
@@ -180,7 +180,7 @@ def test_entropy_is_that_of_the_sampling_distribution():
 
 
 def test_equal_parameters_give_exactly_equal_logprobs():
-    """RLHF.md 7, row 1: one compiled function, so a copy of the policy has a KL of exactly zero."""
+    """One compiled function, so a copy of the policy has a KL of exactly zero."""
     model, params = language_model()
     policy, _ = response_logprobs(model, params, samples(), 0.7)
     reference, _ = response_logprobs(model, jax.tree.map(jnp.copy, params), samples(), 0.7)
@@ -194,7 +194,7 @@ def widen(drawn, extra):
 
 
 def test_position_ids_from_the_mask_make_padding_irrelevant():
-    """RLHF.md 7, row 8: right-padded rows, and the same rows without any padding, agree."""
+    """Right-padded rows, and the same rows without any padding, agree."""
     model, params = language_model()
     positions, segments = rollout.layout(jnp.asarray([2, 4]), 4)
     np.testing.assert_array_equal(positions, [[0, 1, 0, 0], [0, 1, 2, 3]])
@@ -205,7 +205,7 @@ def test_position_ids_from_the_mask_make_padding_irrelevant():
 
 
 def test_left_padded_rows_give_the_same_logits():
-    """RLHF.md 7, row 8: positions count real tokens, so the side of the padding does not matter."""
+    """Positions count real tokens, so the side of the padding does not matter."""
     model, params = language_model()
     rng = np.random.default_rng(3)
     row = jnp.asarray(rng.integers(4, VOCAB, (1, 5)), jnp.int32)
@@ -218,7 +218,6 @@ def test_left_padded_rows_give_the_same_logits():
 
 
 def test_reward_is_read_at_the_last_real_token_whatever_the_padding():
-    """RLHF.md 7, row 9."""
     model, params = scalar_model()
     drawn = samples()
     read = lambda s: rollout.at_last(  # noqa: E731
@@ -231,7 +230,7 @@ def test_reward_is_read_at_the_last_real_token_whatever_the_padding():
 
 
 def test_values_stand_before_each_response_token():
-    """RLHF.md 7, row 6, for the critic: value t has seen t response tokens and no more."""
+    """Value t has seen t response tokens and no more."""
     model, params = scalar_model()
     drawn = samples()
     scalars = token_scalars(model, params, drawn.tokens, drawn.lengths)
@@ -243,7 +242,7 @@ def test_values_stand_before_each_response_token():
 
 
 def test_log_softmax_in_float32_although_the_model_computes_in_bfloat16():
-    """RLHF.md 7, row 7: a bf16 log-softmax is measured, and ours is an order below it."""
+    """A bf16 log-softmax is measured, and ours is an order below it."""
     _, params = language_model()
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     model = LanguageModel(config)
@@ -264,7 +263,7 @@ def test_log_softmax_in_float32_although_the_model_computes_in_bfloat16():
 
 
 def test_gradient_ignores_padding():
-    """RLHF.md 7, row 20: tokens after the end change neither log-probs nor their gradient."""
+    """Tokens after the end change neither log-probs nor their gradient."""
     model, params = language_model()
     drawn = samples()
     slots = jnp.arange(drawn.tokens.shape[1])[None, :]
