@@ -2,12 +2,13 @@
 
     python -m gptlab.evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
         --config.inputs.policy=runs/ppo --config.inputs.baseline=runs/sft \
-        --config.inputs.base=runs/pretrain --config.inputs.vocabulary=runs/vocabulary \
-        --config.inputs.prompts=runs/clean --config.inputs.tokens=runs/tokens \
-        --config.inputs.reward=runs/reward --config.inputs.judge=runs/judge
+        --config.inputs.base=runs/pretrain --config.inputs.reward=runs/reward \
+        --config.inputs.judge=runs/judge --config.inputs.vocabulary=runs/vocabulary \
+        --config.inputs.prompts=runs/clean --config.inputs.reviews=runs/clean \
+        --config.inputs.tokens=runs/tokens
 
-`inputs.reviews` (a clean corpus with human comparisons) adds the judge fitted on them, and
-`inputs.previous` (another policy) a paired and a KL-matched comparison with that one. With the
+`inputs.reviews` (a clean corpus with human comparisons) adds the judge fitted on them and may be
+left out; `inputs.previous` (another policy) adds a paired and a KL-matched comparison. With the
 quickstart's model and the 257 prompts of its test split it takes 67 s on two CPU cores. What to
 expect: intervals of the win rate that hold 1/2 wherever a policy is compared with itself.
 """

@@ -27,7 +27,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seed = 0
     config.inputs = common.inputs("init", "tokens", "vocabulary")
     # The name is of a task or a mixture of the tokens; an overlong dialogue is dropped or split.
-    # A reply of more than max_reply_tokens, with its end-of-turn token, is only context: 0 is off.
+    # A reply of more than max_reply_tokens, its end-of-turn token included, is only context in
+    # training; 0 is off.
     config.data = {
         "name": "dialogues", "seq_len": 256, "overlong": "drop", "max_reply_tokens": 0,
     }  # fmt: skip

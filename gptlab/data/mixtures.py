@@ -1,8 +1,9 @@
 """What `config.data.name` may name: a task of a tokenised corpus, or a mixture of its tasks.
 
-The rates of mixtures stand in the config of `prepare`, which keeps them in its manifest; token
-records are always those of tasks. Here the packed rows of a mixture's members come together. A rate
-is a share of rows, so of the tokens that are trained on, whatever the lengths of the examples.
+The rates of mixtures, from the config of `prepare` or a module of the user's, are in the manifest
+of the tokens; token records are always those of tasks. Here the packed rows of a mixture's members
+come together. A rate is a share of rows, so about that of the tokens that are trained on, whatever
+the lengths of the examples.
 """
 
 from __future__ import annotations

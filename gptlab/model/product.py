@@ -13,9 +13,9 @@ def product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
     """x [..., I] @ kernel [I, O], of one dtype, -> [..., O] in `dtype`. Reverse mode only.
 
     JAX's own gradient of the kernel is (dy^T x)^T. XLA's CPU backend transposes a product's left
-    side in strides of a whole row, here together with whatever computes dy, which so is computed a
-    second time. x^T dy transposes x instead, which stands in memory: the same sums, and the
-    quickstart's feed-forward layers go backward in half the time.
+    side in strides of a whole row, here together with whatever computes dy, which is thus computed
+    twice. x^T dy transposes x instead, which stands in memory: the same sums, and the quickstart's
+    feed-forward layers go backward in half the time.
     """
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
