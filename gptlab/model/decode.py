@@ -193,6 +193,19 @@ def _restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
+def _invert(logits: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The token [B] at which softmax(logits)'s distribution function exceeds `uniform` [B].
+
+    One random number a row, where the Gumbel trick takes one a token: for 2,048 tokens on a CPU
+    that is the larger part of a decoding step. Float32 sums of 100k probabilities are off by about
+    1e-6, far less than what a temperature of 0.999 changes.
+    """
+    below = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)  # [B, V], non-decreasing
+    # uniform is at most 1 - 2^-23, so the product stays below the total, and a token of
+    # probability 0 adds nothing: it is never drawn.
+    return (below <= uniform[:, None] * below[:, -1:]).sum(axis=-1)
+
+
 def sample(
     logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
@@ -211,7 +224,8 @@ def sample(
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
         keys = jax.vmap(jax.random.fold_in)(keys, positions)
-        tokens = jax.vmap(jax.random.categorical)(keys, _restrict(logits, sampling))
+        uniform = jax.vmap(jax.random.uniform)(keys)  # float32 [B], in [0, 1)
+        tokens = _invert(_restrict(logits, sampling), uniform)
     else:
         tokens = jnp.argmax(logits, axis=-1)
     logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]

@@ -267,3 +267,10 @@ def test_overfull_windows_are_refused():
 def test_bad_sampling_is_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         dataclasses.replace(DRAW, **change)
+
+
+def test_draws_stay_within_what_is_possible_at_both_ends():
+    """Tokens of probability 0 first and last; the smallest and the largest random number."""
+    logits = jnp.log(jnp.asarray([[0.0, 0.3, 0.0, 0.7, 0.0]] * 4, jnp.float32))
+    uniform = jnp.asarray([0.0, 0.29, 0.31, 1 - 2**-23], jnp.float32)
+    np.testing.assert_array_equal(decode._invert(logits, uniform), [1, 1, 3, 3])
