@@ -49,6 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.batch_size = 64
     config.sampling = {"temperature": 1.0, "max_new_tokens": 32}
     config.gold = {"name": "vader"}
+    # Read only with inputs.reviews.
     config.reviews = {
         "name": "tfidf_comparisons",
         "input": "reviews",

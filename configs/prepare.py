@@ -40,7 +40,7 @@ def clean() -> ConfigDict:
                 "package:idlelib_help",
             ),
             documents=placeholder(str),  # a directory or glob: takes the place of the sources
-            beside=(),  # sources that are read beside documents of one's own
+            beside=(),  # sources that are read beside documents of one's own, and only then
             keep_fraction=1.0,  # of the units (conversations, films, documents), drawn by name
             max_line_bytes=10_000_000,  # longer lines are quarantined unread
             max_html_bytes=10_000_000,
@@ -48,11 +48,11 @@ def clean() -> ConfigDict:
             sides=1,  # 2: either speaker of a human dialogue is the assistant once
             pairs_per_review=2,  # comparisons a review takes part in, at most
             review_documents=True,  # reviews and plots of training films are documents too
-            tfds_dir=placeholder(str),
+            tfds_dir=placeholder(str),  # this and the next are read only with sources 'tfds:...'
             tfds_feature="text",
         )
     )
-    config.module = placeholder(str)  # imported first; may register TFDS builders
+    config.module = placeholder(str)  # imported first; may register TFDS builders; counts by content
     config.clean = ConfigDict(
         dict(
             min_chars=20,
@@ -76,7 +76,7 @@ def tokenize() -> ConfigDict:
     config = ConfigDict()
     config.mode = "tokenize"
     config.inputs = ConfigDict(dict(corpus=placeholder(str), vocabulary=placeholder(str)))
-    config.module = placeholder(str)  # imported first; may register Tasks and TFDS builders
+    config.module = placeholder(str)  # imported first; may register Tasks and TFDS builders; its text counts
     config.tasks = ("pretrain", "dialogues")  # Tasks or Mixtures (all their Tasks)
     # name -> {task: rate}: what --config.data.name of pretrain and sft may name, too. The tasks are
     # tokenised whether config.tasks names them or not; a rate is a share of the rows of a batch.

@@ -270,7 +270,7 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
             "optimizer": common.muon(0.005, adam_lr=0.001, warmup_steps=10),
             "mesh": common.mesh(),
             "normalise": "samples",
-            "demonstration_examples": 512,
+            "demonstration_examples": 512,  # read only with 'demonstrations'
             "log_every_steps": 10,
             "eval_every_steps": 75,
             "eval_batches": 16,
@@ -316,6 +316,7 @@ def ppo() -> ConfigDict:
             "policy_clip": 0.2,
             "value_clip": 0.2,
             "vf_coef": 1.0,
+            # configs/ppo.py says which keys are read only beside another choice (kind, coef).
             "reward": {
                 "kind": "model",
                 "scorer": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},
