@@ -52,7 +52,8 @@ def clean() -> ConfigDict:
             tfds_feature="text",
         )
     )
-    config.module = placeholder(str)  # imported first; may register TFDS builders; counts by content
+    # Imported first; may register TFDS builders. Its file, or package, counts as an input.
+    config.module = placeholder(str)
     config.clean = ConfigDict(
         dict(
             min_chars=20,
@@ -76,7 +77,9 @@ def tokenize() -> ConfigDict:
     config = ConfigDict()
     config.mode = "tokenize"
     config.inputs = ConfigDict(dict(corpus=placeholder(str), vocabulary=placeholder(str)))
-    config.module = placeholder(str)  # imported first; may register Tasks and TFDS builders; its text counts
+    # Imported first; may register Tasks and TFDS builders. Its file, or package, and the files that
+    # the Tasks name (TFDS, seqio.FileDataSource) count as inputs.
+    config.module = placeholder(str)
     config.tasks = ("pretrain", "dialogues")  # Tasks or Mixtures (all their Tasks)
     # name -> {task: rate}: what --config.data.name of pretrain and sft may name, too. The tasks are
     # tokenised whether config.tasks names them or not; a rate is a share of the rows of a batch.
