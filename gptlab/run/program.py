@@ -1,8 +1,8 @@
 """The command line that every program shares, and how every program ends.
 
 Exit codes: 0 done, 1 a defect (with a traceback), 2 a user's mistake (one line), 75 interrupted
-with what can be saved saved: the same command goes on, 130 ended by Ctrl-C at once (before a run is
-open, or by a second one).
+after saving what can be saved: the same command goes on, 130 ended by Ctrl-C at once (before a run
+is open, or by a second one).
 """
 
 import difflib
