@@ -1,5 +1,9 @@
-"""The README's commands: every program, config and key of them exists, and the stages run."""
+"""The README's commands: every program, config and key of them exists, and the stages run.
 
+Commands in docstrings are the README's: what they name exists, and they use the same workdirs.
+"""
+
+import ast
 import dataclasses
 import functools
 import os
@@ -85,11 +89,21 @@ class Command:
         return next((w.removeprefix(start) for w in self.words if w.startswith(start)), None)
 
     @property
+    def stage(self) -> tuple[str | None, str]:
+        """The program and its config's argument: what the workdirs and inputs depend on."""
+        return self.module, (self.value("config") or "").partition(":")[2]
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Its workdir, and those of its inputs."""
+        flags = (word.partition("=") for word in self.arguments)
+        return {f: at for f, _, at in flags if f == "--workdir" or f.startswith("--config.inputs.")}
+
+    @property
     def shrunk(self) -> tuple[str, ...]:
         """The same command with the overrides of SHRUNK."""
         assert self.module is not None
-        program = self.module.removeprefix("gptlab.")
-        argument = (self.value("config") or "").partition(":")[2]
+        program, argument = self.module.removeprefix("gptlab."), self.stage[1]
         return self.words + SHRUNK[f"{program}:{argument}" if argument else program]
 
 
@@ -105,16 +119,30 @@ def commands():
     return found
 
 
+def documented_commands():
+    """Those of module docstrings, as they stand in the source: that is what people copy."""
+    found = []
+    for path in sorted([*ROOT.glob("gptlab/*.py"), *ROOT.glob("configs/*.py")]):
+        source = path.read_text()
+        docstring = "\n".join(source.splitlines()[: ast.parse(source).body[0].end_lineno])
+        for line in docstring.replace("\\\n", " ").splitlines():
+            if line.startswith("    python -m "):
+                command = Command(-1, tuple(shlex.split(line, comments=True)))
+                found.append(pytest.param(command, id=f"{path.relative_to(ROOT)}: {ids(command)}"))
+    return found
+
+
+def ids(command):
+    return " ".join(command.words)[:70]
+
+
 COMMANDS = commands()
+DOCUMENTED = documented_commands()
 STAGES = [
     c
     for c in COMMANDS
     if c.block == next(x.block for x in COMMANDS if x.module == "gptlab.prepare")
 ]
-
-
-def ids(command):
-    return " ".join(command.words)[:70]
 
 
 def module_path(module):
@@ -126,9 +154,11 @@ def test_the_commands_are_found():
     loops = {"pretrain", "sft", "reward", "ppo"}
     assert programs >= {f"gptlab.{name}" for name in loops | {"prepare", "evaluate", "chat"}}
     assert any(c.words[:2] == ("bash", "launch/quickstart.sh") for c in COMMANDS)
+    programs = {c.module for c in COMMANDS if c.value("config")}
+    assert programs <= {command.values[0].module for command in DOCUMENTED}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=ids)
+@pytest.mark.parametrize("command", [*(pytest.param(c, id=ids(c)) for c in COMMANDS), *DOCUMENTED])
 def test_what_a_command_names_is_there(command):
     if command.words[0] == "bash":
         assert (ROOT / command.words[1]).is_file()
@@ -148,6 +178,15 @@ def test_what_a_command_names_is_there(command):
     assert command.value("workdir")
     given = [w for w in command.arguments if not w.startswith(("--config=", "--workdir="))]
     check_config(config, given)
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_docstrings_name_the_workdirs_of_the_readme(command):
+    if command.value("config"):
+        known = [c.places for c in COMMANDS if c.stage == command.stage]
+        assert command.places in known
+    else:  # chat takes any workdir with a language model
+        assert command.value("workdir") in [c.value("workdir") for c in COMMANDS]
 
 
 def check_config(config, overrides):
