@@ -22,30 +22,26 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import os
 import pickle
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pvalue import TaggedOutput
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptlab.data import clean, cleaning_report, dedup, raw, readers, records
+from gptlab.data import clean, cleaning_report, dedup, pipeline, raw, readers, records
 from gptlab.data.cleaning_report import STATISTICS, Statistics, kind_of
 from gptlab.data.records import Conversation, Document, Prompt
 from gptlab.run import artifact, files, program
-from gptlab.run.errors import Interrupted, UserError
+from gptlab.run.errors import UserError
 
 BLOCK_ITEMS, BLOCK_CHARS = 400, 1 << 19
 PARTITIONS = 32  # of the duplicates' hashes: each is resolved in one worker's memory
-TICKS, STOP = ".ticks", ".stop"  # in the workdir while workers run: work done, and a stop asked for
+READ, MADE, CLEANED, RESOLVED, CHOSEN, SLICE, WRITTEN = "rmcusp."  # ticks of the phases
 Payload = tuple[str, bytes]  # id, record bytes
 
 
@@ -73,7 +69,12 @@ class Cleaning:
     prompts_per_conversation: int
     prompt_min_chars: int
     num_shards: int
-    directory: str
+    workdir: str
+
+    @property
+    def directory(self) -> str:
+        """Of the records."""
+        return os.path.join(self.workdir, "records")
 
 
 def run_clean(config: ConfigDict, workdir: str) -> None:
@@ -85,8 +86,15 @@ def run_clean(config: ConfigDict, workdir: str) -> None:
             print(f"prepare: {workdir} is done")
             return
         settings = _cleaning(config, opened.workdir)
-        with _watched(opened, len(sources), "cleaning", "source"):
-            _run_pipeline(config.beam, functools.partial(clean_pipeline, sources, settings))
+        phases = [
+            pipeline.Phase("reading", "source", READ, len(sources)),
+            pipeline.Phase("cleaning", "block", CLEANED, MADE),
+            pipeline.Phase("removing duplicates", "part", RESOLVED, PARTITIONS, at_most=True),
+            pipeline.Phase("choosing prompts", "part", CHOSEN, PARTITIONS, at_most=True),
+            pipeline.Phase("writing", "shard", WRITTEN),
+        ]
+        with pipeline.watched(opened, "cleaning", phases):
+            pipeline.run(config.beam, functools.partial(clean_pipeline, sources, settings))
         _fill_empty_shards(settings.directory, config.num_shards)
         statistics = json.loads((opened.workdir / STATISTICS).read_text())
         cleaning_report.check_quality(statistics, config, opened.workdir)
@@ -111,7 +119,7 @@ def _cleaning(config: ConfigDict, workdir: epath.Path) -> Cleaning:
         prompts_per_conversation=config.prompts.per_conversation,
         prompt_min_chars=config.prompts.min_chars,
         num_shards=config.num_shards,
-        directory=str(workdir / "records"),
+        workdir=str(workdir),
     )
 
 
@@ -140,12 +148,11 @@ def clean_pipeline(sources: list[readers.Source], settings: Cleaning, root: beam
         >> beam.FlatMap(keep_prompts, settings).with_outputs(*outputs, main="main")
     )
     _write(settings, kept.main, prompts.main)
-    workdir = os.path.dirname(settings.directory)
     (
         (cleaned.statistics, kept.statistics, prompts.statistics)
         | "all statistics" >> beam.Flatten()
         | "together" >> beam.GroupByKey()
-        | "write statistics" >> beam.Map(cleaning_report.write_statistics, workdir)
+        | "write statistics" >> beam.Map(cleaning_report.write_statistics, settings.workdir)
     )
 
 
@@ -154,7 +161,7 @@ def read_blocks(source: readers.Source, settings: Cleaning) -> Iterator[bytes]:
     block: list[readers.Item | readers.Bad] = []
     chars = 0
     for item in readers.read(source, settings.limits):
-        if not block and _stopping(settings):
+        if not block and pipeline.stopping(settings.workdir):
             return
         block.append(item)
         if isinstance(item, readers.Item) and isinstance(item.record, Document):
@@ -162,11 +169,16 @@ def read_blocks(source: readers.Source, settings: Cleaning) -> Iterator[bytes]:
         elif isinstance(item, readers.Item):
             chars += 1000
         if len(block) >= BLOCK_ITEMS or chars >= BLOCK_CHARS:
-            yield pickle.dumps(block)
+            yield _made(block, settings)
             block, chars = [], 0
     if block:
-        yield pickle.dumps(block)
-    _tick(settings)
+        yield _made(block, settings)
+    pipeline.tick(settings.workdir, READ)
+
+
+def _made(block: list[readers.Item | readers.Bad], settings: Cleaning) -> bytes:
+    pipeline.tick(settings.workdir, MADE)
+    return pickle.dumps(block)
 
 
 def split_of(topic: str | None, unit: str, settings: Cleaning) -> str:
@@ -189,7 +201,7 @@ def _share(*names: object) -> float:
 
 def clean_block(block: bytes, settings: Cleaning) -> Iterator[Any]:
     """Pickled items -> (partition, [(hash, split, id, record bytes)]), and statistics."""
-    if _stopping(settings):
+    if pipeline.stopping(settings.workdir):
         return
     statistics = Statistics()
     parts: dict[int, list[tuple[bytes, str, str, bytes]]] = {}
@@ -213,6 +225,7 @@ def clean_block(block: bytes, settings: Cleaning) -> Iterator[Any]:
         parts.setdefault(key[1] % PARTITIONS, []).append(entry)
     yield from sorted(parts.items())
     yield TaggedOutput("statistics", (0, statistics.dump()))
+    pipeline.tick(settings.workdir, CLEANED)
 
 
 def _clean_record(item: readers.Item, rules: clean.Rules) -> tuple[Any, str | None]:
@@ -238,7 +251,7 @@ def _clean_record(item: readers.Item, rules: clean.Rules) -> tuple[Any, str | No
 
 def keep_unique(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
     """One partition's records -> those to keep by (set, shard), and prompts by their hash."""
-    if _stopping(settings):
+    if pipeline.stopping(settings.workdir):
         return
     statistics = Statistics()
     kept, dropped = dedup.unique(
@@ -260,6 +273,7 @@ def keep_unique(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterat
     yield from sorted(shards.items())
     yield from (TaggedOutput("prompts", part) for part in sorted(prompts.items()))
     yield TaggedOutput("statistics", (0, statistics.dump()))
+    pipeline.tick(settings.workdir, RESOLVED)
 
 
 def _add(shards: dict, record: Any, split: str, num_shards: int) -> None:
@@ -292,7 +306,7 @@ def _prompts(
 
 def keep_prompts(group: tuple[int, Iterable[list]], settings: Cleaning) -> Iterator[Any]:
     """One partition's prompts without duplicates; what occurs in training is no held-out prompt."""
-    if _stopping(settings):
+    if pipeline.stopping(settings.workdir):
         return
     statistics = Statistics()
     entries: dict[bytes, list[tuple[str, str, bytes]]] = {}
@@ -316,6 +330,7 @@ def keep_prompts(group: tuple[int, Iterable[list]], settings: Cleaning) -> Itera
                 _add(shards, prompt, split, settings.num_shards)
     yield from sorted(shards.items())
     yield TaggedOutput("statistics", (0, statistics.dump()))
+    pipeline.tick(settings.workdir, CHOSEN)
 
 
 def _write(settings: Cleaning | Tokenizing, *collections: beam.PCollection) -> None:
@@ -332,12 +347,13 @@ def write_shard(
     group: tuple[tuple[str, int], Iterable[list[Payload]]], settings: Cleaning | Tokenizing
 ) -> None:
     """Sorts and writes one shard."""
-    if _stopping(settings):
+    if pipeline.stopping(settings.workdir):
         return
     (name, shard), blocks = group
     kind, split = name.rsplit("-", 1)
     path = records.shard_path(settings.directory, kind, split, shard, settings.num_shards)
     records.write_shard(path, (payload for block in blocks for payload in block))
+    pipeline.tick(settings.workdir, WRITTEN)
 
 
 def _fill_empty_shards(directory: str, num_shards: int) -> None:
@@ -361,14 +377,19 @@ class Tokenizing:
     vocabulary: str
     module: str | None
     num_shards: int
-    directory: str
+    workdir: str
+
+    @property
+    def directory(self) -> str:
+        """Of the records."""
+        return os.path.join(self.workdir, "records")
 
 
 def run_tokenize(config: ConfigDict, workdir: str) -> None:
     """corpus, vocabulary -> records/<task>-<split> of TokenExamples, for all of config.tasks."""
-    for name in ("corpus", "vocabulary"):
-        if config.inputs[name] is None:
-            raise UserError(f"config.inputs.{name} is not set; give the workdir of that stage")
+    from gptlab.train import checks  # JAX's libraries: not for the workers
+
+    checks.check_inputs(config)
     with artifact.open_run(config, workdir, "prepare", files=raw.of_tasks(config)) as opened:
         if opened.finished:
             print(f"prepare: {workdir} is done")
@@ -378,7 +399,7 @@ def run_tokenize(config: ConfigDict, workdir: str) -> None:
             vocabulary=str(config.inputs.vocabulary),
             module=config.module,
             num_shards=config.num_shards,
-            directory=str(opened.workdir / "records"),
+            workdir=str(opened.workdir),
         )
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
         from gptlab.data import tasks
@@ -388,8 +409,12 @@ def run_tokenize(config: ConfigDict, workdir: str) -> None:
             tasks.add_mixture(name, dict(rates))
         names = [*config.tasks, *config.mixtures]
         slices, mixtures = tasks.slices(names, config.slices), tasks.mixture_rates(names)
-        with _watched(opened, len(slices), "tokenizing", "slice"):
-            _run_pipeline(config.beam, functools.partial(tokenize_pipeline, slices, settings))
+        phases = [
+            pipeline.Phase("tokenizing", "slice", SLICE, len(slices)),
+            pipeline.Phase("writing", "shard", WRITTEN),
+        ]
+        with pipeline.watched(opened, "tokenizing", phases):
+            pipeline.run(config.beam, functools.partial(tokenize_pipeline, slices, settings))
         _fill_empty_shards(settings.directory, config.num_shards)
         counts = json.loads((opened.workdir / STATISTICS).read_text())
         _check_tokens(counts, slices)
@@ -410,7 +435,7 @@ def tokenize_pipeline(slices: list[Any], settings: Tokenizing, root: beam.Pipeli
     (
         done.counts
         | "together" >> beam.GroupByKey()
-        | "write counts" >> beam.Map(write_counts, os.path.dirname(settings.directory))
+        | "write counts" >> beam.Map(write_counts, settings.workdir)
     )
 
 
@@ -424,7 +449,7 @@ def tokenize_slice(part: Any, settings: Tokenizing) -> Iterator[Any]:
     shards: dict[int, list[Payload]] = {}
     waiting = 0
     for example in tasks.examples(part):
-        if not waiting and _stopping(settings):
+        if not waiting and pipeline.stopping(settings.workdir):
             return
         counts.update(
             examples=1, tokens=len(example.tokens), learnt_tokens=int(example.loss_mask.sum())
@@ -437,7 +462,7 @@ def tokenize_slice(part: Any, settings: Tokenizing) -> Iterator[Any]:
             shards, waiting = {}, 0
     yield from (((name, s), payloads) for s, payloads in sorted(shards.items()))
     yield TaggedOutput("counts", (0, (name, dict(counts))))
-    _tick(settings)
+    pipeline.tick(settings.workdir, SLICE)
 
 
 def write_counts(group: tuple[int, Iterable[tuple[str, dict[str, int]]]], directory: str) -> None:
@@ -477,104 +502,6 @@ def token_report(
             f"Mixture {name}: " + ", ".join(f"{task} {rate:g}" for task, rate in rates.items()),
         ]
     return "\n".join(out) + "\n"
-
-
-# --- Beam ---
-
-
-def _run_pipeline(config: ConfigDict, build: Callable[[beam.Pipeline], None]) -> None:
-    """Runs a pipeline on config.beam.runner and waits for its end.
-
-    Beam's own 'DirectRunner' tries a Go binary that it downloads first; its FnApiRunner is the
-    part that works offline.
-    """
-    options = list(config.options)
-    runner: Any = config.runner
-    if runner == "DirectRunner":
-        runner = FnApiRunner()
-        mode = "multi_processing" if config.num_workers > 1 else "in_memory"
-        options += [f"--direct_num_workers={config.num_workers}", f"--direct_running_mode={mode}"]
-    # What a worker raises arrives here as well; Beam would log its traceback before that.
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    try:
-        pipeline = beam.Pipeline(runner=runner, options=PipelineOptions(options))
-        build(pipeline)
-        pipeline.run().wait_until_finish()
-    except (RuntimeError, UserError) as error:
-        # Beam adds the step's name to the message of a worker's exception.
-        cause = _user_error(error)
-        if cause is None:
-            raise
-        raise cause from error
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        text = str(error)
-        if "UserError: " in text:  # from another process only the text arrives
-            return UserError(
-                text.rsplit("UserError: ", 1)[1].split(" [while running")[0].split("\n")[0]
-            )
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _tick(settings: Cleaning | Tokenizing) -> None:
-    """One unit of work is done: one byte more in a file, which every process can append to."""
-    path = os.path.join(os.path.dirname(settings.directory), TICKS)
-    if os.path.isdir(os.path.dirname(path)):
-        with open(path, "ab") as file:
-            file.write(b".")
-
-
-def _stopping(settings: Cleaning | Tokenizing) -> bool:
-    """Whether the run was asked to stop. Workers look between blocks, and then do no more."""
-    return os.path.exists(os.path.join(os.path.dirname(settings.directory), STOP))
-
-
-class _watched:  # noqa: N801  (used as a function)
-    """While a pipeline runs, shows the ticks of all workers and hands a requested stop on to them.
-
-    Raises Interrupted if there was one: what the pipeline made is not all of it.
-    """
-
-    def __init__(self, opened: artifact.Run, total: int, desc: str, unit: str):
-        self._opened, self._desc = opened, desc
-        self._ticks, self._stop = (opened.workdir / name for name in (TICKS, STOP))
-        self._bar = opened.progress(total, desc, unit=unit)
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        self._remove()
-        self._bar.__enter__()
-        self._thread.start()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._bar.__exit__(kind, error, trace)
-        self._remove()
-        if self._opened.stop_requested():
-            raise Interrupted(f"stopped while {self._desc}, which will start anew") from None
-
-    def _remove(self) -> None:
-        for path in (self._ticks, self._stop):
-            path.unlink(missing_ok=True)
-
-    def _watch(self) -> None:
-        seen = 0
-        stopping = False
-        while not stopping:
-            stopping = self._done.wait(0.3)
-            if self._opened.stop_requested() and not self._stop.exists():
-                self._stop.touch()
-            now = self._ticks.stat().length if self._ticks.exists() else 0
-            if now > seen:
-                self._bar.update(now - seen)
-                seen = now
 
 
 if __name__ == "__main__":

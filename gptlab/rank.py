@@ -28,6 +28,7 @@ from gptlab.people import labellers
 from gptlab.run import artifact, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
+from gptlab.train import checks
 
 _SAMPLES = 10  # comparisons of each split shown in samples.jsonl
 _CHUNK = 256  # sets ranked before the progress bar moves, and a stop is seen
@@ -41,8 +42,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     if config.backend != "simulated":
         raise UserError(f"config.backend={config.backend!r}: there is 'simulated' only")
-    if not config.inputs.candidates:
-        raise UserError("config.inputs.candidates is not set: give the workdir of a collect run")
+    checks.check_inputs(config)
     with artifact.open_run(config, workdir, "rank") as run:
         if run.finished:
             print(f"rank: {run.workdir} is done")

@@ -8,14 +8,15 @@ message of train, validation and test and stops if one does not come back byte f
 has the bytes a token on each and how much of the vocabulary is in use. The quickstart's 25 MB take
 20 seconds.
 
-Asked to stop (SIGTERM, Ctrl-C), it stops between two texts and starts anew next time; SentencePiece
-itself can't be interrupted, so during its part the stop comes right after that.
+Asked to stop (SIGTERM, Ctrl-C), it stops within a few records and starts anew next time;
+SentencePiece itself can't be interrupted, so during its part the stop comes right after that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,15 +28,15 @@ from gptlab.data.records import Conversation, Document, RecordReader
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.run import artifact, files, program
 from gptlab.run.errors import Interrupted, UserError
+from gptlab.train import checks
 
-_POLLED_TEXTS = 100  # a stop is seen between so many
+_POLLED_RECORDS = 20  # a stop is seen between so many
 FIRST_BYTE, FIRST_LEARNT = 9, 265  # ids: controls, the 256 bytes, learnt pieces
 
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains, checks and describes one vocabulary."""
-    if config.inputs.corpus is None:
-        raise UserError("config.inputs.corpus is not set; give the workdir of gptlab.prepare")
+    checks.check_inputs(config)
     with artifact.open_run(config, workdir, "train_tokenizer") as opened:
         if opened.finished:
             print(f"train_tokenizer: {workdir} is done")
@@ -43,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         directory = epath.Path(config.inputs.corpus) / "records"
         path = opened.workdir / tokenizer.MODEL_FILE
         vocabulary = tokenizer.train(
-            to_learn(opened, texts(directory, "train")),
+            to_learn(opened, directory),
             path,
             vocab_size=config.vocab_size,
             model_type=config.model_type,
@@ -53,7 +54,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             seed=config.seed,
         )
         figures = {
-            split: check(vocabulary, _watched(opened, texts(directory, split), f"checking {split}"))
+            split: check(vocabulary, _watched(opened, directory, split, f"checking {split}"))
             for split in splits(directory)
         }
         files.atomic_write(
@@ -72,10 +73,10 @@ def splits(directory: epath.Path) -> list[str]:
     return ["train", "validation", *(["test"] if has_test else [])]
 
 
-def to_learn(opened: artifact.Run, lines: Iterator[str]) -> Iterator[str]:
+def to_learn(opened: artifact.Run, directory: epath.Path) -> Iterator[str]:
     """The texts, and at their end a line that says what will happen without any progress bar."""
     size = 0
-    for text in _watched(opened, lines, "reading"):
+    for text in _watched(opened, directory, "train", "reading"):
         size += len(text)
         yield text
     print(
@@ -85,20 +86,28 @@ def to_learn(opened: artifact.Run, lines: Iterator[str]) -> Iterator[str]:
     )
 
 
-def texts(directory: epath.Path, split: str) -> Iterator[str]:
-    """Documents, and the messages of conversations, of a split."""
+def readers(directory: epath.Path, split: str) -> list[RecordReader]:
+    """Documents and conversations of a split, whichever there are."""
     there = records.record_sets(directory)
-    if f"documents-{split}" not in there and f"conversations-{split}" not in there:
-        raise UserError(f"{directory}: neither documents nor conversations of {split}; run prepare")
+    found: list[RecordReader] = []
     if f"documents-{split}" in there:
-        for document in RecordReader(directory, "documents", split, Document):
-            yield document.text
+        found.append(RecordReader(directory, "documents", split, Document))
     if f"conversations-{split}" in there:
-        for conversation in RecordReader(directory, "conversations", split, Conversation):
-            for message in conversation.messages:
-                yield message.content
-                if message.context is not None:
-                    yield message.context
+        found.append(RecordReader(directory, "conversations", split, Conversation))
+    if not found:
+        raise UserError(f"{directory}: neither documents nor conversations of {split}; run prepare")
+    return found
+
+
+def texts(record: Document | Conversation) -> Iterator[str]:
+    """A document's text, or the messages of a conversation with their contexts."""
+    if isinstance(record, Document):
+        yield record.text
+        return
+    for message in record.messages:
+        yield message.content
+        if message.context is not None:
+            yield message.context
 
 
 @dataclasses.dataclass
@@ -145,12 +154,14 @@ def check(vocabulary: Tokenizer, lines: Iterator[str]) -> Figures:
     return figures
 
 
-def _watched(opened: artifact.Run, lines: Iterator[str], desc: str) -> Iterator[str]:
-    with opened.progress(None, desc, unit="text") as bar:
-        for line in lines:
-            if bar.count % _POLLED_TEXTS == 0 and opened.stop_requested():
+def _watched(opened: artifact.Run, directory: epath.Path, split: str, desc: str) -> Iterator[str]:
+    """All texts of a split, under a progress bar; Interrupted if a stop was asked for."""
+    sets = readers(directory, split)
+    with opened.progress(sum(map(len, sets)), desc, unit="record") as bar:
+        for record in itertools.chain.from_iterable(sets):
+            if bar.count % _POLLED_RECORDS == 0 and opened.stop_requested():
                 raise Interrupted(f"stopped while {desc}, which will start anew")
-            yield line
+            yield from texts(record)
             bar.update()
 
 

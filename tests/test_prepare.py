@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,10 +15,10 @@ from ml_collections import ConfigDict
 from configs import prepare as prepare_config
 from configs import pretrain as pretrain_config
 from configs import train_tokenizer as tokenizer_config
-from gptlab import prepare, pretrain, train_tokenizer
-from gptlab.data import readers, records
+from gptlab import prepare, pretrain, rounds, train_tokenizer
+from gptlab.data import pipeline, raw, readers, records
 from gptlab.data.records import Conversation, Document, Prompt, RecordReader, TokenExample
-from gptlab.run import artifact
+from gptlab.run import artifact, files
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import mesh as mesh_lib
 
@@ -140,9 +141,26 @@ def test_same_bytes_with_two_workers_and_in_another_order(corpus, tmp_path, monk
     ).read_bytes()
 
 
-def test_shards_hold_the_same_records(corpus, tmp_path):
-    config = clean_config(corpus.parent / "input", num_shards=3)
-    prepare.run(config, str(tmp_path / "three"))
+def test_shards_hold_the_same_records_beside_an_unreadable_file(
+    corpus, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(corpus.parent / "input", tmp_path / "input")
+    (tmp_path / "input" / "locked.txt").write_text("Nobody will read this.")
+
+    def deny(path, *args, **kwargs):  # root may open a file of any permissions
+        if str(path).endswith("locked.txt"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *args, **kwargs)
+
+    for module in (readers, files):
+        monkeypatch.setattr(module, "open", deny, raising=False)
+    prepare.run(clean_config(tmp_path / "input", num_shards=3), str(tmp_path / "three"))
+    said = capsys.readouterr().err
+    for part in ("reading: 4/4 sources", "cleaning: 4/4 blocks", "removing duplicates: ",
+                 "choosing prompts: ", "writing: "):  # fmt: skip
+        assert part in said
+    assert "locked.txt" in (tmp_path / "three" / "quarantine.jsonl").read_text()
+    assert artifact.read_manifest(tmp_path / "three")["results"]["quarantined"] == 3
     one, three = (read(w, "documents", "train", Document) for w in (corpus, tmp_path / "three"))
     assert sorted(d.id for d in one) == sorted(d.id for d in three)
     assert len(list((tmp_path / "three" / "records").glob("prompts-test-*"))) == 3
@@ -164,6 +182,8 @@ def test_errors_are_one_line(corpus, tmp_path, changes, message):
 
 
 OWN = """
+import functools
+import pathlib
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -176,6 +196,18 @@ seqio.TaskRegistry.add(
     "prepare_lines",
     source=seqio.FunctionDataSource(lines, splits=("train", "validation")),
     preprocessors=[
+        seqio.preprocessors.tokenize, seqio.preprocessors.append_eos, tasks.learn_everything,
+    ],
+    output_features=tasks.output_features(),
+)
+
+seqio.TaskRegistry.add(
+    "prepare_verses",
+    source=seqio.TfdsDataSource(
+        "prepare_poems:1.0.0", str(pathlib.Path(__file__).parent / "tfds"), splits=("train",)
+    ),
+    preprocessors=[
+        functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"}),
         seqio.preprocessors.tokenize, seqio.preprocessors.append_eos, tasks.learn_everything,
     ],
     output_features=tasks.output_features(),
@@ -235,13 +267,18 @@ def own(corpus, vocabulary, tmp_path_factory):
         tasks.load_module("prepare_own_module")
         builder = sys.modules["prepare_own_module"].PreparePoems(data_dir=str(root / "tfds"))
         builder.download_and_prepare()
-        config = clean_config(corpus.parent / "input", module="prepare_own_module")
-        config.data.update(beside=("tfds:prepare_poems",), tfds_dir=str(root / "tfds"))
-        prepare.run(config, str(root / "clean"))
-        config = tokenize_config(root / "clean", vocabulary, module="prepare_own_module", slices=1)
-        config.mixtures.mine = ConfigDict({"prepare_lines": 0.5, "pretrain": 0.5})
-        prepare.run(config, str(root / "tokens"))
+        for name, config in own_configs(root, corpus, vocabulary).items():
+            prepare.run(config, str(root / name))
     return root
+
+
+def own_configs(root, corpus, vocabulary):
+    clean = clean_config(corpus.parent / "input", module="prepare_own_module")
+    clean.data.update(beside=("tfds:prepare_poems",), tfds_dir=str(root / "tfds"))
+    tokens = tokenize_config(root / "clean", vocabulary, module="prepare_own_module", slices=1)
+    tokens.mixtures.mine = ConfigDict({"prepare_lines": 0.5, "pretrain": 0.5})
+    tokens.mixtures.verses = ConfigDict({"prepare_verses": 1.0})
+    return {"clean": clean, "tokens": tokens}
 
 
 def test_tokenize(corpus, vocabulary, plain, own, tmp_path):
@@ -262,7 +299,11 @@ def test_tokenize(corpus, vocabulary, plain, own, tmp_path):
     assert sorted(tokenizer.decode(e.tokens) for e in mine) == [f"train line {i}" for i in range(4)]
     assert {e.tokens[-1] for e in mine} == {tokenizer.eos_id}
     manifest = artifact.read_manifest(own / "tokens")["results"]
-    assert manifest["mixtures"] == {"mine": {"prepare_lines": 0.5, "pretrain": 0.5}}
+    assert manifest["mixtures"] == {
+        "mine": {"prepare_lines": 0.5, "pretrain": 0.5},
+        "verses": {"prepare_verses": 1.0},
+    }
+    assert manifest["token_sets"]["prepare_verses-train"]["examples"] == 30
     assert manifest["token_sets"]["prepare_lines-train"]["examples"] == 4
     # Other slices, the same records.
     name = "records/dialogues-train-00000-of-00001.array_record"
@@ -304,6 +345,60 @@ def test_tasks_and_tfds_builders_of_ones_own_change_the_training_batches(own, pl
         trained_on(plain, vocabulary, "mine")
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"), [("clean", {"sources", "module"}), ("tokens", {"tasks", "tasks_module"})]
+)
+def test_another_module_or_data_set_is_another_input(
+    own, corpus, vocabulary, monkeypatch, name, inputs
+):
+    """What rounds expects of a run is what the run itself wrote down."""
+    monkeypatch.chdir(own)
+    config = own_configs(own, corpus, vocabulary)[name]
+
+    found = rounds.raw_files(config)
+
+    def digests():
+        return {key: files.digest_files(paths) for key, paths in found.items()}
+
+    before = digests()
+    entries = artifact.read_manifest(own / name)["files"]
+    assert before == {key: entry["digest"] for key, entry in entries.items()}
+    assert set(before) == inputs
+    (shard,) = (own / "tfds" / "prepare_poems" / "1.0.0").glob("*.tfrecord*")
+    edited = {path: path.read_bytes() for path in (own / "prepare_own_module.py", shard)}
+    for path, content in edited.items():
+        path.write_bytes(content + b"\n")
+    after = digests()
+    for path, content in edited.items():
+        path.write_bytes(content)
+    assert all(after[key] != before[key] for key in inputs)
+
+
+def test_a_module_counts_with_its_package_and_a_data_set_with_its_version(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("raw_package/__init__.py", "raw_package/sub/tasks.py", "raw_package/notes.txt",
+                 "raw_alone.py", "poems/1.0.0/a", "poems/2.0.0/a",
+                 "odes/short/1.0.0/a"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    def inputs(module, *names):
+        found = raw.of_sources(readers.plan(names, None), str(tmp_path), module)
+        return {key: list(paths) for key, paths in found.items()}, found["sources"]
+
+    package = ["raw_package/__init__.py", "raw_package/sub/tasks.py"]
+    assert sorted(inputs("raw_package.sub.tasks", "tfds:poems")[0]["module"]) == package
+    assert inputs("raw_alone", "tfds:poems")[0]["module"] == ["raw_alone.py"]
+    for module in (None, "raw_nowhere", "a,b", ".x"):
+        assert set(inputs(module, "tfds:poems")[0]) == {"sources"}
+    for name, place in (("poems", "poems"), ("poems:2.0.0/train", "poems/2.0.0"),
+                        ("poems:3.0.0", "poems"), ("odes:1.0.0", "odes/short/1.0.0")):  # fmt: skip
+        assert inputs(None, f"tfds:{name}")[1] == {f"tfds:{name}": str(tmp_path / place)}
+    for name in ("nothing", "nothing:1.0.0", ""):
+        with pytest.raises(UserError, match=f"tfds:{name} is not prepared under .*tfds_dir="):
+            inputs(None, f"tfds:{name}")
+
+
 def asked_to_stop_at_once(items):
     """SIGTERM, then half a minute of items."""
     os.kill(os.getpid(), signal.SIGTERM)
@@ -325,7 +420,7 @@ def test_sigterm_stops_cleaning_between_blocks_and_it_starts_anew(corpus, tmp_pa
     prepare.run(config, str(tmp_path / "run"))
     digests = [artifact.read_manifest(w)["digest"] for w in (tmp_path / "run", corpus)]
     assert digests[0] == digests[1]
-    assert not {prepare.STOP, prepare.TICKS} & {p.name for p in (tmp_path / "run").iterdir()}
+    assert not {pipeline.STOP, pipeline.TICKS} & {p.name for p in (tmp_path / "run").iterdir()}
 
 
 def test_sigterm_stops_tokenizing(corpus, vocabulary, tmp_path, monkeypatch):

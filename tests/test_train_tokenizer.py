@@ -21,6 +21,11 @@ def config_for(corpus, **changes):
     return config
 
 
+def all_texts(corpus, split):
+    sets = train_tokenizer.readers(corpus / "records", split)
+    return [text for s in sets for record in s for text in train_tokenizer.texts(record)]
+
+
 def test_vocabulary_report_and_results(tiny_clean, tmp_path, capsys):
     train_tokenizer.run(config_for(tiny_clean), str(tmp_path / "a"))
     vocabulary = Tokenizer.load(tmp_path / "a")
@@ -28,7 +33,7 @@ def test_vocabulary_report_and_results(tiny_clean, tmp_path, capsys):
     manifest = artifact.read_manifest(tmp_path / "a")
     results = manifest["results"]
     for split in ("train", "validation", "test"):
-        texts = list(train_tokenizer.texts(tiny_clean / "records", split))
+        texts = all_texts(tiny_clean, split)
         size = sum(len(text.encode()) for text in texts)
         tokens = sum(len(vocabulary.encode(text)) for text in texts)
         assert results[f"{split}/round_tripped_texts"] == len(texts) > 0
@@ -36,7 +41,12 @@ def test_vocabulary_report_and_results(tiny_clean, tmp_path, capsys):
         assert 0 < results[f"{split}/vocabulary_used"] <= 320
     report = (tmp_path / "a" / "report.md").read_text()
     assert "came back byte for byte" in report and "| train | validation | test |" in report
-    assert "SentencePiece learns 320 tokens from 0.0 million" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "SentencePiece learns 320 tokens from 0.0 million" in said.out
+    sets = train_tokenizer.readers(tiny_clean / "records", "train")
+    count = sum(map(len, sets))
+    for part in ("reading", "checking train"):
+        assert f"{part}: {count}/{count} records (100%)" in said.err
 
     train_tokenizer.run(config_for(tiny_clean), str(tmp_path / "b"))
     same = [(tmp_path / name / "vocabulary.model").read_bytes() for name in "ab"]
@@ -72,14 +82,14 @@ def test_a_corpus_without_a_test_split_is_enough(tiny_clean, tmp_path):
 def test_sigterm_stops_between_texts_and_it_starts_anew(tiny_clean, tmp_path, monkeypatch, at):
     texts, seen = train_tokenizer.texts, []
 
-    def signalled(*args):
-        for text in texts(*args):
+    def signalled(record):
+        for text in texts(record):
             seen.append(text)
             if len(seen) == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield text
 
-    total = sum(len(list(texts(tiny_clean / "records", s))) for s in ("train", "train", "test"))
+    total = sum(len(all_texts(tiny_clean, s)) for s in ("train", "train", "test"))
     with monkeypatch.context() as patch:
         patch.setattr(train_tokenizer, "texts", signalled)
         with pytest.raises(Interrupted, match="stopped while .*, which will start anew"):
@@ -95,7 +105,7 @@ def test_what_goes_wrong_with_reading_is_said_not_taken_for_the_end(tiny_clean, 
     """SentencePiece ends its input at any exception, and would train on what came before."""
 
     def broken():
-        yield from train_tokenizer.texts(tiny_clean / "records", "train")
+        yield from all_texts(tiny_clean, "train")
         raise UserError("record 7 is corrupt")
 
     settings = dict(model_type="bpe", character_coverage=1.0, max_sentences=0, num_threads=1)
@@ -111,4 +121,4 @@ def test_errors(tiny_clean, tmp_path):
     with pytest.raises(UserError, match="config.inputs.corpus is not set"):
         train_tokenizer.run(tokenizer_config.get_config(), str(tmp_path / "none"))
     with pytest.raises(UserError, match="neither documents nor conversations of train"):
-        list(train_tokenizer.texts(tmp_path / "nowhere", "train"))
+        train_tokenizer.readers(tmp_path / "nowhere", "train")

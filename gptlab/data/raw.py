@@ -65,7 +65,7 @@ def of_tasks(config: ConfigDict) -> Files:
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     lines = process.stdout.splitlines()
-    if process.returncode == EXIT_USER_ERROR:
+    if process.returncode == EXIT_USER_ERROR and lines:
         raise UserError(lines[-1])
     if process.returncode:
         raise UserError(
