@@ -1,7 +1,11 @@
 """The evaluation suite: what a policy gained over its SFT start, at what price, and who says so.
 
     python -m gptlab.evaluate --config=configs/evaluate.py --workdir=runs/evaluate \
-        --config.inputs.policy=... (see the config for the other inputs)
+        --config.inputs.policy=runs/ppo --config.inputs.baseline=runs/sft \
+        --config.inputs.base=runs/pretrain --config.inputs.reward=runs/reward \
+        --config.inputs.judge=runs/judge --config.inputs.vocabulary=runs/vocabulary \
+        --config.inputs.prompts=runs/clean --config.inputs.reviews=runs/clean \
+        --config.inputs.tokens=runs/tokens
 
 On held-out prompts that no stage has trained on (which is checked), the policy, the SFT model and
 (optionally) the previous round's policy give one reply each. Every system draws with keys of its
@@ -10,7 +14,7 @@ the win rate's interval shows that coupling. Reported: the gold score; win rates
 intervals over prompts, plain and length-controlled, and the share of ties; the sequence KL to the
 SFT model; diversity; whether replies depend on their prompts; three judges that PPO never saw;
 the held-out pretraining loss; and whether the policy beats, at equal KL, the best of n SFT replies
-by PPO's own reward model. A gate says whether the policy may be promoted. About a minute for 500
+by PPO's own reward model. A gate says whether the policy may be promoted. About a minute for 250
 prompts and the quickstart's model on 2 CPU cores.
 
 Writes report.md, report.json, samples.jsonl (replies side by side), gold.png and gold_kl.png.

@@ -206,7 +206,7 @@ def _stack(x: jax.Array, parts: int) -> jax.Array:
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Trains for total_episodes, or goes on where `workdir` stands.
+    """Trains for total_steps or total_episodes, or goes on where `workdir` stands.
 
     Raises:
       UserError: an input or a config value is wrong, or a loss is not finite.

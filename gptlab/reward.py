@@ -4,14 +4,14 @@
         --config.inputs.init=runs/sft --config.inputs.comparisons=runs/rank \
         --config.inputs.vocabulary=runs/vocabulary
 
-Starts from the SFT model's backbone with a fresh scalar head and always reads *all* comparisons:
-every input whose name starts with `comparisons` is pooled, one a round. Trains for as long as the
-config says (one epoch is usual: more overfits soon), keeps the checkpoint of the smallest
-validation loss, then normalises the reward once and freezes that in the results (`normalisation`),
-which rl.rewards.load_reward_model applies. report.md and the manifest hold the accuracy on held-out
-labels beside its ceiling, 'longer wins' and a linear model, and the calibration: on comparisons
-that chose no checkpoint, which are the test split where there is one, and otherwise half of the
-validation prompts, kept back for that.
+Starts from the backbone of `inputs.init`, the SFT model as a rule, with a fresh scalar head, and
+always reads *all* comparisons: every input whose name starts with `comparisons` is pooled, one a
+round. Trains for as long as the config says (one epoch is usual: more overfits soon), keeps the
+checkpoint of the smallest validation loss, then normalises the reward once and freezes that in the
+results (`normalisation`), which rl.rewards.load_reward_model applies. report.md and the manifest
+hold the accuracy on held-out labels beside its ceiling, 'longer wins' and a linear model, and the
+calibration: on comparisons that chose no checkpoint, which are the test split where there is one,
+and otherwise half of the validation prompts, kept back for that.
 """
 
 import contextlib
