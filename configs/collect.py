@@ -5,8 +5,8 @@
         --config.inputs.vocabulary=runs/vocabulary
 
 1,024 training and 256 validation prompts, 4 replies each, at temperature 1. InstructGPT's labellers
-ranked 4 to 9 replies (arXiv 2203.02155). About a minute on two CPU cores: the quickstart's 1.1M
-parameters give 7,404 replies of at most 48 tokens in 60 to 66 s. Nearly all of its replies should
+ranked 4 to 9 replies (arXiv 2203.02155). About a minute on two CPU cores, which is what the
+quickstart's 1.1M parameters take for 7,400 replies of at most 48 tokens. Nearly all replies should
 differ (`duplicate_rate`), and end by themselves (`finished_rate`) if SFT learnt from short ones.
 """
 

@@ -7,7 +7,7 @@
         --config.inputs.corpus=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
 The packages hold 25 MB of training text. On two CPU cores cleaning takes 20 seconds, the vocabulary
-20, tokenising 55. report.md of each says what was kept, and what was not.
+20, tokenising 60. report.md of each says what was kept, and what was not.
 
 Your own files instead (.txt .md .html .jsonl, also with .gz): --config.data.documents=DIR_OR_GLOB
 """

@@ -6,9 +6,9 @@
 
 One epoch over the comparisons of every round so far (`comparisons`, `comparisons_2`, ...), as in
 InstructGPT, whose reward models overfit quickly with more (arXiv 2203.02155, appendix C.2). One to
-two minutes on two CPU cores: the quickstart's 1,175 sets of 4 replies take 83 s. 576 such sets gave
-62% accuracy against clean scores with this config's optimiser and batch; how to reach 73% is in
-EXPERIMENTS.md.
+two minutes on two CPU cores: some 1,150 sets of 4 replies take the quickstart 1.5 minutes. 576 such
+sets gave 62% accuracy against clean scores with this config's optimiser and batch; how to reach 73%
+is in EXPERIMENTS.md.
 
 Arguments: 'rounds' (K = 4 replies a prompt, simulated or people's rankings), 'reviews' (human
 preferences between two film reviews; `comparisons` is the clean corpus itself).

@@ -3,7 +3,7 @@
     python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \
         --config.inputs.corpus=runs/clean --workdir=runs/vocabulary
 
-To expect: 3.26 bytes a token on the quickstart's corpus, held out as in training.
+To expect: 3.3 bytes a token on the quickstart's corpus, held out as in training.
 """
 
 from ml_collections import ConfigDict
