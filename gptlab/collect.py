@@ -40,7 +40,7 @@ from gptlab.run import artifact, files, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
-from gptlab.train.checks import check_vocabulary
+from gptlab.train.checks import check_inputs, check_vocabulary
 
 SPLITS = ("train", "validation")
 _SAMPLES = 5  # candidate sets of each split shown in samples.jsonl
@@ -92,9 +92,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
-    for name in ("policy", "prompts", "vocabulary"):
-        if not config.inputs[name]:
-            raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    check_inputs(config)
     if config.num_replies < 2:
         raise UserError(f"config.num_replies={config.num_replies}: ranking takes at least 2")
 
@@ -159,7 +157,7 @@ def collect_split(
 ) -> None:
     """Answers the prompts of one split; every finished batch is a file in parts/."""
     config = run.config
-    size = prompts_a_batch(config.batch_size, len(prompts), mesh_lib.data_size(mesh))
+    size = mesh_lib.shrunk(config.batch_size, len(prompts), mesh)
     data = PromptBatches(
         [prompt for _, prompt in prompts],
         tokenizer,
@@ -186,11 +184,6 @@ def collect_split(
             progress.update(len(rows))
             if run.stop_requested():
                 raise Interrupted(f"saved {rows.stop} of {len(prompts)} prompts of {split}")
-
-
-def prompts_a_batch(batch_size: int, num_prompts: int, parts: int) -> int:
-    """batch_size, or as many as there are if those are fewer; the mesh's `parts` divide both."""
-    return min(batch_size, max(parts, num_prompts // parts * parts))
 
 
 def write_part(

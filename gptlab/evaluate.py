@@ -45,7 +45,7 @@ from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
-from gptlab.train.checks import check_vocabulary
+from gptlab.train.checks import check_inputs, check_vocabulary
 from gptlab.train.held_out import make_held_out
 
 Samples = dict[str, list[rollout.Samples]]  # by system, then by batch
@@ -152,9 +152,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
-    for name, path in config.inputs.items():
-        if path is None and name not in ("previous", "reviews"):
-            raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    check_inputs(config, [name for name in config.inputs if name not in ("previous", "reviews")])
     if config.data.split == "train":
         raise UserError(
             "config.data.split='train': a model is evaluated on prompts that it has not been "
@@ -348,9 +346,7 @@ def _ask(
     config: ConfigDict, networks: Networks, tokenizer: Tokenizer, prompts: list[Prompt]
 ) -> list[batches.PromptBatch]:
     """All prompts in order, in batches on the mesh; the last batch is padded."""
-    # Fewer prompts than a batch: the largest batch that they fill and the mesh divides.
-    parts = mesh_lib.data_size(networks.mesh)
-    size = min(config.batch_size, max(parts, len(prompts) // parts * parts))
+    size = mesh_lib.shrunk(config.batch_size, len(prompts), networks.mesh)
     block, blocks = mesh_lib.process_block(networks.mesh)
     source = batches.PromptBatches(
         prompts, tokenizer, size, config.data.prompt_len, config.seed, block, blocks

@@ -32,20 +32,19 @@ from gptlab.data import records
 from gptlab.data.batches import ComparisonBatch, ComparisonBatches
 from gptlab.data.records import Comparison
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.evals import preference, report
+from gptlab.evals import reward_figures
 from gptlab.model.heads import ScalarModel, scalar_from_language
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.people import labellers
 from gptlab.rl import rewards
-from gptlab.run import artifact, files, profile, program
+from gptlab.run import artifact, profile, program
 from gptlab.run.errors import Interrupted, UserError
-from gptlab.scorers import classifiers
 from gptlab.train import checkpoint, durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints
-from gptlab.train.checks import check_fits
+from gptlab.train.checks import check_fits, check_inputs
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
@@ -182,7 +181,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             normalisation = normalise(config, tokenizer, scorer, best, data, mesh)
             figures, tables = evaluate_model(scorer, best, normalisation, data, reported)
         run.results(
-            steps=total,
+            steps=int(state.step),
             normalisation=normalisation,
             train_comparisons=len(data),
             dropped_comparisons=data.dropped + held_out.dropped + reported.dropped,
@@ -192,7 +191,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             **figures,
             **tables,
         )
-        write_report(run.workdir, figures, tables, reported_on)
+        reward_figures.write_report(run.workdir, figures, tables, reported_on)
         run.complete(state_lib.digest(best))
 
 
@@ -203,9 +202,7 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
-    for name in ("init", "vocabulary", "comparisons"):
-        if not config.inputs[name]:
-            raise UserError(f"config.inputs.{name} is not set: give the workdir of that stage")
+    check_inputs(config, ("init", "vocabulary", "comparisons"))
     folds, count = config.data.folds, config.data.num_folds
     if not folds or min(folds) < 0 or max(folds) >= count:
         raise UserError(f"config.data.folds={folds} must be some of the {count} from 0 on")
@@ -276,9 +273,9 @@ def make_batches(
 
     What is only read in order need not fill a training batch.
     """
-    size, parts = config.batch_size, mesh_lib.data_size(mesh)
+    size = config.batch_size
     if shrink:
-        size = min(size, max(parts, len(comparisons) // parts * parts))
+        size = mesh_lib.shrunk(size, len(comparisons), mesh)
     return ComparisonBatches(
         comparisons,
         tokenizer,
@@ -386,183 +383,12 @@ def evaluate_model(
     data: ComparisonBatches,
     held_out: ComparisonBatches,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Figures and tables on the held-out comparisons, of normalised scores.
-
-    Beside them, a linear model on TF-IDF features that was fitted on the same labels. Pairs of
-    identical texts, of which a labeller's noise may well prefer one, say nothing and are left out.
-    A figure without anything to be measured on is None.
-    """
-    scores = normalisation["gain"] * scorer.candidates(params, held_out) + normalisation["bias"]
-    comparisons = held_out.comparisons
-    linear = classifiers.fit_comparisons(data.comparisons)
-    lengths = per_candidate(comparisons, lambda c: [len(x.content) for x in c.candidates], scores)
-    baseline = per_candidate(
-        comparisons,
-        lambda c: linear([c.prompt] * len(c.candidates), [x.content for x in c.candidates]),
-        scores,
+    """Figures and tables on the held-out comparisons: evals/reward_figures.py."""
+    gain = normalisation["gain"]
+    scores = gain * scorer.candidates(params, held_out) + normalisation["bias"]
+    return reward_figures.measure(
+        scores, gain, held_out.comparisons, data.comparisons, labellers.expected_agreement
     )
-    ranks = ranks_of(comparisons, scores)
-    pairs, of_pairs = distinct_pairs(comparisons, ranks)
-    margins = pairs.margins(scores)
-    # Margins as trained: the loss knows no gain, and calibration belongs to what was trained.
-    table = preference.reliability(margins / normalisation["gain"])
-    present = ~np.isnan(scores)
-    figures = {
-        "accuracy": preference.strict_accuracy(margins),
-        "pairs": len(margins),
-        **of_pairs,
-        "longer_wins_accuracy": preference.strict_accuracy(pairs.margins(lengths)),
-        "linear_accuracy": preference.strict_accuracy(pairs.margins(baseline)),
-        "length_correlation": correlation(scores[present], lengths[present]),
-        "calibration_error": preference.expected_calibration_error(table),
-        "score_mean": float(scores[present].mean()),
-        "score_std": float(scores[present].std()),
-    }
-    if any(c.scores is not None for c in comparisons):
-        figures |= simulated_figures(comparisons, scores, lengths, baseline, pairs)
-    candidates = np.asarray([len(c.candidates) for c in comparisons])
-    who = np.asarray([c.labeller for c in comparisons])
-    tables = {
-        "reliability": table,
-        "accuracy_by_labeller": accuracy_by(who[pairs.row], margins),
-        "accuracy_by_candidates": accuracy_by(candidates[pairs.row], margins),
-    }
-    known = {name: None if np.isnan(value) else value for name, value in figures.items()}
-    return known, tables
-
-
-def simulated_figures(
-    comparisons: Sequence[Comparison],
-    scores: np.ndarray,
-    lengths: np.ndarray,
-    baseline: np.ndarray,
-    pairs: preference.Pairs,
-) -> dict[str, float]:
-    """What only simulated labels can tell, as their clean scores are known.
-
-    clean_accuracy, and of both rivals: on all pairs with unequal clean scores, ordered by these.
-      Noise has no part in them: their ceiling is 1.
-    unequal_accuracy, unequal_pairs: as `accuracy`, on the labelled pairs with unequal clean scores.
-    ceiling_accuracy: what the clean order itself gets on those very pairs, the best that anything
-      can expect there. On labelled pairs of *equal* clean scores nothing beats a coin.
-    labellers_agreement: of pairs that two such labellers rank strictly, how many they rank alike.
-    """
-    clean = per_candidate(comparisons, lambda c: c.scores or (), scores)
-    clean = np.where(np.isnan(scores), np.nan, clean)
-    order = preference.ranked_pairs(ranks_from_scores(clean))
-    labelled = pairs.margins(clean)  # NaN for what people ranked
-    unequal = np.isfinite(labelled) & (labelled != 0)
-    return {
-        "clean_accuracy": preference.strict_accuracy(order.margins(scores)),
-        "clean_pairs": len(order.row),
-        "clean_longer_wins_accuracy": preference.strict_accuracy(order.margins(lengths)),
-        "clean_linear_accuracy": preference.strict_accuracy(order.margins(baseline)),
-        "unequal_accuracy": preference.strict_accuracy(pairs.margins(scores)[unequal]),
-        "unequal_pairs": int(unequal.sum()),
-        "ceiling_accuracy": preference.strict_accuracy(labelled[unequal]),
-        "labellers_agreement": labellers.expected_agreement(comparisons),
-    }
-
-
-def distinct_pairs(
-    comparisons: Sequence[Comparison], ranks: np.ndarray
-) -> tuple[preference.Pairs, dict[str, float]]:
-    """Strictly ranked pairs of different texts; shares of all pairs that are ties, or identical."""
-    texts: dict[str, int] = {}
-    names = per_candidate(
-        comparisons,
-        lambda c: [texts.setdefault(x.content, len(texts)) for x in c.candidates],
-        ranks,
-    )
-    present = np.where(ranks > 0, np.arange(1, ranks.shape[1] + 1), 0)
-    every = preference.ranked_pairs(present)
-    pairs = preference.ranked_pairs(ranks)
-    figures = {
-        "tie_rate": share(every.margins(ranks) == 0),
-        "identical_share": share(every.margins(names) == 0),
-    }
-    different = pairs.margins(names) != 0
-    kept = preference.Pairs(pairs.row[different], pairs.better[different], pairs.worse[different])
-    return kept, figures
-
-
-def share(true: np.ndarray) -> float:
-    """Share of what is true; not a number of nothing."""
-    return float(true.mean()) if true.size else float("nan")
-
-
-def per_candidate(
-    comparisons: Sequence[Comparison],
-    of: Callable[[Comparison], Any],
-    like: np.ndarray,
-) -> np.ndarray:
-    """float64 [n, N] of one value a candidate, NaN where there is none; N as in `like` [*, N]."""
-    out = np.full((len(comparisons), like.shape[1]), np.nan)
-    for row, comparison in enumerate(comparisons):
-        values = of(comparison)
-        out[row, : len(values)] = values
-    return out
-
-
-def ranks_of(comparisons: Sequence[Comparison], scores: np.ndarray) -> np.ndarray:
-    """int [n, N]: the labels, 0 for candidates that were not scored."""
-    ranks = per_candidate(comparisons, lambda c: c.ranks, scores)
-    return np.where(np.isnan(scores) | np.isnan(ranks), 0, ranks).astype(np.int64)
-
-
-def ranks_from_scores(scores: np.ndarray) -> np.ndarray:
-    """int [n, N]: dense ranks of clean scores, equal scores tied; 0 where NaN."""
-    better = np.nan_to_num(scores, nan=-np.inf)[:, None, :] > scores[:, :, None]
-    return np.where(np.isnan(scores), 0, 1 + better.sum(axis=2))
-
-
-def accuracy_by(groups: np.ndarray, margins: np.ndarray) -> list[dict[str, Any]]:
-    """Strict accuracy of the pairs of each group."""
-    return [
-        {
-            "group": str(group),
-            "pairs": int((groups == group).sum()),
-            "accuracy": preference.strict_accuracy(margins[groups == group]),
-        }
-        for group in np.unique(groups)
-    ]
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation; 0 if either is constant."""
-    if x.std() == 0 or y.std() == 0:
-        return 0.0
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def write_report(
-    workdir: epath.Path,
-    figures: dict[str, float | None],
-    tables: dict[str, Any],
-    reported_on: str,
-) -> None:
-    """report.md and calibration.png."""
-    method = (
-        f"Measured on the comparisons of: {reported_on}. They chose no checkpoint. `accuracy` is "
-        "of all pairs that a labeller told apart, pairs of identical texts left out; an equal "
-        "score is a mistake."
-    )
-    if "clean_accuracy" in figures:
-        method += (
-            " `ceiling_accuracy` is the ceiling of `unequal_accuracy`: both are of the labelled "
-            "pairs whose clean scores differ. `accuracy` also counts labels that are noise alone, "
-            "so its ceiling is lower. `clean_accuracy` is against the clean scores, without any "
-            "noise: its ceiling is 1."
-        )
-    table = report.markdown_table(("figure", "value"), [*figures.items()])
-    sections = {"Held-out comparisons": f"{method}\n\n{table}"}
-    for name, rows in tables.items():
-        if rows:
-            header = tuple(rows[0])
-            body = [tuple(row[key] for key in header) for row in rows]
-            sections[name.replace("_", " ").capitalize()] = report.markdown_table(header, body)
-    files.atomic_write(workdir / "report.md", report.document("Reward model", sections))
-    report.plot_calibration(workdir / "calibration.png", {reported_on: tables["reliability"]})
 
 
 if __name__ == "__main__":

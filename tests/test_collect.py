@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_with_batches_of_another_size(
             collect.run(changed, str(tmp_path / "run"))
     with monkeypatch.context() as patch:
         # 20 prompts in batches of 16 now; the first 8 are there.
-        patch.setattr(collect, "prompts_a_batch", lambda *_: 16)
+        patch.setattr(collect.mesh_lib, "shrunk", lambda *_: 16)
         collect.run(changed, str(tmp_path / "run"))
     assert contents(tmp_path / "run", "train") == contents(collected, "train")
 

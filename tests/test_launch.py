@@ -4,9 +4,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from launch import sweep
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -108,3 +111,51 @@ def test_scripts_are_short_and_hold_no_hyperparameters(script):
     assert not re.search(r"--config\.\w+=[\w.]", "\n".join(
         line for line in text.splitlines() if not line.lstrip().startswith("#")
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name, first", [("reward", "total_epochs=0.5"), ("ppo", "kl.coef=0.0")])
+def test_a_sweep_is_a_command_for_each_entry(name, first, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [f"--config=configs/{name}.py", "--workdir=runs/x", "--config.seed=3"]
+    made = sweep.commands(f"gptlab.{name}", arguments)
+    assert len(made) > 2
+    assert made[0][1:] == [
+        "-m", f"gptlab.{name}", f"--config=configs/{name}.py", "--config.seed=3",
+        f"--config.{first}", f"--workdir=runs/x/{first}",
+    ]  # fmt: skip
+    assert len({command[-1] for command in made}) == len(made)
+
+
+def test_a_sweep_runs_in_order_and_ends_with_the_first_failure(tmp_path):
+    (tmp_path / "conf.py").write_text(
+        "def sweep(add):\n    for n in (0, 3, 1):\n        add(n=n)\n"
+    )
+    (tmp_path / "stage.py").write_text(
+        "import sys\nprint(sys.argv[1:])\nsys.exit(int(sys.argv[2][-1]))\n"
+    )
+    line = ["stage", "--config=conf.py", "--workdir=out"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "sweep.py", *line],
+        cwd=tmp_path, text=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 3
+    ran = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert ran == [
+        str(["--config=conf.py", f"--config.n={n}", f"--workdir=out/n={n}"]) for n in (0, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "the first argument is a program"),
+        (["gptlab.reward", "--config=configs/reward.py"], "--workdir=... is missing"),
+        (["gptlab.sft", "--config=configs/sft.py", "--workdir=x"], "has no sweep"),
+        (["gptlab.sft", "--config=configs/none.py", "--workdir=x"], "no config file"),
+    ],
+)
+def test_what_a_sweep_lacks_is_said(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])
+    with pytest.raises(SystemExit, match=words):
+        sweep.main()

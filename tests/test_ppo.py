@@ -15,6 +15,7 @@ from configs import reward as reward_config
 from gptlab import ppo, reward
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import Interrupted, UserError
+from gptlab.train import checkpoint
 from tests.rl import artifacts
 
 
@@ -391,6 +392,14 @@ def test_skipped_steps_are_all_so_far(config, tmp_path, monkeypatch):
     lines = rerun(config, tmp_path / "run", total_episodes=32, on_nonfinite="skip")
     for name in ("train/skipped_steps", "train/critic_skipped_steps"):
         assert [line[name] for line in lines] == [4, 8]
+
+
+def test_a_critic_that_is_not_finite_is_not_saved(config, tmp_path):
+    """Nor when every loss is finite: the last update of a step may break it."""
+    changes = {"value_optimizer.lr": 1e39, "checkpoint.every_steps": 1}  # infinite as a float32
+    with pytest.raises(UserError, match="critic_param_norm is nan at step 1; .*value_opt"):
+        rerun(config, tmp_path / "run", epochs=1, minibatches=1, **changes)
+    assert checkpoint.checkpoint_steps(tmp_path / "run") == []
 
 
 def test_several_samples_a_prompt(config, tmp_path):

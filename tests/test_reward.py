@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from configs import reward as reward_config
 from gptlab import reward
 from gptlab.data.records import Candidate, Comparison, Message, Prompt
+from gptlab.evals import reward_figures
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import ModelConfig, init_params
 from gptlab.rl import rewards
@@ -185,7 +186,7 @@ class Held:
 
 def test_figures_by_hand(monkeypatch):
     """Two comparisons, one candidate absent, one label tie, one clean tie."""
-    monkeypatch.setattr(reward.classifiers, "fit_comparisons", lambda c, **_: linear)
+    monkeypatch.setattr(reward_figures.classifiers, "fit_comparisons", lambda c, **_: linear)
     linear = lambda prompts, replies: np.asarray([-len(r) for r in replies])  # noqa: E731
     held = Held(
         [
@@ -224,7 +225,7 @@ def test_figures_by_hand(monkeypatch):
 
 def test_what_has_no_pairs_is_no_figure(monkeypatch):
     """None, which is JSON, and not NaN, which is not."""
-    monkeypatch.setattr(reward.classifiers, "fit_comparisons", lambda c, **_: linear)
+    monkeypatch.setattr(reward_figures.classifiers, "fit_comparisons", lambda c, **_: linear)
     linear = lambda prompts, replies: np.zeros(len(replies))  # noqa: E731
     held = Held([comparison((1, 2), (0.5, 0.5), (4, 6), ANN)])
     figures, _ = reward.evaluate_model(
@@ -303,6 +304,15 @@ def test_a_run_cannot_become_shorter_than_it_is(config, tmp_path):
     changed.update(total_epochs=None, total_steps=8)
     with pytest.raises(UserError, match="at step 9 already, beyond the 8 .*total_steps"):
         reward.run(changed, str(tmp_path))
+
+
+def test_fewer_epochs_than_are_done_end_where_the_run_stands(trained, config, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    changed = ConfigDict(config.to_dict())
+    changed.total_epochs = 1.0  # 10 steps
+    reward.run(changed, str(tmp_path / "run"))
+    results = artifact.read_manifest(tmp_path / "run")["results"]
+    assert results["steps"] == artifact.read_manifest(trained)["results"]["steps"] == 20
 
 
 def test_another_vocabulary_is_refused_before_anything_is_compiled(config, tiny_model, tmp_path):

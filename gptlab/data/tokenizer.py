@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import sentencepiece
@@ -113,10 +113,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens dropped; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """UTF-8 bytes of each id, int32, the shape of `ids`."""
-        return self.token_bytes[np.asarray(ids, np.int32)]
 
     def piece(self, token: int) -> str:
         """A token as people read it: its text, a control token's name, or `<0x0A>` for a byte."""

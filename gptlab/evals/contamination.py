@@ -4,53 +4,65 @@ The answer is read from the artifacts themselves, by lineage, and not from the s
 corpus that was prepared anew with another seed has the same names and other contents.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptlab.data import records
-from gptlab.data.records import Comparison, Prompt
+from gptlab.data import mixtures, records
+from gptlab.data.records import Comparison, Conversation, Prompt
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
 
 # The weights of a reward model depend on both: one trains it, the other chooses its checkpoint.
 _LABEL_SPLITS = ("train", "validation")
+# Tasks of `prepare`, by what they are made of; no prompt is cut out of a document.
+_OF_DOCUMENTS, _OF_CONVERSATIONS = ("pretrain",), ("dialogues",)
 
 
 def check_disjoint(prompts: Iterable[Prompt], models: Iterable[str]) -> list[str]:
     """Checks that no model, nor any model that it was made from, has seen one of the prompts.
 
-    Prompts are seen in two ways: PPO answers the training prompts of its corpus, and a reward model
-    is fitted on comparisons of replies to prompts.
+    Prompts are seen in three ways: as the beginning of a conversation that a language model was
+    trained on (fine-tuning, and pretraining if the dialogues were mixed in), as a training prompt
+    that PPO answered, and in the comparisons that a reward model is fitted on.
 
     Args:
       prompts: to be evaluated on.
       models: workdirs of policies and reward models.
 
     Returns:
-      A line for each ancestor that could not be checked, because it is gone.
+      A line for each ancestor that could not be checked, because it is gone, or because it learnt
+      from a task of the user's own, whose examples have other ids than conversations.
 
     Raises:
       UserError: some prompts were seen; says by which artifact, and names one of them.
     """
-    evaluated = {prompt.id for prompt in prompts}
-    gone: list[str] = []
+    conversations = {prompt.id: prompt.conversation_id for prompt in prompts}
+    unchecked: list[str] = []
     checked: set[Path] = set()
+    looked_at: set[tuple[Path, str, str]] = set()  # many ancestors learn from the same records
     for model in models:
-        for directory, manifest in _ancestors(Path(model), checked, gone):
-            for source, seen in _seen(directory, manifest, gone):
-                both = sorted(evaluated & seen)
+        for directory, manifest in _ancestors(Path(model), checked, unchecked):
+            for source, kind, split in _learnt_from(directory, manifest, unchecked):
+                if (source, kind, split) in looked_at:
+                    continue
+                looked_at.add((source, kind, split))
+                seen = _ids(source / "records", kind, split)
+                whole = kind == "conversations"
+                both = sorted(p for p, c in conversations.items() if (c if whole else p) in seen)
                 if both:
                     raise UserError(
-                        f"{len(both)} of {len(evaluated)} prompts to be evaluated on were seen in "
-                        f"training: {both[0]!r} is in {source}, which {directory} learnt from; "
-                        "evaluate on held-out prompts of the corpus that the models were made from"
+                        f"{len(both)} of {len(conversations)} prompts to be evaluated on were seen "
+                        f"in training: {both[0]!r} is in {source}/records/{kind}-{split}, which "
+                        f"{directory} learnt from; evaluate on held-out prompts of the corpus that "
+                        "the models were made from"
                     )
-    return gone
+    return unchecked
 
 
 def _ancestors(
-    directory: Path, checked: set[Path], gone: list[str]
+    directory: Path, checked: set[Path], unchecked: list[str]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """An artifact and everything that it was made from, each once."""
     directory = directory.resolve()
@@ -60,42 +72,71 @@ def _ancestors(
     manifest = artifact.read_manifest(directory, allow_unfinished=True)
     yield directory, manifest
     for name in manifest["inputs"]:
-        found = _input(directory, name, gone)
+        found = _input(directory, name, unchecked)
         if found is not None:
-            yield from _ancestors(found, checked, gone)
+            yield from _ancestors(found, checked, unchecked)
 
 
-def _seen(
-    directory: Path, manifest: dict[str, Any], gone: list[str]
-) -> Iterator[tuple[str, set[str]]]:
-    """The ids of prompts that an artifact's own training used, by where they stand."""
+def _learnt_from(
+    directory: Path, manifest: dict[str, Any], unchecked: list[str]
+) -> Iterator[tuple[Path, str, str]]:
+    """(artifact, records, split) that an artifact's own training used, where prompts may stand."""
+    stage = manifest["stage"]
     for name in manifest["inputs"]:
-        if manifest["stage"] == "reward" and name.startswith("comparisons"):
+        if stage == "reward" and name.startswith("comparisons"):
             wanted = [("comparisons", split) for split in _LABEL_SPLITS]
-        elif manifest["stage"] == "ppo" and name == "prompts":
+        elif stage == "ppo" and name == "prompts":
             wanted = [("prompts", "train")]
+        elif stage in ("pretrain", "sft", "ppo") and name == "tokens":
+            yield from _tokenised(directory, stage, unchecked)
+            continue
         else:
             continue
-        source = _input(directory, name, gone)
-        if source is None:
-            continue
-        for kind, split in wanted:
-            yield f"{source}/records/{kind}-{split}", _prompt_ids(source / "records", kind, split)
+        source = _input(directory, name, unchecked)
+        if source is not None:
+            yield from ((source, *records_and_split) for records_and_split in wanted)
 
 
-def _prompt_ids(directory: Path, kind: str, split: str) -> set[str]:
+def _tokenised(
+    directory: Path, stage: str, unchecked: list[str]
+) -> Iterator[tuple[Path, str, str]]:
+    """The conversations behind the tokens that a language model was trained on."""
+    config = json.loads((directory / artifact.CONFIG_FILE).read_text())
+    if stage == "ppo" and not config["ptx"]["coef"]:
+        return
+    name = config["ptx" if stage == "ppo" else "data"]["name"]
+    tokens = _input(directory, "tokens", unchecked)
+    if tokens is None:
+        return
+    try:
+        tasks = mixtures.members(tokens, name)
+    except UserError as error:  # its records are gone
+        unchecked.append(f"{directory}: {error}")
+        return
+    for task in tasks:
+        if task in _OF_CONVERSATIONS:
+            corpus = _input(tokens, "corpus", unchecked)
+            if corpus is not None:
+                yield corpus, "conversations", "train"
+        elif task not in _OF_DOCUMENTS:
+            unchecked.append(f"{directory}: the conversations of task {task!r} are not known")
+
+
+def _ids(directory: Path, kind: str, split: str) -> set[str]:
+    """Ids of a record set's prompts or conversations; none if there is no such set."""
     if f"{kind}-{split}" not in records.record_sets(directory):
         return set()
-    if kind == "prompts":
-        return {prompt.id for prompt in records.RecordReader(directory, kind, split, Prompt)}
-    reader = records.RecordReader(directory, kind, split, Comparison)
-    return {comparison.prompt.id for comparison in reader}
+    if kind == "comparisons":
+        reader = records.RecordReader(directory, kind, split, Comparison)
+        return {comparison.prompt.id for comparison in reader}
+    cls: Any = {"prompts": Prompt, "conversations": Conversation}[kind]
+    return {record.id for record in records.RecordReader(directory, kind, split, cls)}
 
 
-def _input(directory: Path, name: str, gone: list[str]) -> Path | None:
+def _input(directory: Path, name: str, unchecked: list[str]) -> Path | None:
     try:
         return artifact.input_workdir(directory, name)
     except UserError as error:
-        if str(error) not in gone:
-            gone.append(str(error))
+        if str(error) not in unchecked:
+            unchecked.append(str(error))
         return None

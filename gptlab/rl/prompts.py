@@ -20,9 +20,8 @@ def read_prompts(
     """Prompts of a split; the held-out ones may be fewer than a batch."""
     directory = epath.Path(config.inputs.prompts) / "records"
     prompts = list(records.RecordReader(directory, "prompts", split, records.Prompt))
-    parts = mesh_lib.data_size(mesh)
     if split != "train":
-        batch_size = min(batch_size, max(parts, len(prompts) // parts * parts))
+        batch_size = mesh_lib.shrunk(batch_size, len(prompts), mesh)
     return PromptBatches(
         prompts,
         tokenizer,

@@ -82,14 +82,6 @@ class MetricWriter:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
-    def flush(self) -> None:
-        """Makes everything durable. Needed before something else refers to it, not for reading."""
-        with files.disk_errors(self._workdir / METRICS_FILE):
-            for file in self._open.values():
-                os.fsync(file.fileno())
-            if self._events is not None:
-                self._events.flush()
-
     def close(self) -> None:
         self._close_files()
         if self._events is not None:

@@ -58,13 +58,6 @@ class Progress:
         elif self._enabled and self._clock() - self._printed >= _LINE_SECONDS:
             self._line()
 
-    def write(self, text: str) -> None:
-        """Prints a line without tearing the bar apart."""
-        if self._bar is not None:
-            tqdm.write(text, file=self._stream)
-        elif self._enabled:
-            print(text, file=self._stream, flush=True)
-
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -1,7 +1,7 @@
 """Linear models over TF-IDF features: a judge, and the baseline of every reward model.
 
-Two ways to fit one: on labelled texts (logistic regression), or on comparisons, as a Bradley-Terry
-model whose strengths are linear in the features: P(i beats j) = sigmoid(w . (x_i - x_j)).
+They are fitted on comparisons, as Bradley-Terry models whose strengths are linear in the features:
+P(i beats j) = sigmoid(w . (x_i - x_j)).
 """
 
 from __future__ import annotations
@@ -22,46 +22,20 @@ _TOKEN = r"(?u)\w+(?:['\u2019]\w+)*|[!?]"
 
 
 class Tfidf:
-    """A fitted linear scorer of replies; make one by `fit_texts` or `fit_comparisons`."""
+    """A fitted linear scorer of replies; make one by `fit_comparisons`."""
 
-    def __init__(self, vectorizer, weights: np.ndarray, bias: float, name: str):
-        """Takes a fitted TfidfVectorizer of F features, weights float64 [F] and a bias."""
+    def __init__(self, vectorizer, weights: np.ndarray, name: str):
+        """Takes a fitted TfidfVectorizer of F features and weights float64 [F]."""
         self._vectorizer = vectorizer
         self._weights = weights
-        self._bias = bias
         self.name = name
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> np.ndarray:
-        """Log-odds (fitted on texts) or strengths (on comparisons), float32 [n]."""
+        """Strengths, float32 [n]."""
         del prompts
         if not len(replies):
             return np.zeros(0, np.float32)
-        return (self._vectorizer.transform(replies) @ self._weights + self._bias).astype(np.float32)
-
-
-def fit_texts(
-    texts: Sequence[str], labels: Sequence[int], *, min_count: int = 2, inverse_penalty: float = 1.0
-) -> Tfidf:
-    """Fits logistic regression on texts labelled 0 or 1.
-
-    Args:
-      texts: n texts.
-      labels: 0 or 1 each; both must occur.
-      min_count: features in fewer texts are left out.
-      inverse_penalty: scikit-learn's C; a smaller one is a stronger penalty.
-
-    Raises:
-      UserError: one label only, or no feature occurs min_count times.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    if set(labels) != {0, 1}:
-        raise UserError(f"a classifier needs texts labelled 0 and 1, got {sorted(set(labels))}")
-    vectorizer = _fit_vectorizer(texts, min_count)
-    # liblinear starts at zero and visits coordinates under random_state: no run differs.
-    model = LogisticRegression(C=inverse_penalty, solver="liblinear", random_state=0)
-    model.fit(vectorizer.transform(texts), np.asarray(labels))
-    return Tfidf(vectorizer, model.coef_[0], float(model.intercept_[0]), "tfidf_texts")
+        return (self._vectorizer.transform(replies) @ self._weights).astype(np.float32)
 
 
 def fit_comparisons(
@@ -101,7 +75,7 @@ def fit_comparisons(
         C=inverse_penalty, fit_intercept=False, solver="liblinear", random_state=0
     )
     model.fit(difference, sign > 0, sample_weight=np.array(weight))
-    return Tfidf(vectorizer, model.coef_[0], 0.0, "tfidf_comparisons")
+    return Tfidf(vectorizer, model.coef_[0], "tfidf_comparisons")
 
 
 def fit_comparison_records(

@@ -1,5 +1,7 @@
 """Do a stage's inputs go together? Asked before anything is compiled."""
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 
 from gptlab.data.tokenizer import Tokenizer
@@ -7,10 +9,10 @@ from gptlab.model.transformer import ModelConfig
 from gptlab.run.errors import UserError
 
 
-def check_inputs(config: ConfigDict) -> None:
-    """UserError unless every one of config.inputs is given."""
-    for name, path in config.inputs.items():
-        if not path:
+def check_inputs(config: ConfigDict, names: Iterable[str] | None = None) -> None:
+    """UserError unless every one of config.inputs is given, or those of `names` are."""
+    for name in config.inputs if names is None else names:
+        if not config.inputs[name]:
             raise UserError(f"config.inputs.{name} is not set: give that stage's workdir")
 
 

@@ -140,13 +140,6 @@ def ppo_value_loss(
     return 0.5 * masked_mean(jnp.maximum(plain, clipped), mask), {"value_clip_frac": frac}
 
 
-def entropy(logits: Float[Array, "B R V"]) -> Float[Array, "B R"]:
-    """Entropy of softmax(logits) in nats, a position each: log Z - sum_v p_v logits_v."""
-    _check(logits, 3, jnp.float32)
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-
-
 def masked_mean(x: Float[Array, "..."], mask: Float[Array, "..."]) -> Scalar:
     """sum(x mask) / sum(mask), and 0 for an empty mask."""
     return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)

@@ -61,6 +61,16 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation_steps:
         )
 
 
+def shrunk(batch_size: int, rows: int, mesh: Mesh) -> int:
+    """A batch size for so few rows that they may not fill a batch, to be read in order.
+
+    `batch_size`, or else the largest that the rows fill and the mesh divides, at least one row on
+    each of its data-parallel parts.
+    """
+    parts = data_size(mesh)
+    return min(batch_size, max(parts, rows // parts * parts))
+
+
 def process_block(mesh: Mesh) -> tuple[int, int]:
     """(index, count) of the block of batch rows that this process has to read.
 

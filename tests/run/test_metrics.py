@@ -114,7 +114,6 @@ def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
     writer.write(1, {"a": 1.0})
     writer.write_sample({"step": 1})
     writer.rewind(0)
-    writer.flush()
     writer.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -122,7 +121,7 @@ def test_a_process_that_is_not_the_first_writes_nothing(tmp_path):
 def test_writing_metrics_does_not_load_tensorflow(tmp_path):
     code = (
         "import sys; from gptlab.run.metrics import MetricWriter; w = MetricWriter(sys.argv[1]); "
-        "w.write(1, {'a': 1.0}); w.flush(); w.close(); assert 'tensorflow' not in sys.modules"
+        "w.write(1, {'a': 1.0}); w.close(); assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
     assert list(tmp_path.glob("events.out.tfevents.*"))

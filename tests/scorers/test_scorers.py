@@ -91,20 +91,6 @@ def comparison(replies, ranks):
     return Comparison("c", PROMPT, candidates, tuple(ranks), "human", False)
 
 
-def test_a_classifier_of_texts_learns_their_labels_and_is_deterministic():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 80)
-    words = {0: ["bad", "dull", "sad"], 1: ["good", "great", "fun"]}
-    texts = [f"the film was {rng.choice(words[y])} and {rng.choice(words[y])}" for y in labels]
-    one, two = (classifiers.fit_texts(texts, labels.tolist()) for _ in range(2))
-    held_out = ["a great film", "a dull film", "unheard of"]
-    scores = score(one, *held_out)
-    assert scores[0] > scores[2] > scores[1]
-    np.testing.assert_array_equal(scores, score(two, *held_out))
-    # Log-odds of the fitted model: its bias is in them.
-    assert ((score(one, *texts) > 0) == labels).all()
-
-
 def test_fitting_on_comparisons_recovers_bradley_terry_strengths():
     """Words of known strength, outcomes at Bradley-Terry odds: the scores order like the truth."""
     rng = np.random.default_rng(0)
@@ -164,9 +150,7 @@ def test_one_pair_is_enough():
 
 def test_too_little_to_fit_is_an_error():
     with pytest.raises(UserError, match="no word occurs in 9 of 2 texts"):
-        classifiers.fit_texts(["a", "b"], [0, 1], min_count=9)
-    with pytest.raises(UserError, match="labelled 0 and 1"):
-        classifiers.fit_texts(["a", "b"], [1, 1])
+        classifiers.fit_comparisons([comparison(["a", "b"], (1, 2))], min_count=9)
 
 
 def test_human_comparisons_are_learnt(tiny_clean):

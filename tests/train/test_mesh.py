@@ -32,6 +32,12 @@ def test_batch_size_must_divide_into_microbatches_on_every_part():
         mesh_lib.check_batch_size("batch_size", 24, mesh, 4)
 
 
+def test_a_batch_shrinks_to_what_few_rows_fill():
+    mesh = mesh_lib.make_mesh(common.mesh(data=2, tensor=2))  # 4 data-parallel parts
+    sizes = [mesh_lib.shrunk(16, rows, mesh) for rows in (0, 3, 4, 11, 16, 100)]
+    assert sizes == [4, 4, 4, 8, 16, 16]
+
+
 def test_rows_are_split_over_the_data_axes_and_tokens_over_context():
     mesh = mesh_lib.make_mesh(common.mesh(data=2, fsdp=2, context=2))
     batch = {
