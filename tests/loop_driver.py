@@ -1,12 +1,13 @@
-"""Runs a program in this process as the command line would, and has it killed at a chosen moment.
+"""Runs a program in this process as the command line would, and has it hit at a chosen moment.
 
     python tests/loop_driver.py STAGE CONFIG.py WORKDIR MOMENT
 
 MOMENT is 'never'; 'start:N': SIGKILL right after step N was dispatched; 'step:N': the same, once a
-checkpoint exists; or 'save:N': SIGKILL while checkpoint N is on its way to the disk. What is killed
-is the real program; nothing of it knows.
+checkpoint exists; 'save:N': SIGKILL while checkpoint N is on its way to the disk; or 'full:N': no
+kill, but a disk that is full from checkpoint N on. It is the real program; nothing of it knows.
 """
 
+import errno
 import functools
 import os
 import runpy
@@ -57,12 +58,25 @@ def kill_in_save(number: int, workdir: str) -> None:
     checkpoint.Checkpoints.save = saving
 
 
+def fill_disk(number: int, workdir: str) -> None:
+    import orbax.checkpoint as ocp
+
+    save = ocp.CheckpointManager.save
+
+    def saving(self, step, *args, **kwargs):
+        if step >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(self, step, *args, **kwargs)
+
+    ocp.CheckpointManager.save = saving
+
+
 if __name__ == "__main__":
     stage, config, workdir, moment = sys.argv[1:]
     kind, _, number = moment.partition(":")
     if kind != "never":
         kill_early = functools.partial(kill_at_step, saved=False)
-        kill = {"start": kill_early, "step": kill_at_step, "save": kill_in_save}[kind]
-        kill(int(number), workdir)
+        hits = {"start": kill_early, "step": kill_at_step, "save": kill_in_save, "full": fill_disk}
+        hits[kind](int(number), workdir)
     sys.argv = [f"gptlab/{stage}.py", f"--config={config}", f"--workdir={workdir}"]
     runpy.run_module(f"gptlab.{stage}", run_name="__main__", alter_sys=True)

@@ -7,6 +7,7 @@ It runs, its loss falls, it writes the common metrics and compiles nothing after
 import collections
 import dataclasses
 import datetime
+import functools
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -29,9 +31,12 @@ from configs import ppo as ppo_config
 from configs import pretrain as pretrain_config
 from configs import reward as reward_config
 from configs import sft as sft_config
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import Interrupted
 from gptlab.train import checkpoint
+from gptlab.train import mesh as mesh_lib
 from gptlab.train.log import StepLog
 from tests.rl import artifacts
 
@@ -39,6 +44,9 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 STEPS, CADENCE = 12, 4
 COMMON = ("train/loss", "train/grad_norm", "train/param_norm", "train/lr")
+# How far (Euclidean) an array may end from itself on another mesh. SFT's are 2e-6 apart at most,
+# and one that was not updated, or by a part of the gradient, would be 0.1 and more.
+PARAMS_ATOL = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +113,15 @@ LOOPS = [
     Loop("pretrain", pretrain, falls_by=0.8),
     Loop("sft", sft, falls_by=0.8),
     Loop("reward", reward, falls_by=0.05),
-    Loop("ppo", ppo, falls_by=0.2),  # the value loss: an untrained policy's replies score -1
+    Loop("ppo", ppo, falls_by=0.2),  # the value loss: of half a reply the reward model knows little
 ]
+# What each loop saves the parameters of, by their name in a checkpoint.
+MODELS = {
+    "pretrain": {"params": LanguageModel},
+    "sft": {"params": LanguageModel},
+    "reward": {"params": ScalarModel},
+    "ppo": {"params": LanguageModel, "critic": ScalarModel},
+}
 
 
 def with_cadence(config: ConfigDict) -> ConfigDict:
@@ -231,7 +246,7 @@ def run_here(loop, config, workdir):
     importlib.import_module(f"gptlab.{loop.stage}").run(config, str(workdir))
 
 
-def figures(workdir, prefixes=("train/", "eval/")):
+def figures(workdir, prefixes=("train/", "eval/", "ppo/")):
     """{(step, name): value}; a line written twice would be an error."""
     found = {}
     for line in metrics.read_metrics(workdir):
@@ -242,7 +257,7 @@ def figures(workdir, prefixes=("train/", "eval/")):
     return found
 
 
-def assert_close(workdir, reference, rtol):
+def assert_close(loop, workdir, reference, rtol):
     got, want = figures(workdir), figures(reference)
     assert got.keys() == want.keys()
     close = ("train/loss", "train/grad_norm", "train/param_norm", "train/lr")
@@ -250,6 +265,25 @@ def assert_close(workdir, reference, rtol):
         if key[1] in close or key[1].endswith("/loss"):
             # PPO's loss comes near 0: whitened advantages have mean 0, and the critic learns.
             np.testing.assert_allclose(got[key], want[key], rtol=rtol, atol=1e-5, err_msg=str(key))
+    for name, kind in MODELS[loop.stage].items():
+        ours, theirs = (parameters(path, name, kind) for path in (workdir, reference))
+        moved = jax.tree.map(lambda x, y: float(np.linalg.norm(x - y)), ours, theirs)
+        far = {
+            jax.tree_util.keystr(path): distance
+            for path, distance in jax.tree_util.tree_leaves_with_path(moved)
+            if distance > PARAMS_ATOL
+        }
+        assert not far, f"{name} of {workdir} and of {reference} differ: {far}"
+
+
+def parameters(workdir, name, kind):
+    """Those of the last checkpoint, as they are whole."""
+    architecture = checkpoint.load_model_config(workdir)
+    model = kind(ModelConfig.build(architecture, artifacts.COMPUTE))
+    init_fn = functools.partial(init_params, model)
+    mesh = mesh_lib.make_mesh(common.mesh())
+    params = checkpoint.load_params(workdir, mesh, init_fn, "latest", name)
+    return jax.tree.map(np.asarray, nn.unbox(params))
 
 
 def assert_identical(workdir, reference):
@@ -306,7 +340,7 @@ def is_shape(x):
 
 def test_its_first_steps_are_the_golden_ones(loop, one_device):
     got: dict[str, dict[str, float]] = {}
-    for (step, name), value in figures(one_device, ("train/", "eval/", "ppo/")).items():
+    for (step, name), value in figures(one_device).items():
         if step <= CADENCE:
             got.setdefault(str(step), {})[name] = float(f"{value:.8g}")
     path = GOLDEN / f"{loop.stage}.json"
@@ -335,8 +369,8 @@ def near(name, value):
     return pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
-def test_eight_devices_compute_what_one_does(eight_devices, one_device):
-    assert_close(eight_devices.workdir, one_device, rtol=1e-3)
+def test_eight_devices_compute_what_one_does(loop, eight_devices, one_device):
+    assert_close(loop, eight_devices.workdir, one_device, rtol=1e-3)
 
 
 def kill_seeds():
@@ -397,6 +431,42 @@ def test_killed_from_outside_at_any_time_a_run_ends_as_ever(loop, config, one_de
     finally:
         process.kill()
         process.wait()
+    resumed = run_alone(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, one_device)
+
+
+@one_loop("sft")
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    loop, config, one_device, tiny
+):
+    workdir = tiny.root / f"{loop.stage}-damaged"
+    killed = run_alone(loop, config, workdir, f"save:{3 * CADENCE}")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.checkpoint_steps(workdir) == [CADENCE, 2 * CADENCE]
+    for path in (workdir / "checkpoints" / str(2 * CADENCE) / "params" / "d").iterdir():
+        path.write_bytes(b"")
+    resumed = run_alone(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"checkpoint {2 * CADENCE} of {workdir} cannot be read" in resumed.stdout
+    aside = [path.name for path in (workdir / "checkpoints.corrupt").iterdir()]
+    assert aside == [f"{2 * CADENCE}.0"]
+    assert_identical(workdir, one_device)
+
+
+@one_loop("sft")
+def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(
+    loop, config, one_device, tiny
+):
+    workdir = tiny.root / f"{loop.stage}-full-disk"
+    stopped = run_alone(loop, config, workdir, f"full:{2 * CADENCE}")
+    assert stopped.returncode == 2, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    (line,) = (x for x in stopped.stderr.splitlines() if x.startswith("gptlab "))
+    assert line.startswith(f"gptlab {loop.stage}: the disk is full while writing {workdir}")
+    assert checkpoint.checkpoint_steps(workdir) == [CADENCE]
+    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
+    assert manifest["status"] == "failed" and "the disk is full" in manifest["error"]
     resumed = run_alone(loop, config, workdir)
     assert resumed.returncode == 0, resumed.stderr
     assert_identical(workdir, one_device)
@@ -485,5 +555,5 @@ def test_two_processes_compute_what_one_does(loop, config, one_device, tiny):
     workdir = tiny.root / f"{loop.stage}-two-processes"
     two_processes(loop, config, workdir)
     assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == 2
-    assert_close(workdir, one_device, rtol=1e-3)
+    assert_close(loop, workdir, one_device, rtol=1e-3)
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS
