@@ -69,9 +69,10 @@ def one_batch(
     runs: dict[str, Callable[[], Any]] = {}
     runs["product"], flops = measure.square_product(args.dtype)
 
-    prefill, figures["prefill"] = measure.compile_timed(
-        jax.jit(lambda *inputs: decode.prefill(model, *inputs, whole)), params, prompts, lengths
-    )
+    def read(params: Any, prompts: jax.Array, lengths: jax.Array) -> Any:
+        return decode.prefill(model, params, prompts, lengths, whole)
+
+    prefill, figures["prefill"] = measure.compile_timed(jax.jit(read), params, prompts, lengths)
     runs["prefill"] = functools.partial(prefill, params, prompts, lengths)
 
     def naive(params: Any, tokens: jax.Array) -> jax.Array:

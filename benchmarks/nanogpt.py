@@ -115,7 +115,7 @@ class Trainer:
             self._key,
         )
 
-        def sums(params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+        def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
             logits: Any = model.apply({"params": params}, batch.tokens, batch.positions)
             return losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)[:2]
 
