@@ -40,7 +40,7 @@ from gptlab.run import artifact, files, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
-from gptlab.train.checks import check_inputs, check_vocabulary
+from gptlab.train.checks import check_vocabulary
 
 SPLITS = ("train", "validation")
 _SAMPLES = 5  # candidate sets of each split shown in samples.jsonl
@@ -92,7 +92,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
-    check_inputs(config)
+    artifact.check_inputs(config)
     if config.num_replies < 2:
         raise UserError(f"config.num_replies={config.num_replies}: ranking takes at least 2")
 

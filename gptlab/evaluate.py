@@ -9,13 +9,13 @@
 
 On held-out prompts that no stage has trained on (which is checked), the policy, the SFT model and
 (optionally) the previous round's policy give one reply each. Every system draws with keys of its
-own: under shared ones most replies coincide, the others differ in the direction of training, and
-the win rate's interval shows that coupling. Reported: the gold score; win rates with bootstrap
-intervals over prompts, plain and length-controlled, and the share of ties; the sequence KL to the
-SFT model; diversity; whether replies depend on their prompts; three judges that PPO never saw;
-the held-out pretraining loss; and whether the policy beats, at equal KL, the best of n SFT replies
-by PPO's own reward model. A gate says whether the policy may be promoted. About a minute for 250
-prompts and the quickstart's model on 2 CPU cores.
+own: under shared ones most replies coincide, and the win rate's interval shows that coupling.
+Reported: the gold score; win rates with bootstrap intervals over prompts, plain and
+length-controlled, and the share of ties; the sequence KL to the SFT model; diversity; whether replies
+depend on their prompts; three judges that PPO never saw; the held-out pretraining loss; and whether
+the policy beats, at equal KL, the best of n SFT replies by PPO's own reward model. A gate says
+whether the policy may be promoted. About a minute for 250 prompts and the quickstart's model on 2
+CPU cores.
 
 Writes report.md, report.json, samples.jsonl (replies side by side), gold.png and gold_kl.png.
 """
@@ -45,7 +45,7 @@ from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
-from gptlab.train.checks import check_inputs, check_vocabulary
+from gptlab.train.checks import check_vocabulary
 from gptlab.train.held_out import make_held_out
 
 Samples = dict[str, list[rollout.Samples]]  # by system, then by batch
@@ -152,7 +152,9 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
-    check_inputs(config, [name for name in config.inputs if name not in ("previous", "reviews")])
+    artifact.check_inputs(
+        config, [name for name in config.inputs if name not in ("previous", "reviews")]
+    )
     if config.data.split == "train":
         raise UserError(
             "config.data.split='train': a model is evaluated on prompts that it has not been "
@@ -298,11 +300,10 @@ def draws_of(config: ConfigDict) -> int:
 def system_keys(seed: int, names: Sequence[str]) -> dict[str, jax.Array]:
     """A key for each system's replies, whichever of the systems take part.
 
-    Systems that share keys share the Gumbel noise of their draws. A policy near its reference then
-    gives the very same reply to most prompts, and where it doesn't, it has moved in the direction
-    of its tilt: nearly all decided pairs are won, however small the tilt, and the interval of the
-    win rate is several times too narrow for two replies drawn at random. Mean differences are
-    unbiased either way.
+    Systems that share keys share the random numbers of their draws. A policy near its reference
+    then gives the very same reply to most prompts, and the win rate of the others and its interval
+    show that coupling rather than the policies (EXPERIMENTS.md has it for shared Gumbel noise).
+    Mean differences are unbiased either way.
     """
     key = jax.random.key(seed)
     return {name: jax.random.fold_in(key, number) for number, name in enumerate(names)}

@@ -49,7 +49,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints
-from gptlab.train.checks import check_inputs, check_vocabulary
+from gptlab.train.checks import check_vocabulary
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
@@ -376,7 +376,7 @@ def check(config: ConfigDict) -> None:
     needed = ["init", "vocabulary", "prompts"]
     needed += ["reward"] if config.reward.kind == "model" else []
     needed += ["tokens"] if config.ptx.coef else []
-    check_inputs(config, needed)
+    artifact.check_inputs(config, needed)
     if config.compute.dropout:
         raise UserError(
             f"config.compute.dropout={config.compute.dropout}: RL runs without dropout, or the "

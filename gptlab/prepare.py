@@ -387,9 +387,7 @@ class Tokenizing:
 
 def run_tokenize(config: ConfigDict, workdir: str) -> None:
     """corpus, vocabulary -> records/<task>-<split> of TokenExamples, for all of config.tasks."""
-    from gptlab.train import checks  # JAX's libraries: not for the workers
-
-    checks.check_inputs(config)
+    artifact.check_inputs(config)
     with artifact.open_run(config, workdir, "prepare", files=raw.of_tasks(config)) as opened:
         if opened.finished:
             print(f"prepare: {workdir} is done")

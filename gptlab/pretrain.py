@@ -34,7 +34,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints, best_metrics, load_params
-from gptlab.train.checks import check_declared_model, check_inputs
+from gptlab.train.checks import check_declared_model
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
@@ -102,7 +102,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 def train(config: ConfigDict, run: artifact.Run) -> None:
     """Everything between opening the run and completing it."""
     # (2) Inputs, checked before anything is compiled.
-    check_inputs(config)
+    artifact.check_inputs(config)
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
     model_config = ModelConfig.build(config.model.to_dict(), config.compute.to_dict())
     check_declared_model(model_config, tokenizer, config.data.seq_len)

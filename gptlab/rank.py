@@ -28,7 +28,6 @@ from gptlab.people import labellers
 from gptlab.run import artifact, processes, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.scorers import registry
-from gptlab.train import checks
 
 _SAMPLES = 10  # comparisons of each split shown in samples.jsonl
 _CHUNK = 256  # sets ranked before the progress bar moves, and a stop is seen
@@ -42,7 +41,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     if config.backend != "simulated":
         raise UserError(f"config.backend={config.backend!r}: there is 'simulated' only")
-    checks.check_inputs(config)
+    artifact.check_inputs(config)
     with artifact.open_run(config, workdir, "rank") as run:
         if run.finished:
             print(f"rank: {run.workdir} is done")

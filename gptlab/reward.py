@@ -44,7 +44,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints
-from gptlab.train.checks import check_fits, check_inputs
+from gptlab.train.checks import check_fits
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
@@ -202,7 +202,7 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
-    check_inputs(config, ("init", "vocabulary", "comparisons"))
+    artifact.check_inputs(config, ("init", "vocabulary", "comparisons"))
     folds, count = config.data.folds, config.data.num_folds
     if not folds or min(folds) < 0 or max(folds) >= count:
         raise UserError(f"config.data.folds={folds} must be some of the {count} from 0 on")

@@ -36,7 +36,7 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
 from gptlab.train.checkpoint import Checkpoints, best_metrics, load_model_config, load_params
-from gptlab.train.checks import check_fits, check_inputs
+from gptlab.train.checks import check_fits
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
@@ -113,7 +113,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 def train(config: ConfigDict, run: artifact.Run) -> None:
     """Everything between opening the run and completing it."""
     # (2) Inputs, checked before anything is compiled. The architecture is the pretrained model's.
-    check_inputs(config)
+    artifact.check_inputs(config)
     if config.loss_on == "all" and config.data.max_reply_tokens:
         raise UserError(
             f"config.data.max_reply_tokens={config.data.max_reply_tokens} leaves replies out of "

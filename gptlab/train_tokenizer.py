@@ -28,7 +28,6 @@ from gptlab.data.records import Conversation, Document, RecordReader
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.run import artifact, files, program
 from gptlab.run.errors import Interrupted, UserError
-from gptlab.train import checks
 
 _POLLED_RECORDS = 20  # a stop is seen between so many
 FIRST_BYTE, FIRST_LEARNT = 9, 265  # ids: controls, the 256 bytes, learnt pieces
@@ -36,7 +35,7 @@ FIRST_BYTE, FIRST_LEARNT = 9, 265  # ids: controls, the 256 bytes, learnt pieces
 
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains, checks and describes one vocabulary."""
-    checks.check_inputs(config)
+    artifact.check_inputs(config)
     with artifact.open_run(config, workdir, "train_tokenizer") as opened:
         if opened.finished:
             print(f"train_tokenizer: {workdir} is done")
@@ -81,7 +80,7 @@ def to_learn(opened: artifact.Run, directory: epath.Path) -> Iterator[str]:
         yield text
     print(
         f"train_tokenizer: SentencePiece learns {opened.config.vocab_size:,} tokens from "
-        f"{size / 1e6:.1f} million characters; bpe takes about a second a million, unigram several",
+        f"{size / 1e6:.1f} million characters, which shows no progress",
         flush=True,
     )
 

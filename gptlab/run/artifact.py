@@ -157,6 +157,13 @@ class Run:
             _write_json(Path(self.workdir) / MANIFEST_FILE, self._manifest)
 
 
+def check_inputs(config: ConfigDict, names: Iterable[str] | None = None) -> None:
+    """UserError unless every one of config.inputs is given, or those of `names` are."""
+    for name in config.inputs if names is None else names:
+        if not config.inputs[name]:
+            raise UserError(f"config.inputs.{name} is not set: give that stage's workdir")
+
+
 def open_run(
     config: ConfigDict,
     workdir: str | os.PathLike[str],

@@ -1,19 +1,8 @@
 """Do a stage's inputs go together? Asked before anything is compiled."""
 
-from collections.abc import Iterable
-
-from ml_collections import ConfigDict
-
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model.transformer import ModelConfig
 from gptlab.run.errors import UserError
-
-
-def check_inputs(config: ConfigDict, names: Iterable[str] | None = None) -> None:
-    """UserError unless every one of config.inputs is given, or those of `names` are."""
-    for name in config.inputs if names is None else names:
-        if not config.inputs[name]:
-            raise UserError(f"config.inputs.{name} is not set: give that stage's workdir")
 
 
 def check_declared_model(model_config: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
