@@ -127,7 +127,7 @@ def make_generate(
         stop_tokens=(tokenizer.end_id,),
         halt_tokens=rollout.halt_tokens(tokenizer),
     )
-    replies, halts = config.num_replies, sampling.halt_tokens
+    replies = config.num_replies
 
     def generate(params: Any, batch: PromptBatch, numbers: jax.Array, key: jax.Array) -> Any:
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
@@ -137,10 +137,8 @@ def make_generate(
         out = decode.generate(
             model, params, tokens, lengths, keys.reshape(-1), sampling, tokenizer.pad_id
         )
-        last = jnp.take_along_axis(out.tokens, jnp.maximum(out.lengths - 1, 0)[:, None], 1)[:, 0]
-        halted = ~out.finished & (out.lengths > 0) & jnp.isin(last, jnp.asarray(halts))
         split = lambda x: x.reshape(-1, replies, *x.shape[1:])  # noqa: E731
-        return split(out.tokens), split(out.lengths - halted), split(out.finished)
+        return split(out.tokens), split(out.lengths - out.halted), split(out.finished)
 
     return jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

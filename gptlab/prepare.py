@@ -71,11 +71,6 @@ class Cleaning:
     num_shards: int
     workdir: str
 
-    @property
-    def directory(self) -> str:
-        """Of the records."""
-        return os.path.join(self.workdir, "records")
-
 
 def run_clean(config: ConfigDict, workdir: str) -> None:
     """sources -> records/{documents,conversations,prompts,comparisons}-{train,validation,test}."""
@@ -95,14 +90,14 @@ def run_clean(config: ConfigDict, workdir: str) -> None:
         ]
         with pipeline.watched(opened, "cleaning", phases):
             pipeline.run(config.beam, functools.partial(clean_pipeline, sources, settings))
-        _fill_empty_shards(settings.directory, config.num_shards)
+        _fill_empty_shards(_directory(settings), config.num_shards)
         statistics = json.loads((opened.workdir / STATISTICS).read_text())
         cleaning_report.check_quality(statistics, config, opened.workdir)
         files.atomic_write(
             opened.workdir / "report.md", cleaning_report.report(statistics, opened.identity)
         )
         opened.results(**cleaning_report.results(statistics))
-        opened.complete(records.digest(settings.directory))
+        opened.complete(records.digest(_directory(settings)))
 
 
 def _cleaning(config: ConfigDict, workdir: epath.Path) -> Cleaning:
@@ -351,9 +346,14 @@ def write_shard(
         return
     (name, shard), blocks = group
     kind, split = name.rsplit("-", 1)
-    path = records.shard_path(settings.directory, kind, split, shard, settings.num_shards)
+    path = records.shard_path(_directory(settings), kind, split, shard, settings.num_shards)
     records.write_shard(path, (payload for block in blocks for payload in block))
     pipeline.tick(settings.workdir, WRITTEN)
+
+
+def _directory(settings: Cleaning | Tokenizing) -> str:
+    """Of the records."""
+    return os.path.join(settings.workdir, "records")
 
 
 def _fill_empty_shards(directory: str, num_shards: int) -> None:
@@ -378,11 +378,6 @@ class Tokenizing:
     module: str | None
     num_shards: int
     workdir: str
-
-    @property
-    def directory(self) -> str:
-        """Of the records."""
-        return os.path.join(self.workdir, "records")
 
 
 def run_tokenize(config: ConfigDict, workdir: str) -> None:
@@ -413,12 +408,12 @@ def run_tokenize(config: ConfigDict, workdir: str) -> None:
         ]
         with pipeline.watched(opened, "tokenizing", phases):
             pipeline.run(config.beam, functools.partial(tokenize_pipeline, slices, settings))
-        _fill_empty_shards(settings.directory, config.num_shards)
+        _fill_empty_shards(_directory(settings), config.num_shards)
         counts = json.loads((opened.workdir / STATISTICS).read_text())
         _check_tokens(counts, slices)
         files.atomic_write(opened.workdir / "report.md", token_report(counts, mixtures, opened))
         opened.results(token_sets=counts, mixtures=mixtures)
-        opened.complete(records.digest(settings.directory))
+        opened.complete(records.digest(_directory(settings)))
 
 
 def tokenize_pipeline(slices: list[Any], settings: Tokenizing, root: beam.Pipeline) -> None:

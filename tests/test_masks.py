@@ -65,11 +65,15 @@ def model_of(cls, architecture, seed=0):
     return model, jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(seed))
 
 
-def epoch(source):
-    """Every row of a source exactly once, in shuffled batches of one row."""
+def learnt_pairs(source):
+    """How often an epoch, in shuffled batches of one row, has a token predict the next one."""
     data = batches.TrainBatches(source, 1, seed=0)
-    rows = [data.at(step) for step in range(len(source))]
-    return jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    pairs: collections.Counter = collections.Counter()
+    for step in range(len(source)):
+        row = data.at(step)
+        counts = row.loss_mask > 0
+        pairs.update(zip(row.tokens[counts].tolist(), row.targets[counts].tolist(), strict=True))
+    return pairs
 
 
 def assistant_pairs(tokenizer, messages):
@@ -98,10 +102,7 @@ def test_sft_learns_what_the_assistant_says_and_where_it_ends(
         pair for talk in read for pair in assistant_pairs(tiny_tokenizer, talk.messages)
     )
     source = packing.packed(corpus, "dialogues", "train", SEQ_LEN, overlong=overlong)
-    rows = epoch(source)
-    counts = rows.loss_mask > 0
-    found = zip(rows.tokens[counts].tolist(), rows.targets[counts].tolist(), strict=True)
-    assert collections.Counter(found) == expected
+    assert learnt_pairs(source) == expected
     # The program's loss is the sum over just these tokens, of its own batches.
     model, params = model_of(LanguageModel, tiny_model)
     batch = batches.TrainBatches(source, BATCH, seed=0).at(0)
@@ -126,10 +127,7 @@ def test_pretraining_learns_every_token_of_a_document_and_its_end(
         ids = tiny_tokenizer.encode(document.text)
         expected.update(itertools.pairwise([tiny_tokenizer.bos_id, *ids, tiny_tokenizer.eos_id]))
     source = packing.packed(tiny_corpus, "pretrain", "train", SEQ_LEN)
-    rows = epoch(source)
-    counts = rows.loss_mask > 0
-    found = zip(rows.tokens[counts].tolist(), rows.targets[counts].tolist(), strict=True)
-    assert collections.Counter(found) == expected
+    assert learnt_pairs(source) == expected
     model, params = model_of(LanguageModel, tiny_model)
     batch = batches.TrainBatches(source, BATCH, seed=0).at(0)
     loss_fn = jax.jit(pretrain.make_loss_fn(model, 0.0))

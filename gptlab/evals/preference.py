@@ -6,6 +6,7 @@ replies to one prompt are not independent of each other, prompts are.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -302,3 +303,14 @@ def to_json(figures: Mapping[str, object]) -> dict[str, object]:
         else:
             plain[name] = value
     return plain
+
+
+def from_json(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Back from to_json: what has the three numbers of an Interval becomes one, recursively."""
+
+    def back(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return Interval.from_json(value) if "low" in value else from_json(value)
+
+    return {name: back(value) for name, value in figures.items()}

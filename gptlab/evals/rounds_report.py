@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.evals import best_of_n, report, stage_figures, suite
-from gptlab.evals.preference import Interval
+from gptlab.evals import best_of_n, preference, report, stage_figures, suite
 from gptlab.run import artifact, files
 from gptlab.run.metrics import read_metrics
 
@@ -80,22 +79,11 @@ def best_of_n_sections(rounds: Sequence[Record]) -> dict[str, str]:
     """Each round's policy beside best of n replies of SFT, where that was measured."""
     sections = {}
     for record in rounds:
-        figures = _intervals(record["figures"].get("best_of_n", {}))
+        figures = preference.from_json(record["figures"].get("best_of_n", {}))
         if figures:
             title = f"Round {record['round']}: the policy beside best of n replies of SFT"
             sections[title] = report.markdown_table(*best_of_n.table(figures))
     return sections
-
-
-def _intervals(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures as they were before they became JSON."""
-
-    def back(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return Interval.from_json(value) if "low" in value else _intervals(value)
-
-    return {name: back(value) for name, value in figures.items()}
 
 
 def machine_readable(
@@ -114,23 +102,19 @@ def machine_readable(
 def rounds_table(rounds: Sequence[Record]) -> tuple[list[str], list[list[Any]]]:
     """The SFT model beside the policy of each round, figures by row."""
     rows = []
+    figures = [preference.from_json(record["figures"]) for record in rounds]
     for block, prefix in (
         ("policy", ""),
         ("over_baseline", "over SFT: "),
         ("over_previous", "over the round before: "),
     ):
         for key, label in suite.LABELS.items():
-            cells = [_figure(record["figures"].get(block, {}), key) for record in rounds]
+            cells = [own.get(block, {}).get(key) for own in figures]
             if all(cell is None for cell in cells):
                 continue
-            own = _figure(rounds[0]["figures"]["baseline"], key) if block == "policy" else None
-            rows.append([prefix + label, own, *cells])
+            sft = figures[0]["baseline"].get(key) if block == "policy" else None
+            rows.append([prefix + label, sft, *cells])
     return ["", "SFT", *(f"round {record['round']}" for record in rounds)], rows
-
-
-def _figure(figures: Mapping[str, Any], key: str) -> Any:
-    value = figures.get(key)
-    return Interval.from_json(value) if isinstance(value, Mapping) else value
 
 
 def stages_table(
@@ -155,8 +139,9 @@ def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> li
     chosen: dict[str, report.Curve] = {}
     gold, calibration = {}, {}
     for record in rounds:
-        name, figures = f"round {record['round']}", record["figures"]
-        policy, baseline = _intervals(figures["policy"]), _intervals(figures["baseline"])
+        name = f"round {record['round']}"
+        figures = preference.from_json(record["figures"])
+        policy, baseline = figures["policy"], figures["baseline"]
         proxy[f"{name}, training"] = reward_against_kl(root / record["steps"]["ppo"]["artifact"])
         proxy[f"{name}, held out: SFT and policy"] = (
             [0.0, policy["kl"].mean], [baseline["reward_model"], policy["reward_model"]],
@@ -170,7 +155,7 @@ def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> li
         root / "reward_kl.png", proxy, title="Score of each round's own reward model",
         x_label="KL to SFT, nats a reply", y_label="score, unfinished replies as they are",
     )  # fmt: skip
-    sft = _intervals(rounds[0]["figures"]["baseline"])["gold"]
+    sft = preference.from_json(rounds[0]["figures"]["baseline"])["gold"]
     report.plot_curves(
         root / "gold_kl.png", chosen, markers={**gold, "SFT": (0.0, sft)},
         title="Gold score of held-out replies",
@@ -194,7 +179,7 @@ def losses(root: Path, preparation: Record) -> dict[str, report.Curve]:
 
 def best_of_n_against_kl(record: Record) -> report.Curve:
     """KL bound and gold score of SFT, and of the best of n of its replies for each n."""
-    return best_of_n.curve(_intervals(record["figures"]["best_of_n"]))
+    return best_of_n.curve(preference.from_json(record["figures"]["best_of_n"]))
 
 
 def reward_against_kl(ppo: Path) -> report.Curve:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.data.dedup import SPLITS
-from gptlab.evals import best_of_n, report, suite
+from gptlab.evals import best_of_n, preference, report, suite
 from gptlab.evals.preference import Interval
 from gptlab.run import artifact
 
@@ -208,6 +208,7 @@ def of_reward(
 
 def of_policy(stage: str, figures: Mapping[str, Any]) -> list[Figure]:
     """What a policy gained over SFT, the price in variety, and the round before beside it."""
+    figures = preference.from_json(figures)
     policy, baseline = figures["policy"], figures["baseline"]
     over, previous = figures["over_baseline"], figures.get("over_previous", {})
     gain, wins = _figure(over.get("gold_difference")), _figure(over.get("win_rate"))
@@ -298,7 +299,7 @@ def _reply_tokens(root: Path, rounds: list[Record]) -> int | None:
 
 
 def _figure(value: Any) -> Any:
-    return Interval.from_json(value) if isinstance(value, Mapping) else _number(value)
+    return value if isinstance(value, Interval) else _number(value)
 
 
 def _mean(value: Any) -> float | None:

@@ -56,7 +56,8 @@ class Generation:
     tokens: jax.Array  # int32 [B, N]; the stop or halt token is included, pad_id after it
     lengths: jax.Array  # int32 [B]; tokens before the padding
     logprobs: jax.Array  # float32 [B, N]; of log softmax(logits / temperature), 0 on padding
-    finished: jax.Array  # bool [B]; a stop token was drawn, no halt token before it
+    finished: jax.Array  # bool [B]; it ends with a stop token
+    halted: jax.Array  # bool [B]; it ends with a halt token
 
 
 def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,6 +311,7 @@ def generate(
             lengths=out.lengths + ~done,
             logprobs=jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, step)),
             finished=out.finished | stopped,
+            halted=out.halted | halted,
         )
         return out, done | stopped | halted, token
 
@@ -329,6 +331,7 @@ def generate(
         lengths=jnp.zeros((batch,), jnp.int32),
         logprobs=jnp.zeros((batch, new), jnp.float32),
         finished=jnp.zeros((batch,), bool),
+        halted=jnp.zeros((batch,), bool),
     )
     out, done, token = record(0, empty, prompt_lengths == 0, token, logprob)
     carry = (jnp.int32(1), out, done, token, cache)

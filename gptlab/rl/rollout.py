@@ -14,7 +14,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
@@ -78,27 +78,6 @@ def halt_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(i for i in controls if i != tokenizer.end_id)
 
 
-def truncate_at_stop(
-    response: Int[Array, "B R"],
-    stop_tokens: tuple[int, ...],
-    pad_id: int,
-    halt_tokens: tuple[int, ...] = (),
-) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Bool[Array, "B"], Bool[Array, "B"]]:
-    """Cuts each response after its *first* stop or halt token, which stays.
-
-    Returns:
-      the response with `pad_id` after its end, its mask (1 on real tokens), whether a stop token
-      ended it, and whether a halt token did.
-    """
-    stops = jnp.isin(response, jnp.asarray(stop_tokens, response.dtype))  # [B, R]
-    halts = jnp.isin(response, jnp.asarray(halt_tokens, response.dtype))
-    ends = stops | halts
-    mask = ~(jnp.cumsum(ends, axis=1) - ends > 0)  # nothing ended it before
-    cut = jnp.where(mask, response, pad_id)
-    finished, halted = (jnp.any(found & mask, axis=1) for found in (stops, halts))
-    return cut, mask.astype(jnp.float32), finished, halted
-
-
 def join(
     prompts: Int[Array, "B P"],
     prompt_lengths: Int[Array, "B"],
@@ -137,19 +116,18 @@ def sample(
     rows = jnp.arange(prompts.shape[0])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
     generation = decode.generate(model, params, prompts, prompt_lengths, keys, sampling, pad_id)
-    response, mask, finished, halted = truncate_at_stop(
-        generation.tokens, sampling.stop_tokens, pad_id, sampling.halt_tokens
-    )
+    response, slots = generation.tokens, jnp.arange(sampling.max_new_tokens)[None, :]
+    mask = (slots < generation.lengths[:, None]).astype(jnp.float32)
     tokens, lengths = join(prompts, prompt_lengths, response, mask, pad_id)
     return Samples(
         tokens=tokens,
         prompt_lengths=prompt_lengths,
         lengths=lengths,
-        scored_lengths=lengths - halted,
+        scored_lengths=lengths - generation.halted,
         response=response,
         response_mask=mask,
-        finished=finished,
-        decode_logprobs=generation.logprobs * mask,
+        finished=generation.finished,
+        decode_logprobs=generation.logprobs,
     )
 
 

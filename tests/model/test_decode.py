@@ -167,8 +167,13 @@ def test_a_halt_token_ends_a_reply_that_is_not_finished():
     out = generate(model, params, sampling)
     at = reply.index(halt)
     assert at < reply.index(stop)
-    assert out.lengths[1] == at + 1 and not out.finished[1]
+    assert out.lengths[1] == at + 1 and out.halted[1] and not out.finished[1]
     assert out.tokens[1].tolist() == reply[: at + 1] + [0] * (NEW - at - 1)
+    # Whichever comes first: what would have halted a reply that had ended does not.
+    out = generate(
+        model, params, dataclasses.replace(sampling, stop_tokens=(halt,), halt_tokens=(stop,))
+    )
+    assert out.lengths[1] == at + 1 and out.finished[1] and not out.halted[1]
 
 
 def test_loop_ends_when_all_rows_are_done():
@@ -180,6 +185,7 @@ def test_loop_ends_when_all_rows_are_done():
     assert (out.lengths == 1).all() and out.finished.all()
     padding_rows = generate(model, params, DRAW, lengths=np.zeros(4, np.int32))
     assert not padding_rows.lengths.any() and not padding_rows.finished.any()
+    assert not padding_rows.halted.any()
     assert (padding_rows.tokens == 0).all()
 
 

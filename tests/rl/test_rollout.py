@@ -69,35 +69,6 @@ def samples():
     return sample(model, params, *prompts(), jax.random.key(1), sampling(), PAD)
 
 
-def test_truncation_after_the_first_stop_token_by_hand():
-    """The first one stays, everything after it goes, a second one too."""
-    response = jnp.asarray([[7, STOP, 8, STOP], [7, 8, 9, 9], [STOP, 5, 5, 5], [7, 8, 9, STOP]])
-    cut, mask, finished, halted = rollout.truncate_at_stop(response, (STOP,), PAD)
-    want = [[7, STOP, PAD, PAD], [7, 8, 9, 9], [STOP, PAD, PAD, PAD], [7, 8, 9, STOP]]
-    np.testing.assert_array_equal(cut, want)
-    np.testing.assert_array_equal(mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(finished, [True, False, True, True])
-    assert not halted.any()
-
-
-def test_any_of_several_stop_tokens_ends_a_response():
-    cut, _, finished, _ = rollout.truncate_at_stop(jnp.asarray([[7, 3, 1, 9]]), (STOP, 3), PAD)
-    np.testing.assert_array_equal(cut, [[7, 3, PAD, PAD]])
-    assert bool(finished[0])
-
-
-def test_truncation_at_a_halt_token_by_hand():
-    """It ends a reply without finishing it, unless the reply had ended before."""
-    response = jnp.asarray([[7, 3, STOP, 9], [7, STOP, 3, 9], [PAD, 3, 5, 5], [7, 8, 9, 9]])
-    cut, mask, finished, halted = rollout.truncate_at_stop(response, (STOP,), PAD, (PAD, 3))
-    np.testing.assert_array_equal(
-        cut, [[7, 3, PAD, PAD], [7, STOP, PAD, PAD], [PAD] * 4, [7, 8, 9, 9]]
-    )
-    np.testing.assert_array_equal(mask.sum(1), [2, 2, 1, 4])
-    np.testing.assert_array_equal(finished, [False, True, False, False])
-    np.testing.assert_array_equal(halted, [True, False, True, False])
-
-
 def test_a_halt_token_is_an_action_but_no_reward_model_reads_it():
     model, params = language_model()
     free = samples()
