@@ -25,6 +25,7 @@ from benchmarks import measure
 from gptlab.model import decode
 from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.run import program
 
 COMPUTE = {"remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
 SAMPLINGS = {"plain": (1.0, 0, 1.0), "greedy": (0.0, 0, 1.0), "top_k_top_p": (1.0, 40, 0.95)}
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9, help="turns that everything gets")
     args = parser.parse_args()
+    program.keep_freed_memory()
     if args.new < 2:
         parser.error("--new must be at least 2: a step's time is a difference of two replies")
     model = LanguageModel(ModelConfig.build(PRESETS[args.preset], {**COMPUTE, "dtype": args.dtype}))

@@ -32,6 +32,7 @@ from gptlab import pretrain
 from gptlab.data.batches import TokenBatch
 from gptlab.model import transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
+from gptlab.run import program
 from gptlab.train import losses, optimizer
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="also run the recipe in PyTorch")
     parser.add_argument("--torch_python", default=sys.executable, help="a Python with PyTorch")
     args = parser.parse_args()
+    program.keep_freed_memory()
     ours = Trainer(Path(args.text).read_text(encoding="utf-8"), args.steps)
     figures: dict[str, Any] = {"jax": jax.__version__, "steps": args.steps}
     train: dict[str, Callable[[int], float]] = {"gptlab": ours.train}

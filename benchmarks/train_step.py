@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="turns that everything gets")
     parser.add_argument("--stretch", type=int, default=8, help="steps of the loop a turn")
     args = parser.parse_args()
+    program.keep_freed_memory()
     figures: dict[str, Any] = {
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,

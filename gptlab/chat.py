@@ -297,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
         args = _arguments(argv)
+        program.keep_freed_memory()
         program.enable_compilation_cache()
         policy = load_policy(args.workdir, args.dtype)
         tokenizer = policy.tokenizer

@@ -284,3 +284,33 @@ print(any(event == "/jax/compilation_cache/cache_hits" for event in hits))
     ]  # fmt: skip
     assert seen == ["False", "True"]
     assert any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_temporary_memory_is_not_fetched_anew_in_every_call(kept):
+    """Else each call of this program faults on tens of thousands of pages of 4 KiB.
+
+    The first calls may: until the heap has room at every place where one is put.
+    """
+    code = f"""
+import resource, statistics
+from gptlab.run import program
+if {kept}:
+    program.keep_freed_memory()
+import jax, jax.numpy as jnp
+def large(x):  # 128 MiB between two products
+    y = jnp.broadcast_to(x, (2**15, 1024)) @ jnp.eye(1024)
+    return (y @ jnp.ones((1024, 1))).sum()
+call = jax.jit(large)
+faults = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call(jnp.ones(1024)).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(faults)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, text=True, capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert (int(done.stdout) < 2000) == kept, done.stdout
