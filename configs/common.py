@@ -136,3 +136,15 @@ def sample(
 def inputs(*names: str) -> ConfigDict:
     """Artifacts (workdirs of earlier stages) that a stage reads; given on the command line."""
     return ConfigDict({name: placeholder(str) for name in names})
+
+
+def gate() -> ConfigDict:
+    """What a policy must reach in an evaluation to be promoted."""
+    return ConfigDict(
+        {
+            "min_win_rate_low": 0.5,  # over SFT by gold score: lower end of the interval
+            "min_gold_difference": 0.0,
+            "max_most_common_share": 0.05,
+            "min_distinct_2_ratio": 0.5,  # against SFT's
+        }
+    )

@@ -61,18 +61,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # The baseline of PPO: n replies of SFT, the best by PPO's reward model. sizes=(): left out.
     config.best_of_n = {"sizes": (2, 4, 8, 16), "samples": 16, "num_prompts": 128}
     config.bootstrap = {"resamples": 2000, "seed": 0, "level": 0.95}
-    config.gate = gate()
+    config.gate = common.gate()
     config.report_samples = 20
     return config
-
-
-def gate() -> ConfigDict:
-    """What a policy must reach to be promoted."""
-    return ConfigDict(
-        {
-            "min_win_rate_low": 0.5,  # over SFT by gold score: lower end of the interval
-            "min_gold_difference": 0.0,
-            "max_most_common_share": 0.05,
-            "min_distinct_2_ratio": 0.5,  # against SFT's
-        }
-    )

@@ -376,12 +376,7 @@ def evaluate() -> ConfigDict:
             },
             "best_of_n": {"sizes": (2, 4, 8, 16), "samples": 16, "num_prompts": 96},
             "bootstrap": {"resamples": 2000, "seed": 0, "level": 0.95},
-            "gate": {
-                "min_win_rate_low": 0.5,
-                "min_gold_difference": 0.0,
-                "max_most_common_share": 0.05,
-                "min_distinct_2_ratio": 0.5,
-            },
+            "gate": common.gate(),
             "report_samples": 20,
         }
     )  # fmt: skip

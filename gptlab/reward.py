@@ -32,7 +32,7 @@ from gptlab.data import records
 from gptlab.data.batches import ComparisonBatch, ComparisonBatches
 from gptlab.data.records import Comparison
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.evals import reward_figures
+from gptlab.evals import preference, reward_figures
 from gptlab.model.heads import ScalarModel, scalar_from_language
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.people import labellers
@@ -188,7 +188,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             reported_on=reported_on,
             tokens_per_sec=log.mean_tokens_per_sec(),
             **checkpoint.best_metrics(run.workdir),
-            **figures,
+            **preference.to_json(figures),
             **tables,
         )
         reward_figures.write_report(run.workdir, figures, tables, reported_on)
@@ -382,7 +382,7 @@ def evaluate_model(
     normalisation: dict[str, Any],
     data: ComparisonBatches,
     held_out: ComparisonBatches,
-) -> tuple[dict[str, float | None], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures and tables on the held-out comparisons: evals/reward_figures.py."""
     gain = normalisation["gain"]
     scores = gain * scorer.candidates(params, held_out) + normalisation["bias"]

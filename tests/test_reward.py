@@ -54,8 +54,8 @@ def test_it_learns_the_labeller(trained):
     first, last = (np.mean([m["train/loss"] for m in part]) for part in (lines[:3], lines[-3:]))
     assert last < first - 0.05
     results = artifact.read_manifest(trained)["results"]
-    assert results["clean_accuracy"] > 0.7
-    assert 0.5 < results["accuracy"] <= 1 and results["ceiling_accuracy"] < 1
+    assert results["clean_accuracy"]["mean"] > 0.7
+    assert 0.5 < results["accuracy"]["mean"] <= 1 and results["ceiling_accuracy"] < 1
     for name in ("longer_wins_accuracy", "linear_accuracy", "calibration_error"):
         assert 0 <= results[name] <= 1
     assert results["reported_on"] == "test"
@@ -204,11 +204,11 @@ def test_figures_by_hand(monkeypatch):
     assert figures["pairs"] == 4  # the pair of one text twice is no pair
     assert figures["identical_share"] == pytest.approx(1 / 6)
     assert figures["tie_rate"] == pytest.approx(1 / 6)
-    assert figures["accuracy"] == pytest.approx(3 / 4)  # wrong on 0 > 1
+    assert figures["accuracy"].mean == pytest.approx(3 / 4)  # wrong on 0 > 1
     assert figures["longer_wins_accuracy"] == pytest.approx(2 / 4)
     assert figures["linear_accuracy"] == pytest.approx(2 / 4)
     # Clean order 0 > 2 > 1 and 0 > 1 of the last: ours is right on 0 > 2 only.
-    assert figures["clean_accuracy"] == pytest.approx(1 / 4) and figures["clean_pairs"] == 4
+    assert figures["clean_accuracy"].mean == pytest.approx(1 / 4) and figures["clean_pairs"] == 4
     assert figures["clean_longer_wins_accuracy"] == pytest.approx(2 / 4)  # wrong on 0 > 1, 2 > 1
     assert figures["clean_linear_accuracy"] == pytest.approx(2 / 4)
     # Of 4 labelled pairs 3 have unequal clean scores: ours is wrong on one, the clean order on
@@ -231,7 +231,7 @@ def test_what_has_no_pairs_is_no_figure(monkeypatch):
     figures, _ = reward.evaluate_model(
         Fixed([[1.0, 0.0]]), None, {"gain": 1.0, "bias": 0.0}, held, held
     )
-    assert figures["accuracy"] == 1.0 and figures["unequal_pairs"] == 0
+    assert figures["accuracy"].mean == 1.0 and figures["unequal_pairs"] == 0
     assert figures["clean_accuracy"] is figures["ceiling_accuracy"] is None
 
 

@@ -211,6 +211,23 @@ def strict_accuracy(margins: np.ndarray) -> float:
     return float((margins > 0).mean()) if margins.size else float("nan")
 
 
+def accuracy_interval(margins: np.ndarray, prompts: np.ndarray, bootstrap: Bootstrap) -> Interval:
+    """`strict_accuracy` with its interval over prompts, whose pairs are resampled together.
+
+    Args:
+      margins: [M], reward of the better minus the worse candidate.
+      prompts: int [M], which prompt each pair answers, in any numbering.
+      bootstrap: how the interval is made.
+    """
+    if not np.size(margins):
+        return Interval(*[float("nan")] * 3)
+    _, of = np.unique(prompts, return_inverse=True)
+    weights = bootstrap.weights(of.max() + 1)
+    right = np.bincount(of, weights=np.asarray(margins) > 0)
+    resampled = (weights @ right) / (weights @ np.bincount(of))  # every prompt has a pair
+    return bootstrap.interval(strict_accuracy(margins), resampled)
+
+
 def reliability(margins: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
     """Calibration of sigmoid(margin): predicted confidence against observed frequency.
 

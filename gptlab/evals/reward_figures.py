@@ -15,6 +15,8 @@ from gptlab.evals import preference, report
 from gptlab.run import files
 from gptlab.scorers import classifiers
 
+_BOOTSTRAP = preference.Bootstrap()
+
 
 def measure(
     scores: np.ndarray,
@@ -22,12 +24,13 @@ def measure(
     comparisons: Sequence[Comparison],
     train_comparisons: Sequence[Comparison],
     expected_agreement: Callable[[Sequence[Comparison]], float],
-) -> tuple[dict[str, float | None], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures and tables on held-out comparisons, of normalised scores.
 
     Beside them, a linear model on TF-IDF features that was fitted on the same labels. Pairs of
     identical texts, of which a labeller's noise may well prefer one, say nothing and are left out.
-    A figure without anything to be measured on is None.
+    `accuracy` and `clean_accuracy` are Intervals over prompts, the others numbers; a figure without
+    anything to be measured on is None.
 
     Args:
       scores: float64 [n, N], normalised.
@@ -45,13 +48,14 @@ def measure(
         scores,
     )
     ranks = ranks_of(comparisons, scores)
+    _, prompts = np.unique([c.prompt.id for c in comparisons], return_inverse=True)  # int [n]
     pairs, of_pairs = distinct_pairs(comparisons, ranks)
     margins = pairs.margins(scores)
     # Margins as trained: the loss knows no gain, and calibration belongs to what was trained.
     table = preference.reliability(margins / gain)
     present = ~np.isnan(scores)
     figures = {
-        "accuracy": preference.strict_accuracy(margins),
+        "accuracy": preference.accuracy_interval(margins, prompts[pairs.row], _BOOTSTRAP),
         "pairs": len(margins),
         **of_pairs,
         "longer_wins_accuracy": preference.strict_accuracy(pairs.margins(lengths)),
@@ -62,7 +66,7 @@ def measure(
         "score_std": float(scores[present].std()),
     }
     if any(c.scores is not None for c in comparisons):
-        figures |= simulated_figures(comparisons, scores, lengths, baseline, pairs)
+        figures |= simulated_figures(comparisons, prompts, scores, lengths, baseline, pairs)
         figures["labellers_agreement"] = expected_agreement(comparisons)
     candidates = np.asarray([len(c.candidates) for c in comparisons])
     who = np.asarray([c.labeller for c in comparisons])
@@ -71,17 +75,21 @@ def measure(
         "accuracy_by_labeller": accuracy_by(who[pairs.row], margins),
         "accuracy_by_candidates": accuracy_by(candidates[pairs.row], margins),
     }
-    known = {name: None if np.isnan(value) else value for name, value in figures.items()}
-    return known, tables
+
+    def known(value: Any) -> bool:
+        return not np.isnan(value.mean if isinstance(value, preference.Interval) else value)
+
+    return {name: value if known(value) else None for name, value in figures.items()}, tables
 
 
 def simulated_figures(
     comparisons: Sequence[Comparison],
+    prompts: np.ndarray,
     scores: np.ndarray,
     lengths: np.ndarray,
     baseline: np.ndarray,
     pairs: preference.Pairs,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What only simulated labels can tell, as their clean scores are known.
 
     clean_accuracy, and of both rivals: on all pairs with unequal clean scores, ordered by these.
@@ -95,8 +103,9 @@ def simulated_figures(
     order = preference.ranked_pairs(ranks_from_scores(clean))
     labelled = pairs.margins(clean)  # NaN for what people ranked
     unequal = np.isfinite(labelled) & (labelled != 0)
+    accuracy = preference.accuracy_interval(order.margins(scores), prompts[order.row], _BOOTSTRAP)
     return {
-        "clean_accuracy": preference.strict_accuracy(order.margins(scores)),
+        "clean_accuracy": accuracy,
         "clean_pairs": len(order.row),
         "clean_longer_wins_accuracy": preference.strict_accuracy(order.margins(lengths)),
         "clean_linear_accuracy": preference.strict_accuracy(order.margins(baseline)),
@@ -179,7 +188,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def write_report(
     workdir: epath.Path,
-    figures: dict[str, float | None],
+    figures: dict[str, Any],
     tables: dict[str, Any],
     reported_on: str,
 ) -> None:
@@ -187,7 +196,7 @@ def write_report(
     method = (
         f"Measured on the comparisons of: {reported_on}. They chose no checkpoint. `accuracy` is "
         "of all pairs that a labeller told apart, pairs of identical texts left out; an equal "
-        "score is a mistake."
+        "score is a mistake. Intervals are bootstraps over prompts."
     )
     if "clean_accuracy" in figures:
         method += (

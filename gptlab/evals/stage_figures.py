@@ -156,7 +156,7 @@ def of_reward(
       key: 'clean_accuracy' or 'accuracy', what the demand is about.
       demand: the least of it, or None.
     """
-    known = {name: _number(value) for name, value in results.items()}
+    known = {name: _figure(value) for name, value in preference.from_json(results).items()}
     clean = key == "clean_accuracy"
     prefix = "clean_" if clean else ""
     main = Figure(
@@ -170,7 +170,7 @@ def of_reward(
             "linear TF-IDF": known.get(f"{prefix}linear_accuracy"),
         },
         "" if demand is None else f"at least {demand}",
-        None if demand is None else _at_least(known.get(key), demand),
+        None if demand is None else _at_least(_mean(known.get(key)), demand),
         main=demand is not None,
     )
     lines = [main]

@@ -191,3 +191,20 @@ def test_an_interval_comes_back_from_strict_json():
     interval = preference.Interval(math.nan, -math.inf, 0.5)
     back = preference.Interval.from_json(json.loads(files.to_json(interval.to_json())))
     assert math.isnan(back.mean) and (back.low, back.high) == (-math.inf, 0.5)
+
+
+def test_accuracy_is_resampled_by_prompt():
+    """Pairs of one prompt stand or fall together: a hundred copies of it say no more than one."""
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0.3, 1.0, 200)
+    each = np.arange(200)
+    bootstrap = preference.Bootstrap(resamples=4000)
+    alone = preference.accuracy_interval(margins, each, bootstrap)
+    assert alone.mean == preference.strict_accuracy(margins)
+    normal = 1.96 * np.sqrt(alone.mean * (1 - alone.mean) / 200)
+    assert alone.high - alone.mean == pytest.approx(normal, rel=0.1)
+    copies = preference.accuracy_interval(np.repeat(margins, 100), np.repeat(each, 100), bootstrap)
+    assert (copies.mean, copies.low, copies.high) == pytest.approx(
+        (alone.mean, alone.low, alone.high)
+    )
+    assert np.isnan(preference.accuracy_interval(np.zeros(0), np.zeros(0), bootstrap).mean)

@@ -63,7 +63,9 @@ def test_fine_tuning_is_asked_for_a_fall_of_perplexity_and_for_ends():
 
 @pytest.mark.parametrize("key, limit", [("clean_accuracy", 0.70), ("accuracy", 0.65)])
 def test_a_reward_model_is_asked_for_accuracy_of_the_right_kind(key, limit):
-    for value, expected in ((limit, True), (limit - 0.01, False), (None, False)):
+    cases = (limit, True), (limit - 0.01, False), (None, False)
+    intervals = (interval(limit, 0.1, 0.9), True), (interval(limit - 0.01, 0.1, 0.9), False)
+    for value, expected in (*cases, *intervals):
         figures = stage_figures.of_reward("reward", {**REWARD, key: value}, key, limit)
         assert [f.met for f in figures if f.demand] == [expected]
     figures = stage_figures.of_reward("judge", REWARD, key, None)
