@@ -1,4 +1,4 @@
-"""Documents to a chat model, with two rounds of feedback, in about 27 minutes on 2 CPU cores.
+"""Documents to a chat model, with two rounds of feedback, in about 20 minutes on 2 CPU cores.
 
     python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -56,8 +56,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     # How long each stage takes on 2 cores, for the remaining-time estimate only.
     config.expected_seconds = {
-        "clean": 23, "vocabulary": 21, "tokenize": 60, "pretrain": 341, "sft": 152, "reviews": 114,
-        "collect": 62, "rank": 2, "reward": 127, "judge": 53, "ppo": 118, "evaluate": 85,
+        "clean": 17, "vocabulary": 14, "tokenize": 42, "pretrain": 235, "sft": 93, "reviews": 80,
+        "collect": 43, "rank": 1, "reward": 98, "judge": 43, "ppo": 87, "evaluate": 71,
     }  # fmt: skip
     if arg == "smoke":
         shrink(config)

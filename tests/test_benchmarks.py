@@ -82,6 +82,7 @@ def test_the_recipe_trains_on_a_text(tmp_path):
     figures = figures_of("-m", "benchmarks.nanogpt", f"--text={text}", "--steps=8", "--stretch=4")
     assert 0 < figures["gptlab"]["held_out_loss"] < 4  # ln 15 is 2.7
     assert set(figures["gptlab"]["ms"]) == SPREAD
+    assert figures["products"]["ms"]["median"] > 0
 
 
 def test_compiles_are_counted():
