@@ -4,17 +4,18 @@
 
 4 layers, 4 heads, d 128, T 64, B 12, 2,000 steps of AdamW (betas 0.9, 0.99; lr 1e-3 to 1e-4,
 warm-up 100, decay 0.1, clip 1), dropout 0, float32. nanoGPT's README gives a held-out loss of 1.88.
-Beside the steps stand the products of activations and weights alone, forward and backward: no step
-that is made of XLA's products can be faster. Two minutes on two idle cores, with --torch four.
+Beside the steps stand the products of activations and weights alone, forward and backward, which is
+the least that a step of XLA's products takes. Two minutes on two idle cores, with --torch four.
 
 --torch trains a plain PyTorch implementation (nanogpt_torch.py) on the same batches, in turns with
-ours, in the Python that --torch_python names: PyTorch is no dependency of gptlab. Prints a table,
-then the same figures as one line of JSON.
+ours, in the Python that --torch_python names: PyTorch is no dependency of gptlab. Both processes
+keep the memory that they free. Prints a table, then the same figures as one line of JSON.
 """
 
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,8 +42,10 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 
 LENGTH, BATCH = 64, 12
-KERNELS = [("attention", name) for name in ("query", "key", "value", "out")]
-KERNELS += [("feed_forward", name) for name in ("up", "down")]
+# The allocator of PyTorch's process, as keep_freed_memory sets that of ours.
+KEPT_MEMORY = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)
+}  # fmt: skip
 
 
 def main() -> None:
@@ -128,8 +131,9 @@ class Trainer:
 
         self._sums = jax.jit(sums)
         self._products = jax.jit(jax.grad(linear_network, (0, 1)))
+        self._weights = random_weights(config.model, jax.random.key(2))
         width = config.model.d_model
-        self._activations = jax.random.normal(jax.random.key(2), (BATCH, LENGTH, width))
+        self._activations = jax.random.normal(jax.random.key(3), (BATCH, LENGTH, width))
         self.products(1)
 
     def train(self, steps: int) -> float:
@@ -148,8 +152,7 @@ class Trainer:
         """Makes the products of weights of some steps; returns the seconds taken."""
         start = time.perf_counter()
         for _ in range(steps):
-            made = self._products(self._state.params["backbone"], self._activations)
-            jax.block_until_ready(made)
+            jax.block_until_ready(self._products(self._weights, self._activations))
         return time.perf_counter() - start
 
     def held_out_loss(self) -> float:
@@ -162,13 +165,22 @@ class Trainer:
         return total[0] / total[1]
 
 
-def linear_network(backbone: Any, x: jax.Array) -> jax.Array:
-    """The recipe's weights one after the other, [B, T, D] -> []; its gradient is their products."""
-    layers, kind = backbone["layers"], x.dtype.name
-    for layer in range(len(layers["attention"]["out"]["kernel"])):
-        for part, name in KERNELS:
-            x = product(x, layers[part][name]["kernel"][layer], kind)
-    return jnp.sum(jnp.square(product(x, backbone["embedding"].T, kind)))
+def random_weights(model: ConfigDict, key: jax.Array) -> list[jax.Array]:
+    """Matrices of the recipe's shapes in their order; they keep the size of what they multiply."""
+    d, f = model.d_model, model.d_ff
+    shapes = [*[(d, d)] * 4, (d, f), (f, d)] * model.num_layers + [(d, model.vocab_size)]
+    keys = jax.random.split(key, len(shapes))
+    return [
+        jax.random.normal(own, shape) * shape[0] ** -0.5
+        for own, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def linear_network(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+    """[B, T, D] -> [] through all weights; its gradient is the products of a step, and no more."""
+    for kernel in weights:
+        x = product(x, kernel, x.dtype.name)
+    return jnp.sum(jnp.square(x))
 
 
 class Torch:
@@ -179,6 +191,7 @@ class Torch:
         script = Path(__file__).with_name("nanogpt_torch.py")
         self._process = subprocess.Popen(
             [python, str(script), f"--text={text}", f"--steps={steps}"],
+            env={**os.environ, **KEPT_MEMORY},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptlab.evals import report
+from gptlab.evals import preference, report
 from gptlab.evals.preference import Interval
 
 Key = tuple[str, str]
@@ -35,7 +35,8 @@ def read(workdir: Path) -> dict[Key, dict[str, Any]]:
         stages = json.loads((workdir / "report.json").read_text())["stages"]
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{workdir} has no readable report.json ({error}): is that run of rounds done?")
-    return {(figure["stage"], figure["name"]): figure for figure in stages}
+    figures = [preference.from_json(figure) for figure in stages]
+    return {(figure["stage"], figure["name"]): figure for figure in figures}
 
 
 def table(runs: Sequence[dict[Key, dict[str, Any]]], names: Sequence[str], everything: bool) -> str:
@@ -49,7 +50,7 @@ def table(runs: Sequence[dict[Key, dict[str, Any]]], names: Sequence[str], every
         rows.append(
             [
                 *key,
-                *(_shown(figure and figure["value"]) for figure in figures),
+                *(figure and figure["value"] for figure in figures),
                 spread([_number(figure and figure["value"]) for figure in figures]),
                 first["demand"],
                 f"{met} of {len(runs)}" if first["demand"] else None,
@@ -68,12 +69,8 @@ def spread(values: Sequence[float | None]) -> str | None:
     return f"{report.show(statistics.mean(there))} ± {report.show(statistics.stdev(there))}"
 
 
-def _shown(value: Any) -> Any:
-    return Interval.from_json(value) if isinstance(value, dict) else value
-
-
 def _number(value: Any) -> float | None:
-    value = value["mean"] if isinstance(value, dict) else value
+    value = value.mean if isinstance(value, Interval) else value
     return None if value is None or isinstance(value, bool | str) else float(value)
 
 

@@ -9,7 +9,7 @@
 
 `inputs.reviews` (a clean corpus with human comparisons) adds the judge fitted on them and may be
 left out; `inputs.previous` (another policy) adds a paired and a KL-matched comparison. With the
-quickstart's model and 384 prompts it takes 1.5 minutes on two CPU cores. What to expect: intervals
+quickstart's model and 384 prompts it takes 70 seconds on two CPU cores. What to expect: intervals
 of the win rate that hold 1/2 wherever a policy is compared with itself.
 """
 

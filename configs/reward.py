@@ -5,8 +5,8 @@
         --config.inputs.comparisons=runs/rank
 
 One epoch over the comparisons of every round so far (`comparisons`, `comparisons_2`, ...), as in
-InstructGPT, whose reward models overfit quickly with more (arXiv 2203.02155, appendix C.2). One to
-two minutes on two CPU cores: some 1,150 sets of 4 replies take the quickstart 1.5 minutes. 576 such
+InstructGPT, whose reward models overfit quickly with more (arXiv 2203.02155, appendix C.2). About
+a minute on two CPU cores for some 1,150 sets of 4 replies in the quickstart. 576 such
 sets gave 62% accuracy against clean scores with this config's optimiser and batch; how to reach 73%
 is in EXPERIMENTS.md.
 

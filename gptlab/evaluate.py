@@ -14,7 +14,7 @@ Reported: the gold score; win rates with bootstrap intervals over prompts, plain
 length-controlled, and the share of ties; the sequence KL to the SFT model; diversity; whether
 replies depend on their prompts; three judges that PPO never saw; the held-out pretraining loss; and
 whether the policy beats, at equal KL, the best of n SFT replies by PPO's own reward model. A gate
-says whether the policy may be promoted. About a minute for 250 prompts and the quickstart's model
+says whether the policy may be promoted. About a minute for 384 prompts and the quickstart's model
 on 2 CPU cores.
 
 Writes report.md, report.json, samples.jsonl (replies side by side), gold.png and gold_kl.png.

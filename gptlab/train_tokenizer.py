@@ -6,7 +6,7 @@
 Trains on the documents and conversations of train, then encodes and decodes *every* document and
 message of train, validation and test and stops if one does not come back byte for byte. report.md
 has the bytes a token on each and how much of the vocabulary is in use. The quickstart's 25 MB take
-20 seconds.
+15 seconds.
 
 Asked to stop (SIGTERM, Ctrl-C), it stops within a few records and starts anew next time;
 SentencePiece itself can't be interrupted, so during its part the stop comes right after that.

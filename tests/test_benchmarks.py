@@ -85,6 +85,22 @@ def test_the_recipe_trains_on_a_text(tmp_path):
     assert figures["products"]["ms"]["median"] > 0
 
 
+def test_products_of_the_recipe_are_those_of_a_step():
+    """Forward and for both gradients: 6 FLOPs a weight and token, and next to nothing else."""
+    code = (
+        "import jax\n"
+        "from benchmarks import nanogpt\n"
+        "model = nanogpt.recipe_config(10, 65).model\n"
+        "weights = nanogpt.random_weights(model, jax.random.key(0))\n"
+        "x = jax.random.normal(jax.random.key(1), (12, 64, 128))\n"
+        "step = jax.jit(jax.grad(nanogpt.linear_network, (0, 1))).lower(weights, x).compile()\n"
+        "print(step.cost_analysis()['flops'], sum(w.size for w in weights))\n"
+    )
+    flops, size = map(float, run("-c", code).split())
+    assert size == 4 * 12 * 128**2 + 128 * 65
+    assert flops == pytest.approx(6 * size * 12 * 64, rel=0.02)
+
+
 def test_compiles_are_counted():
     code = (
         "import jax, jax.numpy as jnp\n"

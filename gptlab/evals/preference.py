@@ -216,7 +216,7 @@ def accuracy_interval(margins: np.ndarray, prompts: np.ndarray, bootstrap: Boots
 
     Args:
       margins: [M], reward of the better minus the worse candidate.
-      prompts: int [M], which prompt each pair answers, in any numbering.
+      prompts: [M], which prompt each pair answers: ids of any kind.
       bootstrap: how the interval is made.
     """
     if not np.size(margins):

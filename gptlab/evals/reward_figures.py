@@ -48,7 +48,7 @@ def measure(
         scores,
     )
     ranks = ranks_of(comparisons, scores)
-    _, prompts = np.unique([c.prompt.id for c in comparisons], return_inverse=True)  # int [n]
+    prompts = np.asarray([c.prompt.id for c in comparisons])  # [n]
     pairs, of_pairs = distinct_pairs(comparisons, ranks)
     margins = pairs.margins(scores)
     # Margins as trained: the loss knows no gain, and calibration belongs to what was trained.

@@ -16,7 +16,8 @@ from gptlab.evals import best_of_n, preference, report, suite
 from gptlab.evals.preference import Interval
 from gptlab.run import artifact
 
-# What the loop is asked to show. A single seed can't show more than that of itself.
+# What the loop is asked to show. A single seed can't show more than that of itself. What a config's
+# gate asks before it promotes a policy is its own choice (configs/common.py), and may differ.
 MIN_END_RATE = 0.95
 MIN_ON_POLICY_ACCURACY = 0.70
 MIN_REVIEWS_ACCURACY = 0.65

@@ -72,11 +72,11 @@ def enable_compilation_cache() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what is freed, where steps are computed on the CPU (Linux only).
+    """Has glibc keep what is freed, on hosts without an accelerator.
 
     XLA's CPU backend allocates the temporary memory of a program anew in every call. glibc returns
     hundreds of megabytes to the system each time, and gets them back page by page, each cleared:
-    a quarter of a training step of the quickstart. Must come before JAX starts its threads, which
+    a fifth of a training step of the quickstart. Must come before JAX starts its threads, which
     choose their arenas once; arenas other than the main one can't hold 64 MiB.
     """
     if sys.platform != "linux" or any(glob.glob(f"/dev/{name}") for name in _ACCELERATORS):
