@@ -1,4 +1,4 @@
-"""A vocabulary of 2,048 tokens, for a model of about 1M parameters; 20 s for 25 MB of text.
+"""A vocabulary of 2,048 tokens, for a model of about 1M parameters; 15 s for 25 MB of text.
 
     python -m gptlab.train_tokenizer --config=configs/train_tokenizer.py \
         --config.inputs.corpus=runs/clean --workdir=runs/vocabulary
