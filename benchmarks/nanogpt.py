@@ -42,10 +42,6 @@ from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 
 LENGTH, BATCH = 64, 12
-# The allocator of PyTorch's process, as keep_freed_memory sets that of ours.
-KEPT_MEMORY = {
-    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)
-}  # fmt: skip
 
 
 def main() -> None:
@@ -189,9 +185,10 @@ class Torch:
     def __init__(self, python: str, text: str, steps: int):
         """Starts it."""
         script = Path(__file__).with_name("nanogpt_torch.py")
+        kept = {name: str(value) for name, (_, value) in program.KEPT_MEMORY.items()}
         self._process = subprocess.Popen(
             [python, str(script), f"--text={text}", f"--steps={steps}"],
-            env={**os.environ, **KEPT_MEMORY},
+            env={**os.environ, **kept},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

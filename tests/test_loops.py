@@ -293,6 +293,14 @@ def assert_identical(workdir, reference):
     assert figures(workdir) == figures(reference)
 
 
+def assert_resumes(loop, config, workdir, one_device):
+    """The same command goes on to the end that the undisturbed run has; returns the process."""
+    resumed = run_alone(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, one_device)
+    return resumed
+
+
 def test_it_learns_and_writes_the_common_metrics(loop, eight_devices):
     found = figures(eight_devices.workdir)
     assert {step for step, _ in found} >= set(range(1, STEPS + 1))
@@ -406,9 +414,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(loop, config, one_device, ki
     assert bool(found) == bool(saved)
     manifest = artifact.read_manifest(workdir, allow_unfinished=True)
     assert manifest["status"] == "running"
-    resumed = run_alone(loop, config, workdir)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_identical(workdir, one_device)
+    assert_resumes(loop, config, workdir, one_device)
 
 
 @kill_seeds()
@@ -431,9 +437,7 @@ def test_killed_from_outside_at_any_time_a_run_ends_as_ever(loop, config, one_de
     finally:
         process.kill()
         process.wait()
-    resumed = run_alone(loop, config, workdir)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_identical(workdir, one_device)
+    assert_resumes(loop, config, workdir, one_device)
 
 
 @one_loop("sft")
@@ -446,12 +450,10 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     assert checkpoint.checkpoint_steps(workdir) == [CADENCE, 2 * CADENCE]
     for path in (workdir / "checkpoints" / str(2 * CADENCE) / "params" / "d").iterdir():
         path.write_bytes(b"")
-    resumed = run_alone(loop, config, workdir)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = assert_resumes(loop, config, workdir, one_device)
     assert f"checkpoint {2 * CADENCE} of {workdir} cannot be read" in resumed.stdout
     aside = [path.name for path in (workdir / "checkpoints.corrupt").iterdir()]
     assert aside == [f"{2 * CADENCE}.0"]
-    assert_identical(workdir, one_device)
 
 
 @one_loop("sft")
@@ -467,9 +469,7 @@ def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(
     assert checkpoint.checkpoint_steps(workdir) == [CADENCE]
     manifest = artifact.read_manifest(workdir, allow_unfinished=True)
     assert manifest["status"] == "failed" and "the disk is full" in manifest["error"]
-    resumed = run_alone(loop, config, workdir)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_identical(workdir, one_device)
+    assert_resumes(loop, config, workdir, one_device)
 
 
 @one_loop("sft")  # it alone writes a line before its first step
@@ -478,9 +478,7 @@ def test_killed_before_its_first_checkpoint_a_run_starts_anew(loop, config, one_
     killed = run_alone(loop, config, workdir, f"start:{CADENCE - 1}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.checkpoint_steps(workdir) == [] and figures(workdir)
-    resumed = run_alone(loop, config, workdir)
-    assert resumed.returncode == 0, resumed.stderr
-    assert_identical(workdir, one_device)
+    assert_resumes(loop, config, workdir, one_device)
 
 
 def stop_at(loop, config, workdir, at):

@@ -25,9 +25,13 @@ from ml_collections import ConfigDict, config_flags
 from gptlab.run import files, processes
 from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
 
-# Of glibc's malloc.h: one arena; nothing mapped by itself; nothing given back below 2 GiB.
-_M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1
-_MALLOC_OPTIONS = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
+# One arena; nothing mapped by itself; nothing given back below 2 GiB. glibc's environment variables
+# with their numbers in malloc.h and their values.
+KEPT_MEMORY = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+}
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # device files of TPUs and GPUs
 
 RunFn = Callable[[ConfigDict, str], object]
@@ -83,7 +87,7 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        for option, value in _MALLOC_OPTIONS.items():
+        for option, value in KEPT_MEMORY.values():
             mallopt(option, value)
 
 
