@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # How long each stage takes on 2 cores, for the remaining-time estimate only.
     config.expected_seconds = {
         "clean": 17, "vocabulary": 14, "tokenize": 42, "pretrain": 235, "sft": 93, "reviews": 80,
-        "collect": 43, "rank": 1, "reward": 98, "judge": 43, "ppo": 87, "evaluate": 71,
+        "collect": 55, "rank": 1, "reward": 130, "judge": 57, "ppo": 87, "evaluate": 71,
     }  # fmt: skip
     if arg == "smoke":
         shrink(config)
@@ -211,7 +211,7 @@ def sft() -> ConfigDict:
 
 
 def collect() -> ConfigDict:
-    """4 replies to each of 1,536 prompts, drawn anew in each round."""
+    """4 replies to each of 2,048 prompts, drawn anew in each round."""
     return ConfigDict(
         {
             "seed": 0,
@@ -219,7 +219,7 @@ def collect() -> ConfigDict:
             "compute": common.compute(unroll=4),
             "data": {"prompt_len": PROMPT_TOKENS},
             "num_replies": 4,
-            "num_prompts": {"train": 1536, "validation": 320},
+            "num_prompts": {"train": 2048, "validation": 320},
             "sampling": {
                 "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,
             },
