@@ -3,8 +3,9 @@
     python -m gptlab.pretrain --config=configs/pretrain_small.py --workdir=runs/pretrain \
         --config.inputs.tokens=runs/tokens --config.inputs.vocabulary=runs/vocabulary
 
-6.1M tokens, 1.4 passes over the quickstart's corpus. What came of it is in EXPERIMENTS.md. Where
-the CPU has no AMX, bfloat16 is slower than float32: --config.compute.dtype=float32 there.
+6.1M tokens, 1.4 passes over the quickstart's corpus. With seed 0 it took 33 minutes and 3.9 GiB
+and reached 1.602 bits a byte (trigram: 1.712; EXPERIMENTS.md). Where the CPU has no AMX, bfloat16
+is slower than float32: --config.compute.dtype=float32 there.
 """
 
 from ml_collections import ConfigDict

@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # How long each stage takes on 2 cores, for the remaining-time estimate only.
     config.expected_seconds = {
         "clean": 17, "vocabulary": 14, "tokenize": 42, "pretrain": 235, "sft": 93, "reviews": 80,
-        "collect": 55, "rank": 1, "reward": 130, "judge": 57, "ppo": 87, "evaluate": 71,
+        "collect": 50, "rank": 1, "reward": 95, "judge": 45, "ppo": 87, "evaluate": 71,
     }  # fmt: skip
     if arg == "smoke":
         shrink(config)
@@ -211,7 +211,7 @@ def sft() -> ConfigDict:
 
 
 def collect() -> ConfigDict:
-    """4 replies to each of 2,048 prompts, drawn anew in each round."""
+    """4 replies to each of 1,792 prompts, drawn anew in each round."""
     return ConfigDict(
         {
             "seed": 0,
@@ -219,7 +219,7 @@ def collect() -> ConfigDict:
             "compute": common.compute(unroll=4),
             "data": {"prompt_len": PROMPT_TOKENS},
             "num_replies": 4,
-            "num_prompts": {"train": 2048, "validation": 320},
+            "num_prompts": {"train": 1792, "validation": 320},
             "sampling": {
                 "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,
             },
@@ -270,11 +270,11 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
             "optimizer": common.muon(0.005, adam_lr=0.001, warmup_steps=10),
             "mesh": common.mesh(),
             "normalise": "samples",
-            "demonstration_examples": 512,  # read only with 'demonstrations'
+            "normalise_examples": 512,  # comparisons or demonstrations; not read with 'none'
             "log_every_steps": 10,
-            "eval_every_steps": 75,
+            "eval_every_steps": 100,
             "eval_batches": 16,
-            "checkpoint": common.checkpoint(every_steps=75),
+            "checkpoint": common.checkpoint(every_steps=100),
             "profile": common.profile(),
             "on_nonfinite": "stop",
         }
@@ -283,7 +283,6 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
         config.data.seq_len, config.batch_size = 96, 16
         config.optimizer = common.muon(0.01, adam_lr=0.002, warmup_steps=10)
         config.update(common.duration(total_steps=200))
-        config.eval_every_steps = config.checkpoint.every_steps = 100
     else:
         config.update(common.duration(total_epochs=1.0))
     return config

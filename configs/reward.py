@@ -5,10 +5,10 @@
         --config.inputs.comparisons=runs/rank
 
 One epoch over the comparisons of every round so far (`comparisons`, `comparisons_2`, ...), as in
-InstructGPT, whose reward models overfit quickly with more (arXiv 2203.02155, appendix C.2). About
-a minute on two CPU cores for some 1,150 sets of 4 replies in the quickstart. 576 such
-sets gave 62% accuracy against clean scores with this config's optimiser and batch; how to reach 73%
-is in EXPERIMENTS.md.
+InstructGPT, whose reward models overfit quickly with more (arXiv 2203.02155, appendix C.2). One to
+two minutes on two CPU cores for some 1,340 sets of 4 replies in the quickstart. 576 such sets gave
+62% accuracy against clean scores with this config's optimiser and batch; how to reach more is in
+EXPERIMENTS.md.
 
 Arguments: 'rounds' (K = 4 replies a prompt, simulated or people's rankings), 'reviews' (human
 preferences between two film reviews; `comparisons` is the clean corpus itself).
@@ -57,7 +57,7 @@ def get_config(arg: str = "rounds") -> ConfigDict:
             # Once, after training, then frozen: 'samples' (mean 0, std 1 over the candidates),
             # 'demonstrations' (human replies average 0; needs inputs.demonstrations) or 'none'.
             "normalise": "samples",
-            "demonstration_examples": 512,  # read only with 'demonstrations'
+            "normalise_examples": 512,  # comparisons or demonstrations; not read with 'none'
             "log_every_steps": 5,
             "eval_every_steps": 10,
             "eval_batches": 8,

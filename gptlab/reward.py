@@ -17,6 +17,7 @@ and otherwise half of the validation prompts, kept back for that.
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -346,13 +347,16 @@ def normalise(
 ) -> dict[str, Any]:
     """The gain and bias that are frozen from here on: score = gain * reward + bias.
 
-    'samples' (Ziegler 2019): the training candidates have mean 0 and standard deviation 1.
-    'demonstrations' (InstructGPT): human replies average 0; the scale stays. 'none': as trained.
+    'samples' (Ziegler 2019): the training candidates have mean 0 and standard deviation 1, measured
+    on config.normalise_examples comparisons, evenly spread over all rounds. 'demonstrations'
+    (InstructGPT): human replies, as many, average 0; the scale stays. 'none': as trained.
     """
     kind = config.normalise
     gain, bias = 1.0, 0.0
     if kind == "samples":
-        values = scorer.candidates(params, data)
+        stride = math.ceil(len(data.comparisons) / config.normalise_examples)
+        some = make_batches(config, tokenizer, data.comparisons[::stride], mesh, shrink=True)
+        values = scorer.candidates(params, some)
         gain = 1.0 / max(float(np.nanstd(values)), 1e-8)
         bias = -gain * float(np.nanmean(values))
     elif kind == "demonstrations":
@@ -366,7 +370,7 @@ def read_demonstrations(config: ConfigDict) -> list[Comparison]:
     directory = epath.Path(config.inputs.demonstrations) / "records"
     reader = records.RecordReader(directory, "conversations", "train", records.Conversation)
     replies = []
-    for conversation in itertools.islice(reader, config.demonstration_examples):
+    for conversation in itertools.islice(reader, config.normalise_examples):
         *context, last = conversation.messages
         if last.role != "assistant" or not context or context[-1].role != "user":
             continue

@@ -416,7 +416,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"\n{table}\n")
     print(f"Report  {shown}/report.md")
     print(f"Plots   {', '.join(f'{shown}/{plot.name}' for plot in plots)}")
-    print(f"Chat    python -m gptlab.chat --workdir={shown}")
+    # By this interpreter: a fresh machine has no `python` outside the environment.
+    print(f"Chat    {display(Path(sys.executable))} -m gptlab.chat --workdir={shown}")
 
 
 def check(config: ConfigDict) -> None:

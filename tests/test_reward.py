@@ -55,6 +55,7 @@ def test_it_learns_the_labeller(trained):
     assert last < first - 0.05
     results = artifact.read_manifest(trained)["results"]
     assert results["clean_accuracy"]["mean"] > 0.7
+    assert results["on_policy_clean_accuracy"] == results["clean_accuracy"]  # of one round
     assert 0.5 < results["accuracy"]["mean"] <= 1 and results["ceiling_accuracy"] < 1
     for name in ("longer_wins_accuracy", "linear_accuracy", "calibration_error"):
         assert 0 <= results[name] <= 1
@@ -79,6 +80,28 @@ def test_samples_have_mean_zero_and_std_one_and_the_order_stays(trained, config,
     assert gain > 0
     assert abs(np.nanmean(scores)) < 1e-4 and abs(np.nanstd(scores) - 1) < 1e-4
     np.testing.assert_allclose(folded, scores, atol=1e-5)
+
+
+def test_normalisation_reads_comparisons_of_every_round(trained, config, tiny_tokenizer):
+    """It costs the same however many rounds are pooled, and none of them is left out."""
+    mesh = mesh_lib.make_mesh(config.mesh)
+    comparisons = reward.read_comparisons(config, "train")
+    data = reward.make_batches(config, tiny_tokenizer, comparisons, mesh)
+    changed = ConfigDict(config.to_dict())
+    changed.normalise_examples = len(data.comparisons) // 3
+
+    class Read(Fixed):
+        def candidates(self, params, data):
+            self.read = [c.id for c in data.comparisons]
+            return super().candidates(params, data)
+
+    scorer = Read([[1.0, 3.0]])
+    found = reward.normalise(changed, tiny_tokenizer, scorer, None, data, mesh)
+    assert found == {"kind": "samples", "gain": 1.0, "bias": -2.0}
+    every = [c.id for c in data.comparisons]
+    places = [every.index(name) for name in scorer.read]
+    assert len(places) <= changed.normalise_examples
+    assert places[0] < len(every) / 10 and places[-1] > len(every) * 9 / 10
 
 
 def test_demonstrations_average_zero(trained, config, tiny_tokenizer, tiny_clean):
@@ -161,8 +184,8 @@ def test_human_pairs_of_a_clean_corpus_train_too(config, tiny_clean, tmp_path):
 ANN, BOB = (f"simulated:vader,noise=0.3,tie_margin=0.05,seed={seed}" for seed in (0, 1))
 
 
-def comparison(ranks, scores, lengths, labeller):
-    candidates = tuple(Candidate(str(i), "x" * n, "p", True) for i, n in enumerate(lengths))
+def comparison(ranks, scores, lengths, labeller, policy="newest"):
+    candidates = tuple(Candidate(str(i), "x" * n, policy, True) for i, n in enumerate(lengths))
     prompt = Prompt("p", (Message("user", "hi"),), "test")
     return Comparison("c", prompt, candidates, ranks, labeller, True, scores)
 
@@ -190,7 +213,8 @@ def test_figures_by_hand(monkeypatch):
     linear = lambda prompts, replies: np.asarray([-len(r) for r in replies])  # noqa: E731
     held = Held(
         [
-            comparison((1, 2, 2), (3.0, 1.0, 2.0), (5, 9, 1), ANN),  # labels: 0 > 1, 0 > 2; 1 = 2
+            # labels: 0 > 1, 0 > 2; 1 = 2
+            comparison((1, 2, 2), (3.0, 1.0, 2.0), (5, 9, 1), ANN, policy="older"),
             comparison((2, 1), (0.5, 0.5), (4, 6), BOB),  # label 1 > 0; equal scores
             comparison((2, 1), (0.5, 0.5), (7, 7), BOB),  # label 1 > 0, of the same text
             comparison((2, 1), (0.9, 0.1), (3, 2), BOB),  # label 1 > 0, by noise
@@ -209,6 +233,8 @@ def test_figures_by_hand(monkeypatch):
     assert figures["linear_accuracy"] == pytest.approx(2 / 4)
     # Clean order 0 > 2 > 1 and 0 > 1 of the last: ours is right on 0 > 2 only.
     assert figures["clean_accuracy"].mean == pytest.approx(1 / 4) and figures["clean_pairs"] == 4
+    newest = figures["on_policy_clean_accuracy"], figures["on_policy_clean_pairs"]
+    assert (newest[0].mean, newest[1]) == (0.0, 1)  # the last comparison, where ours is wrong
     assert figures["clean_longer_wins_accuracy"] == pytest.approx(2 / 4)  # wrong on 0 > 1, 2 > 1
     assert figures["clean_linear_accuracy"] == pytest.approx(2 / 4)
     # Of 4 labelled pairs 3 have unequal clean scores: ours is wrong on one, the clean order on

@@ -84,7 +84,11 @@ def test_two_rounds_in_order(root, documents, finished, capsys):
     assert len({name for _, name in calls}) == TOTAL  # nothing is shared by mistake
     printed = capsys.readouterr().out
     assert f"[ 1/{TOTAL}] clean" in printed and "about" in printed and "left" in printed
-    assert "gptlab.chat" in printed and "report.md" in printed
+    assert "report.md" in printed
+    chat = next(line for line in printed.splitlines() if line.startswith("Chat "))
+    python, *arguments = chat.removeprefix("Chat").split()
+    assert os.path.samefile(python, sys.executable)  # it can be pasted without an activated venv
+    assert arguments == ["-m", "gptlab.chat", f"--workdir={rounds.display(root)}"]
     results = artifact.read_manifest(root)["results"]
     assert results["promoted"] == [True, True]
     assert results["policy"].endswith(f"ppo-{record(root, 2)['policy']}")

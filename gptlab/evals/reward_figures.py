@@ -94,6 +94,8 @@ def simulated_figures(
 
     clean_accuracy, and of both rivals: on all pairs with unequal clean scores, ordered by these.
       Noise has no part in them: their ceiling is 1.
+    on_policy_clean_accuracy: the same on the replies of the newest policy only, which is the one
+      that wrote the last comparison. Labels of rounds are pooled, each of another policy.
     unequal_accuracy, unequal_pairs: as `accuracy`, on the labelled pairs with unequal clean scores.
     ceiling_accuracy: what the clean order itself gets on those very pairs, the best that anything
       can expect there. On labelled pairs of *equal* clean scores nothing beats a coin.
@@ -103,10 +105,17 @@ def simulated_figures(
     order = preference.ranked_pairs(ranks_from_scores(clean))
     labelled = pairs.margins(clean)  # NaN for what people ranked
     unequal = np.isfinite(labelled) & (labelled != 0)
-    accuracy = preference.accuracy_interval(order.margins(scores), prompts[order.row], _BOOTSTRAP)
+    margins = order.margins(scores)
+    authors = [{x.policy for x in c.candidates} for c in comparisons]
+    newest = np.asarray([who == authors[-1] for who in authors])[order.row]
+    accuracy = preference.accuracy_interval
     return {
-        "clean_accuracy": accuracy,
+        "clean_accuracy": accuracy(margins, prompts[order.row], _BOOTSTRAP),
         "clean_pairs": len(order.row),
+        "on_policy_clean_accuracy": accuracy(
+            margins[newest], prompts[order.row[newest]], _BOOTSTRAP
+        ),
+        "on_policy_clean_pairs": int(newest.sum()),
         "clean_longer_wins_accuracy": preference.strict_accuracy(order.margins(lengths)),
         "clean_linear_accuracy": preference.strict_accuracy(order.margins(baseline)),
         "unequal_accuracy": preference.strict_accuracy(pairs.margins(scores)[unequal]),
@@ -203,7 +212,8 @@ def write_report(
             " `ceiling_accuracy` is the ceiling of `unequal_accuracy`: both are of the labelled "
             "pairs whose clean scores differ. `accuracy` also counts labels that are noise alone, "
             "so its ceiling is lower. `clean_accuracy` is against the clean scores, without any "
-            "noise: its ceiling is 1."
+            "noise: its ceiling is 1. `on_policy_clean_accuracy` is of the newest policy's replies "
+            "alone, where those of earlier rounds are held out too."
         )
     table = report.markdown_table(("figure", "value"), [*figures.items()])
     sections = {"Held-out comparisons": f"{method}\n\n{table}"}

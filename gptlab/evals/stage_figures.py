@@ -76,7 +76,9 @@ def collect(root: Path, preparation: Record, rounds: Iterable[Record]) -> list[F
         number = record["round"]
         for name, demand in (("reward", MIN_ON_POLICY_ACCURACY), ("judge", None)):
             results = _results(root, record, name)
-            figures += of_reward(f"round {number}: {name}", results, "clean_accuracy", demand)
+            figures += of_reward(
+                f"round {number}: {name}", results, "on_policy_clean_accuracy", demand
+            )
         figures += of_policy(f"round {number}: ppo", record["figures"])
     return figures
 
@@ -154,22 +156,22 @@ def of_reward(
     Args:
       stage: what the lines are called.
       results: of its manifest.
-      key: 'clean_accuracy' or 'accuracy', what the demand is about.
+      key: 'on_policy_clean_accuracy' or 'accuracy', what the demand is about.
       demand: the least of it, or None.
     """
     known = {name: _figure(value) for name, value in preference.from_json(results).items()}
-    clean = key == "clean_accuracy"
-    prefix = "clean_" if clean else ""
+    clean = key == "on_policy_clean_accuracy"
+    rivals = {
+        "longer wins": known.get("longer_wins_accuracy"),
+        "linear TF-IDF": known.get("linear_accuracy"),
+    }
     main = Figure(
         stage,
-        "accuracy against clean scores" if clean else "accuracy on human pairs",
+        "accuracy on the newest policy's pairs" if clean else "accuracy on human pairs",
         known.get(key),
-        {
-            "pairs": known.get(f"{prefix}pairs"),
-            **({"ceiling": 1.0} if clean else {}),
-            "longer wins": known.get(f"{prefix}longer_wins_accuracy"),
-            "linear TF-IDF": known.get(f"{prefix}linear_accuracy"),
-        },
+        {"pairs": known.get("on_policy_clean_pairs"), "ceiling": 1.0}
+        if clean
+        else {"pairs": known.get("pairs"), **rivals},
         "" if demand is None else f"at least {demand}",
         None if demand is None else _at_least(_mean(known.get(key)), demand),
         main=demand is not None,
@@ -178,12 +180,15 @@ def of_reward(
     if clean:
         lines += [
             Figure(
-                stage, "accuracy on labels", known.get("accuracy"),
+                stage, "accuracy against clean scores, all rounds", known.get("clean_accuracy"),
                 {
-                    "longer wins": known.get("longer_wins_accuracy"),
-                    "linear TF-IDF": known.get("linear_accuracy"),
+                    "pairs": known.get("clean_pairs"),
+                    "ceiling": 1.0,
+                    "longer wins": known.get("clean_longer_wins_accuracy"),
+                    "linear TF-IDF": known.get("clean_linear_accuracy"),
                 },
             ),
+            Figure(stage, "accuracy on labels", known.get("accuracy"), rivals),
             Figure(
                 stage, "accuracy on labels, clean scores unequal", known.get("unequal_accuracy"),
                 {

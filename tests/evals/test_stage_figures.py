@@ -16,6 +16,7 @@ PRETRAIN = {
 }
 REWARD = {
     "accuracy": 0.7, "clean_accuracy": 0.75, "unequal_accuracy": 0.72, "ceiling_accuracy": 0.8,
+    "on_policy_clean_accuracy": 0.74, "on_policy_clean_pairs": 150,
     "longer_wins_accuracy": 0.5, "linear_accuracy": 0.6, "clean_linear_accuracy": 0.65,
     "labellers_agreement": 0.7, "tie_rate": 0.1, "identical_share": 0.02, "pairs": 400,
     "clean_longer_wins_accuracy": 0.55, "clean_pairs": 300, "calibration_error": 0.03,
@@ -61,7 +62,7 @@ def test_fine_tuning_is_asked_for_a_fall_of_perplexity_and_for_ends():
     assert [f.met for f in stage_figures.of_sft(results, {"end_rate": 0.94}, 40)] == [False] * 2
 
 
-@pytest.mark.parametrize("key, limit", [("clean_accuracy", 0.70), ("accuracy", 0.65)])
+@pytest.mark.parametrize("key, limit", [("on_policy_clean_accuracy", 0.70), ("accuracy", 0.65)])
 def test_a_reward_model_is_asked_for_accuracy_of_the_right_kind(key, limit):
     cases = (limit, True), (limit - 0.01, False), (None, False)
     intervals = (interval(limit, 0.1, 0.9), True), (interval(limit - 0.01, 0.1, 0.9), False)
@@ -75,9 +76,11 @@ def test_a_reward_model_is_asked_for_accuracy_of_the_right_kind(key, limit):
 def test_each_accuracy_stands_beside_its_own_ceiling():
     figures = {
         f.name: f
-        for f in stage_figures.of_reward("reward", REWARD, "clean_accuracy", 0.7)
+        for f in stage_figures.of_reward("reward", REWARD, "on_policy_clean_accuracy", 0.7)
     }  # fmt: skip
-    assert figures["accuracy against clean scores"].beside == {
+    newest = figures["accuracy on the newest policy's pairs"]
+    assert newest.value == 0.74 and newest.beside == {"pairs": 150, "ceiling": 1.0}
+    assert figures["accuracy against clean scores, all rounds"].beside == {
         "pairs": 300, "ceiling": 1.0, "longer wins": 0.55, "linear TF-IDF": 0.65,
     }  # fmt: skip
     unequal = figures["accuracy on labels, clean scores unequal"]
