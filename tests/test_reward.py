@@ -247,6 +247,11 @@ def test_figures_by_hand(monkeypatch):
         BOB: 1.0,
     }
     assert sum(r["count"] for r in tables["reliability"]) == 4
+    # Differences of clean scores: 2 and 1 (0 > 1, 0 > 2), 0, and 0.8.
+    assert tables["accuracy_by_score_difference"] == [
+        {"group": "0", "pairs": 1, "accuracy": 1.0},
+        {"group": "above 0.5", "pairs": 3, "accuracy": pytest.approx(2 / 3)},
+    ]
 
 
 def test_what_has_no_pairs_is_no_figure(monkeypatch):

@@ -16,6 +16,7 @@ from gptlab.run import files
 from gptlab.scorers import classifiers
 
 _BOOTSTRAP = preference.Bootstrap()
+_DIFFERENCES = (0.0, 0.25, 0.5)  # of clean scores: the more, the surer a simulated labeller
 
 
 def measure(
@@ -65,12 +66,18 @@ def measure(
         "score_mean": float(scores[present].mean()),
         "score_std": float(scores[present].std()),
     }
+    tables = {}
     if any(c.scores is not None for c in comparisons):
-        figures |= simulated_figures(comparisons, prompts, scores, lengths, baseline, pairs)
+        clean = per_candidate(comparisons, lambda c: c.scores or (), scores)
+        clean = np.where(np.isnan(scores), np.nan, clean)  # NaN too for what people ranked
+        figures |= simulated_figures(comparisons, prompts, scores, clean, lengths, baseline, pairs)
         figures["labellers_agreement"] = expected_agreement(comparisons)
+        tables["accuracy_by_score_difference"] = accuracy_by_difference(
+            np.abs(pairs.margins(clean)), margins
+        )
     candidates = np.asarray([len(c.candidates) for c in comparisons])
     who = np.asarray([c.labeller for c in comparisons])
-    tables = {
+    tables |= {
         "reliability": table,
         "accuracy_by_labeller": accuracy_by(who[pairs.row], margins),
         "accuracy_by_candidates": accuracy_by(candidates[pairs.row], margins),
@@ -86,6 +93,7 @@ def simulated_figures(
     comparisons: Sequence[Comparison],
     prompts: np.ndarray,
     scores: np.ndarray,
+    clean: np.ndarray,
     lengths: np.ndarray,
     baseline: np.ndarray,
     pairs: preference.Pairs,
@@ -100,8 +108,6 @@ def simulated_figures(
     ceiling_accuracy: what the clean order itself gets on those very pairs, the best that anything
       can expect there. On labelled pairs of *equal* clean scores nothing beats a coin.
     """
-    clean = per_candidate(comparisons, lambda c: c.scores or (), scores)
-    clean = np.where(np.isnan(scores), np.nan, clean)
     order = preference.ranked_pairs(ranks_from_scores(clean))
     labelled = pairs.margins(clean)  # NaN for what people ranked
     unequal = np.isfinite(labelled) & (labelled != 0)
@@ -186,6 +192,15 @@ def accuracy_by(groups: np.ndarray, margins: np.ndarray) -> list[dict[str, Any]]
         }
         for group in np.unique(groups)
     ]
+
+
+def accuracy_by_difference(differences: np.ndarray, margins: np.ndarray) -> list[dict[str, Any]]:
+    """Strict accuracy on labels by how far apart clean scores are, [M] each; NaN is left out."""
+    known = ~np.isnan(differences)
+    place = np.searchsorted(_DIFFERENCES, differences[known])  # of the first that is not below
+    names = ["0", *(f"up to {edge}" for edge in _DIFFERENCES[1:]), f"above {_DIFFERENCES[-1]}"]
+    rows = accuracy_by(place, margins[known])
+    return [{**row, "group": names[int(row["group"])]} for row in rows]
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:
