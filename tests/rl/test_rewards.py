@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gptlab.rl import rewards
+from tests.signatures import checked
 
 MASK = jnp.asarray([[1.0, 1, 0, 0], [1, 1, 1, 1]])
 LOGP = jnp.asarray([[-1.0, -2.0, -9.0, -9.0], [-1.0, -1.0, -1.0, -3.0]])
@@ -17,7 +18,7 @@ def assemble(**changes):
     options = {"no_eos_score": -1.0, "position": "last", "whiten": False} | changes
     finished = options.pop("finished", FINISHED)
     logp = options.pop("logprobs", LOGP)
-    return rewards.assemble(SCORES, logp, REF, MASK, finished, jnp.float32(0.1), **options)
+    return checked(rewards.assemble)(SCORES, logp, REF, MASK, finished, jnp.float32(0.1), **options)
 
 
 def test_untouched_policy_pays_exactly_nothing():
@@ -46,9 +47,18 @@ def test_score_one_after_the_last_token_by_hand():
 def test_unfinished_reply_has_its_score_replaced_not_shifted():
     got = assemble(finished=jnp.asarray([True, False]))
     np.testing.assert_array_equal(got.scores, np.asarray([0.73, -1.0], np.float32))
+    replaced = checked(rewards.replace_unfinished)(SCORES, jnp.asarray([True, False]), -1.0)
+    np.testing.assert_array_equal(replaced, got.scores)
     np.testing.assert_allclose(got.total[1], [0, 0, 0, 0.2 - 1.0], atol=1e-6)
     kept = assemble(finished=jnp.asarray([True, False]), no_eos_score=None)
     np.testing.assert_array_equal(kept.scores, SCORES)
+
+
+@pytest.mark.parametrize("position, index", [("last", [1, 3]), ("after_last", [2, 3])])
+def test_the_slot_that_is_paid_is_the_last_one_with_a_value(position, index):
+    np.testing.assert_array_equal(checked(rewards.score_index)(MASK, position), index)
+    exists = checked(rewards.value_mask)(MASK, position)
+    np.testing.assert_array_equal(exists.sum(axis=1), np.asarray(index) + 1)
 
 
 def test_rewards_are_float32_whatever_the_scores():

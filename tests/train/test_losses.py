@@ -2,21 +2,15 @@
 
 import itertools
 
-import beartype
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
 from gptlab.train import losses
+from tests.signatures import checked
 
 RNG = np.random.default_rng(0)
-
-
-def checked(fn):
-    """The function with its shapes and dtypes checked."""
-    return jaxtyping.jaxtyped(fn, typechecker=beartype.beartype)
 
 
 def numeric_grad(fn, x, eps=1e-5):
