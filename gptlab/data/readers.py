@@ -317,6 +317,11 @@ def _locate(module: str, file: str, package: str) -> Path:
     )
 
 
+def text_id(conversation_id: str) -> str:
+    """Id of the document that is the text of a conversation, where a source gives both."""
+    return f"{conversation_id.rpartition(':')[0]}:text"
+
+
 def _read_chitchat(source: Source, limits: Limits) -> Iterator[Item | Bad]:
     """Human dialogues. A turn's messages are joined by blanks; who opens is the user.
 
@@ -330,7 +335,8 @@ def _read_chitchat(source: Source, limits: Limits) -> Iterator[Item | Bad]:
         turns = [" ".join(m["text"].strip() for m in turn).strip() for turn in row["messages"]]
         topic = row.get("prompt")
         unit = f"{source.key}:{key}"
-        yield Item(Document(f"{unit}:text", "\n".join(turns), source.name), unit, topic)
+        text = Document(text_id(f"{unit}:0"), "\n".join(turns), source.name)
+        yield Item(text, unit, topic)
         for side in range(limits.sides):
             spoken = turns[side:]
             spoken = spoken[: len(spoken) // 2 * 2]  # the last word is the assistant's

@@ -395,6 +395,16 @@ class RecordReader(Generic[R]):
             shard, index - start, self._read(shard, index - start, index - start + 1)[0]
         )
 
+    def has(self, record_id: str) -> bool:
+        """Whether a set of `write_shards` or of prepare has this id: looks at a few records only.
+
+        The shard follows from the id, and a shard is sorted by ids.
+        """
+        shard = shard_of(record_id, len(self.paths))
+        first, end = self._ends[shard - 1] if shard else 0, self._ends[shard]
+        place = bisect.bisect_left(range(first, end), record_id, key=lambda i: self[i].id)
+        return place < end - first and self[first + place].id == record_id
+
     def __iter__(self) -> Iterator[R]:
         for shard, reader in enumerate(self._readers):
             for position, data in enumerate(_iterate_bytes(reader, self.paths[shard])):

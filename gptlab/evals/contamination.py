@@ -5,27 +5,28 @@ corpus that was prepared anew with another seed has the same names and other con
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptlab.data import mixtures, records
-from gptlab.data.records import Comparison, Conversation, Prompt
+from gptlab.data import mixtures, readers, records
+from gptlab.data.records import Comparison, Conversation, Document, Prompt
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
 
 # The weights of a reward model depend on both: one trains it, the other chooses its checkpoint.
 _LABEL_SPLITS = ("train", "validation")
-# Tasks of `prepare`, by what they are made of; no prompt is cut out of a document.
-_OF_DOCUMENTS, _OF_CONVERSATIONS = ("pretrain",), ("dialogues",)
+# Tasks of `prepare`, and the records they are made of. Some documents are texts of conversations.
+_MADE_OF = {"pretrain": "documents", "dialogues": "conversations"}
 
 
 def check_disjoint(prompts: Iterable[Prompt], models: Iterable[str]) -> list[str]:
     """Checks that no model, nor any model that it was made from, has seen one of the prompts.
 
     Prompts are seen in three ways: as the beginning of a conversation that a language model was
-    trained on (fine-tuning, and pretraining if the dialogues were mixed in), as a training prompt
-    that PPO answered, and in the comparisons that a reward model is fitted on.
+    trained on (fine-tuning; pretraining, if it read the conversation's text as a document or the
+    dialogues were mixed in), as a training prompt that PPO answered, and in the comparisons that a
+    reward model is fitted on.
 
     Args:
       prompts: to be evaluated on.
@@ -48,9 +49,7 @@ def check_disjoint(prompts: Iterable[Prompt], models: Iterable[str]) -> list[str
                 if (source, kind, split) in looked_at:
                     continue
                 looked_at.add((source, kind, split))
-                seen = _ids(source / "records", kind, split)
-                whole = kind == "conversations"
-                both = sorted(p for p, c in conversations.items() if (c if whole else p) in seen)
+                both = _seen(conversations, source / "records", kind, split)
                 if both:
                     raise UserError(
                         f"{len(both)} of {len(conversations)} prompts to be evaluated on were seen "
@@ -100,7 +99,7 @@ def _learnt_from(
 def _tokenised(
     directory: Path, stage: str, unchecked: list[str]
 ) -> Iterator[tuple[Path, str, str]]:
-    """The conversations behind the tokens that a language model was trained on."""
+    """The conversations and documents behind the tokens that a language model was trained on."""
     config = json.loads((directory / artifact.CONFIG_FILE).read_text())
     if stage == "ppo" and not config["ptx"]["coef"]:
         return
@@ -114,18 +113,27 @@ def _tokenised(
         unchecked.append(f"{directory}: {error}")
         return
     for task in tasks:
-        if task in _OF_CONVERSATIONS:
+        if task in _MADE_OF:
             corpus = _input(tokens, "corpus", unchecked)
             if corpus is not None:
-                yield corpus, "conversations", "train"
-        elif task not in _OF_DOCUMENTS:
+                yield corpus, _MADE_OF[task], "train"
+        else:
             unchecked.append(f"{directory}: the conversations of task {task!r} are not known")
 
 
-def _ids(directory: Path, kind: str, split: str) -> set[str]:
-    """Ids of a record set's prompts or conversations; none if there is no such set."""
+def _seen(conversations: Mapping[str, str], directory: Path, kind: str, split: str) -> list[str]:
+    """Those of the prompts {id: its conversation's id} that a record set has, sorted."""
     if f"{kind}-{split}" not in records.record_sets(directory):
-        return set()
+        return []
+    if kind == "documents":  # of which there may be many: none but the prompts' texts is looked for
+        texts = records.RecordReader(directory, kind, split, Document)
+        return sorted(p for p, c in conversations.items() if texts.has(readers.text_id(c)))
+    ids, whole = _ids(directory, kind, split), kind == "conversations"
+    return sorted(p for p, c in conversations.items() if (c if whole else p) in ids)
+
+
+def _ids(directory: Path, kind: str, split: str) -> set[str]:
+    """Ids of a record set's prompts or conversations."""
     if kind == "comparisons":
         reader = records.RecordReader(directory, kind, split, Comparison)
         return {comparison.prompt.id for comparison in reader}

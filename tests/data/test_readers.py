@@ -242,6 +242,7 @@ def test_chitchat(tmp_path):
     source = readers.Source("package:chitchat", str(path), "chitchat")
     items = list(readers.read(source, LIMITS))
     assert [i.record.id for i in items] == ["chitchat:a:text", "chitchat:b:text", "chitchat:b:0"]
+    assert readers.text_id(items[2].record.id) == items[1].record.id
     assert items[1].record.text == "Hi you\nHo\nWell"
     assert [(m.role, m.content) for m in items[2].record.messages] == [
         ("user", "Hi you"), ("assistant", "Ho"),

@@ -234,6 +234,18 @@ def test_a_newer_schema_asks_for_an_update(tmp_path, example):
         read(tmp_path, cls=type(example))
 
 
+@pytest.mark.parametrize("num_shards", [1, 3, 20])
+def test_an_id_is_found_without_reading_everything(num_shards, tmp_path, monkeypatch):
+    records.write_shards(tmp_path, "documents", "train", documents(40), num_shards)
+    reader = RecordReader(tmp_path, "documents", "train", Document)
+    assert all(reader.has(document.id) for document in documents(40))
+    assert not any(reader.has(name) for name in ("", "doc-40", "doc-", "zzz", *map(str, range(20))))
+    looked_at, read = [], RecordReader._read
+    monkeypatch.setattr(RecordReader, "_read", lambda *at: looked_at.append(at) or read(*at))
+    reader.has("doc-17")
+    assert len(looked_at) <= 8
+
+
 def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     def broken():
         yield b"one"

@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 
-from gptlab.data.records import Conversation, Message, Prompt, TokenExample
+from gptlab.data.records import Conversation, Document, Message, Prompt, TokenExample
 from gptlab.evals import contamination
 from gptlab.run.errors import UserError
 from tests.fixtures import write_artifact
 
 TURNS = (Message("user", "how are you?"), Message("assistant", "fine."))
-SEEN, UNSEEN = "talk:7", "talk:8"
+SEEN, UNSEEN = "talk:7:0", "talk:8:0"
 
 
 def prompt(conversation):
@@ -20,8 +20,11 @@ def prompt(conversation):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """A corpus with one conversation to train on, and one to test with."""
+    """A corpus with one conversation to train on, and one to test with; some as texts, too."""
+    texts = [Document(name, "how are you?", "test") for name in ("talk:6:text", "a.txt:000000")]
     sets = {
+        ("documents", "train"): texts,
+        ("documents", "test"): [Document("talk:8:text", "how are you?", "test")],
         ("conversations", "train"): [Conversation(SEEN, TURNS, "test", topic=None)],
         ("conversations", "test"): [Conversation(UNSEEN, TURNS, "test", topic=None)],
     }
@@ -58,7 +61,7 @@ def test_a_conversation_that_was_trained_on_is_no_prompt(stage, settings, tokens
     later = str(write_artifact(tmp_path / "later", "ppo", {}, {"init": model}))
     assert contamination.check_disjoint([prompt(UNSEEN)], [later]) == []
     with pytest.raises(
-        UserError, match="1 of 2 prompts .*'talk:7:002' is in .*conversations-train"
+        UserError, match="1 of 2 prompts .*'talk:7:0:002' is in .*conversations-train"
     ):
         contamination.check_disjoint([prompt(UNSEEN), prompt(SEEN)], [later])
 
@@ -73,6 +76,17 @@ def test_a_conversation_that_was_trained_on_is_no_prompt(stage, settings, tokens
 def test_who_read_no_conversation_has_seen_none(stage, settings, tokens, tmp_path):
     model = trained(stage, tokens, tmp_path / "model", **settings)
     assert contamination.check_disjoint([prompt(SEEN)], [model]) == []
+
+
+@pytest.mark.parametrize("name", ["pretrain", "both"])
+def test_the_text_of_a_conversation_in_a_base_models_documents_is_seen(name, tokens, tmp_path):
+    """As in a corpus that was split with another seed: its turns were read as plain text."""
+    base = trained("pretrain", tokens, tmp_path / "base", data={"name": name})
+    later = str(write_artifact(tmp_path / "later", "sft", {}, {"init": base}))
+    others = [prompt(UNSEEN), prompt("a.txt:000000"), prompt("walk:6:0")]
+    assert contamination.check_disjoint(others, [later]) == []
+    with pytest.raises(UserError, match="1 of 4 prompts .*'talk:6:1:002' is in .*documents-train"):
+        contamination.check_disjoint([*others, prompt("talk:6:1")], [later])
 
 
 def test_what_cannot_be_told_is_said(clean, tokens, tmp_path):
