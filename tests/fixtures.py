@@ -10,6 +10,8 @@ falls within a few steps and replies differ in sentiment; turns take about 10 to
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import os
 import subprocess
@@ -70,6 +72,22 @@ def write_artifact(
         run.results(**(results or {}))
         run.complete(records.digest(run.workdir / "records"))
     return workdir
+
+
+@contextlib.contextmanager
+def disk_full_after(shards: int) -> Iterator[None]:
+    """A disk that has room for so many shards of records."""
+    writer, opened = records.array_record_module.ArrayRecordWriter, []
+
+    def limited(path: str, options: str) -> object:
+        opened.append(path)
+        if len(opened) > shards:
+            raise RuntimeError(f"INTERNAL: {path}: {os.strerror(errno.ENOSPC)}")
+        return writer(path, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records.array_record_module, "ArrayRecordWriter", limited)
+        yield
 
 
 def read_records(workdir: Path, name: str, split: str, cls: type) -> list:

@@ -21,6 +21,7 @@ from gptlab.data.records import Conversation, Document, Prompt, RecordReader, To
 from gptlab.run import artifact, files
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import mesh as mesh_lib
+from tests.fixtures import disk_full_after
 
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")
 
@@ -397,6 +398,21 @@ def test_a_module_counts_with_its_package_and_a_data_set_with_its_version(tmp_pa
     for name in ("nothing", "nothing:1.0.0", ""):
         with pytest.raises(UserError, match=f"tfds:{name} is not prepared under .*tfds_dir="):
             inputs(None, f"tfds:{name}")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(corpus, tmp_path):
+    config = clean_config(corpus.parent / "input")
+    with disk_full_after(3):
+        with pytest.raises(
+            UserError, match="^the disk is full while writing .*/records/.*free some"
+        ):
+            prepare.run(config, str(tmp_path / "run"))
+    manifest = artifact.read_manifest(tmp_path / "run", allow_unfinished=True)
+    assert manifest["status"] == "failed" and "the disk is full" in manifest["error"]
+    prepare.run(config, str(tmp_path / "run"))
+    digests = [artifact.read_manifest(w)["digest"] for w in (tmp_path / "run", corpus)]
+    assert digests[0] == digests[1]
+    assert not list((tmp_path / "run" / "records").glob(".*"))
 
 
 def asked_to_stop_at_once(items):

@@ -14,7 +14,7 @@ from gptlab.data.records import CandidateSet, Comparison
 from gptlab.people import labellers
 from gptlab.run import artifact
 from gptlab.run.errors import Interrupted, UserError
-from tests.fixtures import SPLITS, read_records
+from tests.fixtures import SPLITS, disk_full_after, read_records
 
 
 @pytest.fixture
@@ -62,6 +62,16 @@ def test_results_are_those_of_the_labels(config, tmp_path):
         for j in range(i)
     )
     assert results["train/tie_rate"] == pytest.approx(ties / results["train/pairs"])
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(config, tmp_path):
+    rank.run(config, tmp_path / "whole")
+    with disk_full_after(1):
+        with pytest.raises(UserError, match="^the disk is full while writing .*comparisons-"):
+            rank.run(config, tmp_path / "run")
+    rank.run(config, tmp_path / "run")
+    digests = [artifact.read_manifest(tmp_path / name)["digest"] for name in ("run", "whole")]
+    assert digests[0] == digests[1]
 
 
 def test_samples_show_the_best_reply_first(config, tmp_path):
