@@ -32,7 +32,7 @@ from gptlab import collect, evaluate, ppo, pretrain, rank, reward, sft, train_to
 from gptlab.data import raw as raw_inputs
 from gptlab.data import readers, records
 from gptlab.evals import rounds_report
-from gptlab.run import artifact, files, program
+from gptlab.run import artifact, files, program, signals
 from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
 
 # Stages by their name in config.stages: the program that runs them. Two may share a program.
@@ -225,17 +225,20 @@ def run_subprocess(step: Step, config_file: Path, stop_requested: Callable[[], b
     """Runs a step in a process of its own, and hands a requested stop on to it.
 
     Raises as the step itself would: Interrupted for exit code 75, UserError for 2 (its own line is
-    on the terminal already), and UserError that names the exit code for anything else.
+    on the terminal already), and UserError that names the exit code for anything else. A process
+    that a requested stop met while it still started has no exit code of its own: Interrupted.
     """
     command = [sys.executable, *command_line(step, config_file)[1:]]
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(signals.ending_with_this_process(command)) as process:
         told = False
         while process.poll() is None:
             if stop_requested() and not told:
                 process.send_signal(signal.SIGTERM)
                 told = True
             time.sleep(0.1)
-    if process.returncode == EXIT_INTERRUPTED:
+    # Not only if it was told: Ctrl-C reaches both at once, and may be quicker than the loop.
+    stopped = process.returncode != 0 and stop_requested()
+    if stopped or process.returncode == EXIT_INTERRUPTED:
         raise Interrupted
     if process.returncode == EXIT_USER_ERROR:
         raise UserError(f"{step.title} stopped at the mistake named in the line above")

@@ -1,21 +1,26 @@
 """Rounds whose stages take no time: they keep to the artifact protocol and make up their figures.
 
-`python -m tests.rounds_driver WORKDIR DOCUMENTS SECONDS` runs them in a process of its own, each
-stage taking SECONDS, so that a test can kill it.
+`python -m tests.rounds_driver WORKDIR DOCUMENTS SECONDS [MOMENT]` runs them in a process of its
+own, each stage taking SECONDS, so that a test can kill it. With a MOMENT, prepare is a process of
+its own as ever, and takes a minute: 'starting', when it can't hear of a stop yet, or 'working' in
+its workdir.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
 from gptlab import rounds
 from gptlab.evals import suite
-from gptlab.run import artifact, files
+from gptlab.run import artifact, files, program
 from gptlab.run.errors import EXIT_INTERRUPTED, Interrupted
 
 SETS = ("conversations-train", "prompts-train", "prompts-test", "comparisons-train")
 CALLS = "calls.txt"  # one line for each stage that did any work, in WORKDIR
+UNDER_WAY = "under_way.txt"  # process and workdir of the stage that is, in WORKDIR
+_MINUTE = 60.0
 
 
 def _made(directory):
@@ -46,10 +51,12 @@ def stage(program, root, seconds=0.0):
         with artifact.open_run(config, workdir, program, files=raw) as own:
             if own.finished:
                 return
-            for _ in range(10):
-                time.sleep(seconds / 10)
-                if own.stop_requested():
-                    raise Interrupted("stopped")
+            say_under_way(root, workdir)
+            end = time.monotonic() + seconds
+            while not own.stop_requested() and time.monotonic() < end:
+                time.sleep(0.02)
+            if own.stop_requested():
+                raise Interrupted("stopped")
             if config.get("mode") == "clean":
                 for name in config.module.split(","):  # stands for what is in the documents
                     shard = f"{name}-00000-of-00001.array_record"
@@ -64,6 +71,10 @@ def stage(program, root, seconds=0.0):
             own.complete(digest="0")
 
     return run
+
+
+def say_under_way(root, workdir):
+    files.atomic_write(Path(root) / UNDER_WAY, f"{os.getpid()} {workdir}")
 
 
 def install(root, seconds=0.0):
@@ -95,12 +106,29 @@ def tiny_config(documents, **changes):
     return config.lock()
 
 
-if __name__ == "__main__":
-    workdir, documents, seconds = sys.argv[1:]
+def run_rounds(workdir, documents, seconds, moment=None):
+    """The rounds; with a moment, prepare in a process of its own, which is to be met then."""
     Path(workdir).mkdir(parents=True, exist_ok=True)
+    run_subprocess = rounds.run_subprocess
     install(workdir, float(seconds))
+    if moment is not None:
+        rounds.run_subprocess = run_subprocess
+        driver = ["python", "-m", "tests.rounds_driver", moment, workdir]
+        rounds.command_line = lambda step, path: [*driver, str(path), str(step.workdir)]
+    rounds.run(tiny_config(documents), workdir)
+    print(json.dumps({"done": True}))
+
+
+def run_prepare(moment, root, config_file, workdir):
+    """What the rounds started."""
+    if moment == "starting":
+        say_under_way(root, workdir)
+        time.sleep(_MINUTE)
+    stage("prepare", root, _MINUTE)(program.load_config(config_file), workdir)
+
+
+if __name__ == "__main__":
     try:
-        rounds.run(tiny_config(documents), workdir)
+        (run_prepare if sys.argv[1] in ("starting", "working") else run_rounds)(*sys.argv[1:])
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
-    print(json.dumps({"done": True}))

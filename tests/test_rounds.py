@@ -1,5 +1,6 @@
 """Rounds: each stage once, only what a change concerns again, on after any stop, all on record."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from gptlab.run import artifact
 from gptlab.run.errors import UserError
 from tests import fixtures, rounds_driver
 
+PATIENCE = 240  # seconds that a process may take to start on a busy machine
 TOTAL = len(rounds.ONCE) + 2 * len(rounds.EACH_ROUND)
 
 
@@ -236,28 +239,96 @@ def test_written_configs_are_the_exact_ones(root, done):
         assert path.stem == f"{manifest['stage']}-{found}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_goes_on_after_a_stop(tmp_path, documents, number):
-    root = tmp_path / "run"
-    command = [sys.executable, "-m", "tests.rounds_driver", str(root), str(documents)]
-    process = subprocess.Popen([*command, "0.5"], stderr=subprocess.DEVNULL)
-    calls = root / rounds_driver.CALLS
-    deadline = time.monotonic() + 120
-    while not calls.exists() or len(calls.read_text().splitlines()) < 4:
+@pytest.fixture
+def driver(documents):
+    """Starts rounds in a process of their own: (root, SECONDS, perhaps MOMENT) -> Popen."""
+    started = []
+
+    def start(root, *arguments, **options):
+        command = [sys.executable, "-m", "tests.rounds_driver", str(root), str(documents)]
+        options["stderr"] = subprocess.DEVNULL
+        started.append(subprocess.Popen([*command, *arguments], **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_until(happened, process):
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_goes_on_after_a_stop(tmp_path, driver, number):
+    root = tmp_path / "run"
+    process = driver(root, "0.5")
+    calls = root / rounds_driver.CALLS
+
+    def the_fifth_is_under_way():  # so the fourth is done, and not only said to be
+        done = calls.read_text() if calls.exists() else ""
+        now = (root / rounds_driver.UNDER_WAY).read_text() if done.count("\n") >= 4 else ""
+        return now and Path(now.split()[1]).name not in done
+
+    wait_until(the_fifth_is_under_way, process)
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert process.wait(timeout=PATIENCE) == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     done = manifest_times(root)
     finished = calls.read_text().splitlines()
     assert 4 <= len(finished) < TOTAL
-    subprocess.run([*command, "0"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert driver(root, "0").wait(timeout=PATIENCE) == 0
     again = calls.read_text().splitlines()
     assert again[: len(finished)] == finished and len(again) == len(set(again)) == TOTAL
     after = manifest_times(root)
     for line in finished:
         assert after[line.split()[1]] == done[line.split()[1]]
     assert artifact.read_manifest(root)["status"] == "done"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_meets_a_subprocess_before_it_can_hear_is_no_failure(tmp_path, driver, number):
+    root = tmp_path / "run"
+    process = driver(root, "0", "starting", start_new_session=True)
+    wait_until((root / rounds_driver.UNDER_WAY).exists, process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        os.kill(process.pid, number)
+    assert process.wait(timeout=PATIENCE) == 75
+    manifest = artifact.read_manifest(root, allow_unfinished=True)
+    assert (manifest["status"], manifest["error"]) == ("interrupted", None)
+
+
+def test_a_killed_run_takes_its_subprocess_along(tmp_path, driver):
+    root = tmp_path / "run"
+    process = driver(root, "0", "working")
+    wait_until((root / rounds_driver.UNDER_WAY).exists, process)
+    process.kill()
+    assert process.wait(timeout=PATIENCE) == -signal.SIGKILL
+    pid, workdir = (root / rounds_driver.UNDER_WAY).read_text().split()
+    try:
+        deadline = time.monotonic() + 30  # a minute it would go on
+        while in_use(workdir):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
+    assert manifest["status"] == "interrupted"
+    assert driver(root, "0").wait(timeout=PATIENCE) == 0
+
+
+def in_use(directory):
+    try:
+        with artifact.locked(directory):
+            return False
+    except UserError:
+        return True
 
 
 def test_a_subprocess_speaks_for_itself(tmp_path, documents, capfd):

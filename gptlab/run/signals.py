@@ -17,6 +17,15 @@ from gptlab.run import processes
 # `timeout`, process groups and job launchers deliver one request twice within milliseconds.
 _SAME_REQUEST_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A program that has the system send it SIGTERM when its parent, process argv[1], dies (prctl's
+# PR_SET_PDEATHSIG, 1), and becomes argv[2:]: the request outlives an exec. Should the parent have
+# died before, nobody will send it.
+_LAUNCH = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+    "if os.getppid() != int(sys.argv[1]): sys.exit()\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
 
 
 class StopRequest:
@@ -75,6 +84,18 @@ class StopRequest:
     def _outer(self, number: signal.Signals) -> "StopRequest | None":
         owner = getattr(self._previous.get(number), "__self__", None)
         return owner if isinstance(owner, StopRequest) else None
+
+
+def ending_with_this_process(command: list[str]) -> list[str]:
+    """A command line that does the same, and gets SIGTERM when this process dies, even by SIGKILL.
+
+    Else the child would work on unseen and hold its workdir against whoever starts again. Elsewhere
+    than on Linux it is the command as given. To be started by the main thread: the system means a
+    thread by a parent.
+    """
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *command]
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:
