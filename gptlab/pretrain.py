@@ -33,7 +33,7 @@ from gptlab.train import durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
-from gptlab.train.checkpoint import Checkpoints, best_metrics, load_params
+from gptlab.train.checkpoint import Checkpoints, best_metrics
 from gptlab.train.checks import check_declared_model
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
@@ -189,7 +189,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         checkpoints.wait()
         steps = int(state.step)
         del state  # the best may need the room
-        best = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
+        best = checkpoints.load_best(mesh, lambda key: transformer.init_params(model, key))
         with run.goodput.measure("eval"):
             figures = held_out(
                 best, batches.eval_batches(held_out_source, config.batch_size, None, *block)

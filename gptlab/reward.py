@@ -177,7 +177,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
 
         # (7) The best checkpoint, normalised once; results.
         checkpoints.wait()
-        best = checkpoint.load_params(run.workdir, mesh, functools.partial(init_params, model))
+        best = checkpoints.load_best(mesh, functools.partial(init_params, model))
         with run.goodput.measure("eval"):
             normalisation = normalise(config, tokenizer, scorer, best, data, mesh)
             figures, tables = evaluate_model(scorer, best, normalisation, data, reported)

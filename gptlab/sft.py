@@ -228,7 +228,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         checkpoints.wait()
         steps = int(state.step)
         del state  # the best may need the room
-        params = load_params(run.workdir, mesh, lambda key: transformer.init_params(model, key))
+        params = checkpoints.load_best(mesh, lambda key: transformer.init_params(model, key))
         with run.goodput.measure("eval"):
             figures = held_out(
                 params, batches.eval_batches(held_out_source, config.batch_size, None, *block)

@@ -7,7 +7,7 @@ appears under its final name only when everything in it is written.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +34,15 @@ _DAMAGE_CODES = (
     "INVALID_ARGUMENT",
     "FAILED_PRECONDITION",
 )
+
+
+class Damaged(UserError):
+    """Checkpoint `step` is not what was written, and `reason` tells by which sign."""
+
+    def __init__(self, workdir: epath.PathLike, step: int, reason: str):
+        path = epath.Path(workdir) / DIRECTORY / str(step)
+        super().__init__(f"{path}: this checkpoint is damaged ({reason})")
+        self.step, self.reason = step, reason
 
 
 class Checkpoints:
@@ -196,6 +205,27 @@ class Checkpoints:
             )
         return None
 
+    def load_best(self, mesh: Mesh, init_fn: Callable[[jax.Array], Any]) -> Any:
+        """load_params of this run's own best checkpoint, to be called at its end.
+
+        A damaged one is passed over for the next best, reported and set aside as by restore_latest;
+        then that one is the best for whoever asks.
+
+        Raises:
+            UserError: none can be read.
+        """
+        damaged: dict[int, str] = {}
+        while True:
+            try:
+                params = _load(self._workdir, mesh, init_fn, "best", "params", damaged)
+            except Damaged as error:
+                damaged[error.step] = error.reason
+                if len(damaged) == len(checkpoint_steps(self._workdir)):
+                    raise self._none_left(damaged) from error
+                continue
+            self._set_all_aside(damaged)
+            return params
+
     def _read(
         self, step: int, abstract_items: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -205,6 +235,17 @@ class Checkpoints:
         wanted = {name: ocp.args.StandardRestore(item) for name, item in abstract_items.items()}
         items = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         return step, {name: items[name] for name in abstract_items}, meta
+
+    def _none_left(self, damaged: Mapping[int, str]) -> UserError:
+        return UserError(
+            f"{self._workdir}: none of the checkpoints {sorted(damaged)} can be read "
+            f"({damaged[max(damaged)]}). Start again with an empty --workdir"
+        )
+
+    def _set_all_aside(self, damaged: Mapping[int, str]) -> None:
+        for step, why in damaged.items():
+            _say(f"checkpoint {step} of {self._workdir} cannot be read ({why})")
+            self._set_aside(step)
 
     def _set_aside(self, step: int) -> None:
         """Renames a bad checkpoint, so that the step can be saved again and nothing is deleted."""
@@ -267,26 +308,26 @@ def checkpoint_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
-    """The `meta` of one checkpoint."""
+    """The `meta` of one checkpoint; `Damaged` if it cannot be read."""
     path = epath.Path(workdir) / DIRECTORY / str(step) / "meta" / "metadata"
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         if not _is_damage(error):
             raise
-        raise UserError(f"{path}: this checkpoint is damaged ({_first_line(error)})") from error
+        raise Damaged(workdir, step, _first_line(error)) from error
     _check_schema(meta, epath.Path(workdir))
     return meta
 
 
-def find_step(workdir: epath.PathLike, which: str) -> int:
-    """The step of the 'best' or 'latest' checkpoint of a workdir.
+def find_step(workdir: epath.PathLike, which: str, passed_over: Container[int] = ()) -> int:
+    """The step of the 'best' or 'latest' checkpoint of a workdir, those `passed_over` left out.
 
     'best' follows the best_metric of that run's own config, and means the latest where it has none.
     """
     if which not in ("best", "latest"):
         raise UserError(f"which checkpoint? {which!r} is unknown: use 'best' or 'latest'")
-    steps = checkpoint_steps(workdir)
+    steps = [step for step in checkpoint_steps(workdir) if step not in passed_over]
     if not steps:
         raise UserError(f"{workdir}: there is no checkpoint here; has this run finished?")
     config = _read_config(workdir)["checkpoint"]
@@ -326,11 +367,29 @@ def load_params(
     Raises:
         UserError: no checkpoint, a damaged one, or one of another model.
     """
-    step = find_step(workdir, which)
+    try:
+        return _load(workdir, mesh, init_fn, which, item)
+    except Damaged as error:  # its results are of this one: no other takes its place
+        raise UserError(
+            f"{error}. Put back a copy, or move {workdir} away and run the command in its "
+            f"{artifact.MANIFEST_FILE} again, which makes the same one"
+        ) from error
+
+
+def _load(
+    workdir: epath.PathLike,
+    mesh: Mesh,
+    init_fn: Callable[[jax.Array], Any],
+    which: str,
+    item: str,
+    passed_over: Container[int] = (),
+) -> Any:
+    """load_params, as if there were no checkpoints of the steps `passed_over`; raises `Damaged`."""
+    step = find_step(workdir, which, passed_over)
     path = (epath.Path(workdir) / DIRECTORY / str(step)).absolute()
     if not (path / item).exists():
         held = sorted(p.name for p in path.iterdir() if p.is_dir())
-        raise UserError(f"{path} holds no {item!r}; it holds {', '.join(held)}")
+        raise Damaged(workdir, step, f"it holds no {item!r}; it holds {', '.join(held)}")
     read_meta(workdir, step)
     abstract = state_lib.abstract(*state_lib.param_shardings(init_fn, mesh))
     handler = ocp.StandardCheckpointHandler()
@@ -340,6 +399,8 @@ def load_params(
     except UserError:
         raise
     except Exception as error:
+        if _is_damage(error):
+            raise Damaged(workdir, step, _first_line(error)) from error
         raise UserError(f"{path / item} cannot be read ({_first_line(error)})") from error
     finally:
         handler.close()

@@ -127,6 +127,58 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(kind, tmp_path, ca
     assert value(restore(tmp_path)[1]) == 7.0
 
 
+def mesh():
+    return mesh_lib.make_mesh(common.mesh())
+
+
+def load_best(workdir):
+    with ckpt.Checkpoints(workdir, settings()) as checkpoints:
+        return value({"params": checkpoints.load_best(mesh(), init)})
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_at_the_end_of_a_run_a_damaged_best_is_set_aside_for_the_next_best(kind, tmp_path, capsys):
+    save_all(tmp_path, [3.0, 1.0, 2.0, 2.5])
+    DAMAGE[kind](tmp_path / "checkpoints" / "1")
+    assert load_best(tmp_path) == 2.0
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("checkpoint 1 of") and "cannot be read" in said[0]
+    assert [p.name for p in (tmp_path / "checkpoints.corrupt").iterdir()] == ["1.0"]
+    assert ckpt.best_metrics(tmp_path) == {"best/step": 2, "best/loss": 2.0}
+    assert load_best(tmp_path) == 2.0 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_later_stage_takes_no_other_than_the_best_and_says_what_to_do(kind, tmp_path):
+    save_all(tmp_path, [3.0, 1.0, 2.0])
+    DAMAGE[kind](tmp_path / "checkpoints" / "1")
+    advice = rf"checkpoints/1: .* is damaged .*copy, or move {tmp_path} away and run the command in"
+    with pytest.raises(UserError, match=advice):
+        ckpt.load_params(tmp_path, mesh(), init)
+    assert ckpt.checkpoint_steps(tmp_path) == [1, 2]
+
+
+def test_at_the_end_of_a_run_without_a_good_checkpoint_all_stay_where_they_are(tmp_path):
+    save_all(tmp_path, [3.0, 2.0])
+    for step in ("0", "1"):
+        DAMAGE["no arrays"](tmp_path / "checkpoints" / step)
+    with pytest.raises(UserError, match=r"none of the checkpoints \[0, 1\] can be read"):
+        load_best(tmp_path)
+    assert ckpt.checkpoint_steps(tmp_path) == [0, 1]
+
+
+def test_a_best_that_a_failing_disk_hides_is_not_damaged(tmp_path, monkeypatch):
+    save_all(tmp_path, [3.0, 1.0, 2.0])
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(ckpt.ocp.StandardCheckpointHandler, "restore", fail)
+    with pytest.raises(UserError, match="cannot be read .*Input/output error"):
+        load_best(tmp_path)
+    assert ckpt.checkpoint_steps(tmp_path) == [1, 2]
+
+
 def test_if_every_checkpoint_is_damaged_all_stay_where_they_are(tmp_path):
     save_all(tmp_path, [3.0, 2.0])
     for step in ("0", "1"):
