@@ -75,15 +75,13 @@ def make_policy_loss(model: LanguageModel, config: ConfigDict) -> step_lib.LossF
         del rng  # no dropout in RL: the ratio compares two values of one function
         samples, temperature = batch.samples, config.sampling.temperature
         logprobs, _ = rollout.response_logprobs(model, params, samples, temperature)  # [B, R]
+        mask = samples.response_mask
         loss, metrics = losses.ppo_policy_loss(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            samples.response_mask,
-            config.policy_clip,
+            logprobs, batch.old_logprobs, batch.advantages, mask, config.policy_clip
         )
-        weight = jnp.sum(samples.response_mask)
-        return loss * weight, (weight, {k: v * weight for k, v in metrics.items()})
+        weight = jnp.sum(mask)
+        largest = {"ratio_dev_max": metrics.pop("ratio_dev_max")}  # no mean, so it has no weight
+        return loss * weight, (weight, {k: v * weight for k, v in metrics.items()} | largest)
 
     return loss_fn
 
@@ -186,7 +184,7 @@ def make_update(
         )
         # (4) The KL coefficient, after the batch that was paid with the old one.
         kl_coef = controller.update(state.kl_coef, figures["kl"], count)
-        first = metrics.pop("ratio_max_abs_diff")[0]  # before any step: 0 but for rounding
+        first = metrics.pop("ratio_dev_max")[0]  # before any step: 0 but for rounding
         means = {name: jnp.mean(x) for name, x in {**metrics, **figures}.items()}
         train = {name: x[-1] if name.endswith(AT_END) else jnp.mean(x) for name, x in train.items()}
         train = {**train, "train/lr": lr, "ppo/ratio_max_dev": first}
@@ -287,7 +285,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         start, state = restore(checkpoints, state, shardings, updates)
         run.metrics.rewind(start)
-        log = StepLog(run, config, episodes * length, model_config.flops_per_token(length))
+        log = StepLog(run, config, episodes * length, flops_per_token=None)
 
         # (5) The loop.
         stream = stack.enter_context(contextlib.closing(data.iterate(start)))
@@ -437,11 +435,7 @@ def restore(
 
 
 def evaluate_policy(
-    run: artifact.Run,
-    actor: Actor,
-    policy: Any,
-    held_out: PromptBatches,
-    key: jax.Array,
+    run: artifact.Run, actor: Actor, policy: Any, held_out: PromptBatches, key: jax.Array
 ) -> dict[str, float]:
     """The held-out figures, named eval/validation/..."""
     with run.goodput.measure("eval"):

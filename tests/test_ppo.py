@@ -120,6 +120,23 @@ def vowels(monkeypatch):
     monkeypatch.setattr("gptlab.rl.actor.registry.make", lambda spec, inputs: Vowels())
 
 
+def test_scores_paid_after_the_last_token_and_whitened_run_in_the_loop(
+    config, trained, tmp_path, monkeypatch
+):
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setattr("gptlab.train.log.PEAK_FLOPS", {kind: 1e9})
+    changes = {"score_position": "after_last", "whiten_rewards": True}
+    lines = rerun(config, tmp_path / "run", total_episodes=32, **changes)
+    usual = lines_of(trained)
+    assert [line["step"] for line in lines] == [1, 2]
+    for name in ("score", "response_len", "kl", "non_score_reward"):
+        assert lines[0][f"ppo/{name}"] == usual[0][f"ppo/{name}"], name  # the same rollout
+    for name in ("ppo/value_loss", "train/loss", "train/critic_grad_norm"):
+        assert lines[0][name] != usual[0][name] and np.isfinite(lines[1][name]), name
+    # What PPO computes beside one forward and backward is nowhere counted.
+    assert "perf/tokens_per_sec" in lines[1] and "perf/mfu" not in lines[1]
+
+
 CANARY = {
     "reward.kind": "scorer", "no_eos_score": None, "batch_size": 64, "minibatches": 2,
     "epochs": 4, "total_episodes": 64 * 10, "optimizer.lr": 1e-2, "optimizer.final_fraction": 0.5,
@@ -186,8 +203,12 @@ def test_critic_of_a_program_starts_at_zero(config, vowels):
 
 
 @pytest.fixture(scope="module")
-def episodes(config, scored):
-    """Episodes in which responses have different lengths and advantages are no zeros."""
+def episodes(request, config, scored):
+    """Episodes in which responses have different lengths and advantages are no zeros.
+
+    Paid at score_position 'last', unless a test is parametrised over it.
+    """
+    position = getattr(request, "param", "last")
     data = scored[0]
     lengths = np.arange(1, 17) % 8 + 1
     mask = (np.arange(8)[None] < lengths[:, None]).astype(np.float32)
@@ -199,7 +220,7 @@ def episodes(config, scored):
     )
     out, _ = ppo.episodes_lib.prepare(
         jax.tree.map(jnp.asarray, changed), jnp.float32(0.05),
-        copy_of(config, whiten_advantages="rollout"),
+        copy_of(config, whiten_advantages="rollout", score_position=position),
     )  # fmt: skip
     return out
 
@@ -212,10 +233,14 @@ def loss_and_grads(loss_fn, params, batch):
     return jax.jit(jax.value_and_grad(mean))(params)
 
 
-def test_padding_cannot_change_a_loss_or_its_gradient(config, scored, episodes):
+@pytest.mark.parametrize(
+    "episodes, longer", [("last", False), ("after_last", True)], indirect=["episodes"]
+)
+def test_padding_cannot_change_a_loss_or_its_gradient(config, scored, episodes, longer):
     """Policy and value loss, with rubbish wherever a mask is 0."""
     _, model, scalar, policy, critic, _ = scored
     mask, values = episodes.samples.response_mask, episodes.value_mask
+    assert bool(jnp.any(mask != values)) == longer
     slots = jnp.arange(episodes.samples.tokens.shape[1])[None, :]
     real = slots < episodes.samples.lengths[:, None]
     dirty = episodes.replace(
@@ -249,7 +274,8 @@ def test_ptx_gradient_is_added_in_the_same_step(config, scored, episodes):
         segment_ids=ones, positions=jnp.arange(16)[None] * ones,
     )  # fmt: skip
     changed = copy_of(config, **{"ptx.coef": 0.7})
-    both = jax.jit(ppo.make_policy_grads(model, changed))(policy, episodes, ptx)
+    whole = jax.jit(ppo.make_policy_grads(model, changed))
+    both = whole(policy, episodes, ptx)
     alone = jax.jit(ppo.make_policy_grads(model, changed))(policy, episodes, None)
     _, extra = loss_and_grads(ppo.make_ptx_loss(model), policy, ptx)
     for total, own, other in zip(*map(jax.tree.leaves, (both[0], alone[0], extra)), strict=True):
@@ -260,6 +286,12 @@ def test_ptx_gradient_is_added_in_the_same_step(config, scored, episodes):
         *map(jax.tree.leaves, (halves(policy, episodes, ptx)[0], both[0])), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-5)
+    # The largest ratio is that of all tokens, and no mean over the microbatches.
+    noise = rng.normal(size=episodes.old_logprobs.shape, scale=0.1)
+    moved = episodes.replace(old_logprobs=episodes.old_logprobs + noise.astype(np.float32))
+    one, two = (grads(policy, moved, ptx)[2]["ratio_dev_max"] for grads in (whole, halves))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+    assert one > 0.1
 
 
 def test_ptx_runs_in_the_loop(config, trained, tmp_path):

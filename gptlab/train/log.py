@@ -33,20 +33,26 @@ class StepLog:
     saving) and `resume` after it, so that the speed is that of the steps alone.
     """
 
-    def __init__(self, run: Run, config: ConfigDict, step_tokens: int, flops_per_token: float):
+    def __init__(
+        self, run: Run, config: ConfigDict, step_tokens: int, flops_per_token: float | None
+    ):
         """Starts the clock.
 
         Args:
           run: whose metrics are written.
           config: log_every_steps, on_nonfinite.
           step_tokens: token positions of one global batch.
-          flops_per_token: forward and backward; for perf/mfu where the device's peak is known.
+          flops_per_token: all that a step computes, by its token positions; for perf/mfu where the
+            device's peak is known. None where a step does more than one forward and backward of
+            one model: there is no perf/mfu then.
         """
         if config.on_nonfinite not in ("stop", "skip"):
             raise UserError(f"config.on_nonfinite={config.on_nonfinite!r}: use 'stop' or 'skip'")
         self._run, self._config, self._step_tokens = run, config, step_tokens
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        self._mfu = flops_per_token / (peak * jax.device_count()) if peak else None
+        self._mfu = None
+        if flops_per_token is not None and peak is not None:
+            self._mfu = flops_per_token / (peak * jax.device_count())
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since: float | None = None  # None until the first step, which compiles, is over
         self._steps = 0

@@ -94,7 +94,7 @@ def ppo_policy_loss(
     mean max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = exp(logprobs - old_logprobs).
 
     Returns:
-      (loss, {ratio_max_abs_diff: max |rho - 1|, clip_frac: share of tokens where the clipped term
+      (loss, {ratio_dev_max: max |rho - 1|, clip_frac: share of tokens where the clipped term
       is the larger, approx_kl: mean (rho - 1) - log rho}).
     """
     _check(logprobs, 2, jnp.float32)
@@ -107,7 +107,7 @@ def ppo_policy_loss(
     metrics = {
         "clip_frac": masked_mean((clipped > plain).astype(jnp.float32), mask),
         "approx_kl": masked_mean(ratio - 1.0 - log_ratio, mask),
-        "ratio_max_abs_diff": jnp.max(jnp.abs(ratio - 1.0)),
+        "ratio_dev_max": jnp.max(jnp.abs(ratio - 1.0)),
     }
     return (
         masked_mean(jnp.maximum(plain, clipped), mask),

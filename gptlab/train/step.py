@@ -11,6 +11,7 @@ from gptlab.train.state import TrainState
 
 # (params, microbatch, rng) -> (loss sum, (weight, sums of metrics))
 LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
+LARGEST = "_max"  # how metrics end that are no sums: of microbatches, the largest counts. Never < 0
 
 
 def accumulate(
@@ -22,7 +23,8 @@ def accumulate(
     how many microbatches there are, even when the mask leaves them unequal weights.
 
     Args:
-      loss_fn: gives sums and their weight; a metric is divided by the same weight as the loss.
+      loss_fn: gives sums and their weight; a metric is divided by the same weight as the loss, but
+        for the LARGEST.
       params: any pytree of float32 arrays.
       batch: pytree of arrays [B, ...]; B must be a multiple of accumulation_steps.
       accumulation_steps: number of microbatches.
@@ -43,9 +45,10 @@ def accumulate(
 
         def body(total: Any, inputs: Any) -> tuple[Any, None]:
             index, microbatch = inputs
-            return jax.tree.map(
-                jnp.add, total, sums(microbatch, jax.random.fold_in(rng, index))
-            ), None
+            found = sums(microbatch, jax.random.fold_in(rng, index))
+            *added, metrics = jax.tree.map(jnp.add, total, found)
+            largest = {k: jnp.maximum(total[-1][k], found[-1][k]) for k in _largest(metrics)}
+            return (*added, metrics | largest), None
 
         first = jax.tree.map(lambda x: x[0], microbatches)
         shapes = jax.eval_shape(sums, first, rng)
@@ -57,8 +60,12 @@ def accumulate(
     return (
         jax.tree.map(lambda g: g * scale, grads),
         loss * scale,
-        jax.tree.map(lambda m: m * scale, metrics),
+        {k: m * scale for k, m in metrics.items()} | {k: metrics[k] for k in _largest(metrics)},
     )
+
+
+def _largest(metrics: dict[str, jax.Array]) -> list[str]:
+    return [name for name in metrics if name.endswith(LARGEST)]
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -28,6 +29,28 @@ def step_log(on_nonfinite):
     run = SimpleNamespace(metrics=SimpleNamespace(write=write))
     config = ConfigDict({"on_nonfinite": on_nonfinite, "log_every_steps": 1})
     return StepLog(run, config, step_tokens=8, flops_per_token=1.0), written
+
+
+@pytest.mark.parametrize("flops_per_token", [3e6, None])
+def test_mfu_is_the_share_of_all_devices_peak_and_absent_where_nothing_was_counted(
+    flops_per_token, monkeypatch
+):
+    lines = []
+    run = SimpleNamespace(metrics=SimpleNamespace(write=lambda step, line: lines.append(line)))
+    config = ConfigDict({"on_nonfinite": "stop", "log_every_steps": 1})
+    monkeypatch.setattr(log_lib, "PEAK_FLOPS", {jax.devices()[0].device_kind: 1e9})
+    clock = iter([10.0, 10.5, 11.0])
+    monkeypatch.setattr(log_lib, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    log = StepLog(run, config, step_tokens=1000, flops_per_token=flops_per_token)
+    for step in (1, 2, 3, 4):
+        log.push(step, FINITE)
+    assert "perf/tokens_per_sec" not in lines[0]  # it compiled
+    assert [line["perf/tokens_per_sec"] for line in lines[1:]] == [2000.0] * 2
+    if flops_per_token is None:
+        assert not any("perf/mfu" in line for line in lines)
+    else:  # 2000 tokens/s of 3 MFLOP each, of 1 GFLOP/s a device
+        want = 2000 * 3e6 / (1e9 * jax.device_count())
+        assert [line["perf/mfu"] for line in lines[1:]] == [pytest.approx(want)] * 2
 
 
 @pytest.mark.parametrize("name", FINITE)

@@ -40,6 +40,17 @@ def test_microbatches_equal_the_large_batch(steps):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), parts[0], grads)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_a_maximum_is_that_of_the_large_batch_and_no_mean_of_maxima(steps):
+    def with_largest(params, batch, rng):
+        loss, (weight, metrics) = loss_fn(params, batch, rng)
+        return loss, (weight, metrics | {"x_max": jnp.max(abs(batch["x"]))})
+
+    batch = example_batch()
+    _, _, metrics = step_lib.accumulate(with_largest, PARAMS, batch, steps, KEY)
+    assert metrics["x_max"] == jnp.max(abs(batch["x"]))
+
+
 def test_every_microbatch_has_its_own_key():
     def noise(params, batch, rng):
         draw = jax.random.uniform(rng)
