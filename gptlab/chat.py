@@ -26,7 +26,7 @@ from jax.sharding import AxisType
 
 from gptlab.data import chat
 from gptlab.data.records import Message
-from gptlab.data.tokenizer import Tokenizer
+from gptlab.data.tokenizer import Tokenizer, find_vocabulary
 from gptlab.model import decode
 from gptlab.model.sharding import MESH_AXES
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
@@ -101,8 +101,11 @@ class Session:
 
     def prompt(self) -> list[int]:
         """Ids that ask for the next reply: the system message and the turns that fit."""
+        return self._ask().ids
+
+    def _ask(self) -> chat.Asked:
         system = [] if self.system is None else [Message("system", self.system, None)]
-        return chat.encode_prompt(self._policy.tokenizer, [*system, *self.messages], self._room)
+        return chat.ask(self._policy.tokenizer, [*system, *self.messages], self._room)
 
     def reply(self, text: str) -> Generator[str, None, None]:
         """Takes the user's message; yields the reply piece by piece, whole characters only.
@@ -115,19 +118,23 @@ class Session:
         """
         self.messages.append(Message("user", text, self.context))
         try:
-            ids = self.prompt()
+            asked = self._ask()
         except UserError:
             self.messages.pop()
             raise
         self.context = None
-        self.notice = self._look_at(ids)
+        self.notice = self._look_at(asked)
         key = jax.random.fold_in(self._key, self._turn)
         self._turn += 1
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        tokenizer = self._policy.tokenizer
         said: list[str] = []
+        blanks = chat.blanks_before_reply(tokenizer)
         try:
-            for token in self._policy.stream(ids, key, self._sampling):
-                piece = utf8.decode(self._policy.tokenizer.decode_bytes([token]))
+            for token in self._policy.stream(asked.ids, key, self._sampling):
+                piece = utf8.decode(tokenizer.decode_bytes([token]))
+                if piece and blanks:
+                    piece, blanks = piece.removeprefix(blanks), ""
                 if piece:
                     said.append(piece)
                     yield piece
@@ -137,14 +144,11 @@ class Session:
         finally:
             self.messages.append(Message("assistant", "".join(said), None))
 
-    def _look_at(self, prompt: Sequence[int]) -> str | None:
+    def _look_at(self, asked: chat.Asked) -> str | None:
         """What of the conversation is newly missing in a prompt, in words."""
-        tokenizer, window = self._policy.tokenizer, self._policy.model.config.max_len
-        newest = chat.encode_message(tokenizer, self.messages[-1])[0]
-        # No content holds a control token: headers count the turns; the last one is the reply's.
-        headers = sum(i in (tokenizer.user_id, tokenizer.assistant_id) for i in prompt) - 1
-        before, self._left_out = self._left_out, len(self.messages) - headers
-        if list(prompt[-1 - len(newest) : -1]) != newest:
+        window = self._policy.model.config.max_len
+        before, self._left_out = self._left_out, len(self.messages) - asked.turns
+        if asked.trimmed:
             return f"your message is too long for the window of {window} tokens: a part is read"
         if self._left_out > before:
             return (
@@ -179,7 +183,7 @@ def load_policy(workdir: str | Path, dtype: str) -> Policy:
         UserError: no artifact, no language model or no vocabulary in its lineage.
     """
     workdir = policy_workdir(workdir)
-    tokenizer = Tokenizer.load(_find_stage(artifact.lineage(workdir), "train_tokenizer", workdir))
+    tokenizer = Tokenizer.load(_find_vocabulary(artifact.lineage(workdir), workdir))
     compute = {"dtype": dtype, "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
     model = LanguageModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
     mesh = jax.make_mesh(
@@ -189,15 +193,18 @@ def load_policy(workdir: str | Path, dtype: str) -> Policy:
     return Policy(model, params, tokenizer)
 
 
-def _find_stage(tree: Mapping[str, Any], stage: str, workdir: str | Path) -> str:
-    """The nearest artifact of a stage among what an artifact was made from."""
+def _find_vocabulary(tree: Mapping[str, Any], workdir: str | Path) -> str:
+    """The nearest artifact with a vocabulary among what an artifact was made from, and itself."""
     level = [tree]
     while level:
         for node in level:
-            if node["manifest"]["stage"] == stage:
+            if find_vocabulary(node["path"]) is not None:
                 return str(node["path"])
         level = [child for node in level for child in node["inputs"].values()]
-    raise UserError(f"{workdir} was made without a {stage} artifact: its vocabulary is unknown")
+    raise UserError(
+        f"{workdir} was made without a train_tokenizer artifact or an imported model: its "
+        "vocabulary is unknown"
+    )
 
 
 def converse(session: Session, lines: TextIO, interactive: bool) -> None:
@@ -301,12 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         program.enable_compilation_cache()
         policy = load_policy(args.workdir, args.dtype)
         tokenizer = policy.tokenizer
+        halts = rollout.halt_tokens(tokenizer, policy.model.config.vocab_size)
         sampling = decode.Sampling(
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
-            stop_tokens=(tokenizer.end_id, *rollout.halt_tokens(tokenizer)),
+            stop_tokens=(*chat.stop_tokens(tokenizer), *halts),
         )
         session = Session(policy, sampling, args.seed)
         session.system = args.system

@@ -124,8 +124,8 @@ def make_generate(
         top_k=config.sampling.top_k,
         top_p=config.sampling.top_p,
         max_new_tokens=config.sampling.max_new_tokens,
-        stop_tokens=(tokenizer.end_id,),
-        halt_tokens=rollout.halt_tokens(tokenizer),
+        stop_tokens=chat.stop_tokens(tokenizer),
+        halt_tokens=rollout.halt_tokens(tokenizer, model.config.vocab_size),
     )
     replies = config.num_replies
 
@@ -217,7 +217,9 @@ def write_split(
     for row in rows:
         prompt = prompts[row["row"]][1]
         candidates = tuple(
-            Candidate(f"{prompt.id}:{run.identity}:{k}", tokenizer.decode(ids), policy, ended)
+            Candidate(
+                f"{prompt.id}:{run.identity}:{k}", chat.decode_reply(tokenizer, ids), policy, ended
+            )
             for k, (ids, ended) in enumerate(zip(row["tokens"], row["finished"], strict=True))
         )
         changed += [

@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from gptlab.data import batches, mixtures
+from gptlab.data import batches, chat, mixtures
 from gptlab.data.records import Prompt, RecordReader
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evals import best_of_n, contamination, perplexity, preference, report, suite
@@ -70,8 +70,8 @@ class Networks:
         self._compute = config.compute.to_dict()
         self.sampling = Sampling(
             temperature=config.sampling.temperature, top_k=0, top_p=1.0,
-            max_new_tokens=config.sampling.max_new_tokens, stop_tokens=(tokenizer.end_id,),
-            halt_tokens=rollout.halt_tokens(tokenizer),
+            max_new_tokens=config.sampling.max_new_tokens, stop_tokens=chat.stop_tokens(tokenizer),
+            halt_tokens=rollout.halt_tokens(tokenizer, self.config.vocab_size),
         )  # fmt: skip
         whole = NamedSharding(mesh, PartitionSpec())
         self.sample = jax.jit(self._sample, out_shardings=whole)
@@ -397,10 +397,11 @@ def _surprise(
     dialogue as plain text, one turn a line, without the stop token.
     """
     contexts = [
-        [tokenizer.bos_id, *tokenizer.encode("".join(m.content + "\n" for m in prompt.messages))]
+        tokenizer.encode_document("".join(m.content + "\n" for m in prompt.messages))
         for prompt in prompts
     ]
-    replies = [[token for token in reply if token != tokenizer.end_id] for reply in tokens]
+    stops = chat.stop_tokens(tokenizer)
+    replies = [[token for token in reply if token not in stops] for reply in tokens]
     return perplexity.continuation_nll(
         networks.nll, params, contexts, replies, config.batch_size, config.data.seq_len,
         networks.mesh,
@@ -416,7 +417,7 @@ def _replies(
     columns: Mapping[str, np.ndarray],
 ) -> Replies:
     """Texts, and what judges who read text say of them."""
-    texts = [tokenizer.decode(reply) for reply in tokens]
+    texts = [chat.decode_reply(tokenizer, reply) for reply in tokens]
     finished = np.concatenate([np.asarray(s.finished) for s in samples])[: len(prompts)]
     gold = registry.make(config.gold, config.inputs)(prompts, texts)
     reviews = None
@@ -446,7 +447,7 @@ def _draws(
     asked = prompts[: config.best_of_n.num_prompts]
     scorer = registry.make(config.gold, config.inputs)
     gold = [
-        scorer(asked, [tokenizer.decode(reply) for reply in _token_lists(draw, len(asked))])
+        scorer(asked, [chat.decode_reply(tokenizer, r) for r in _token_lists(draw, len(asked))])
         for draw in many
     ]
     return best_of_n.Draws(

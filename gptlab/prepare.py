@@ -444,6 +444,9 @@ def tokenize_slice(part: Any, settings: Tokenizing) -> Iterator[Any]:
     for example in tasks.examples(part):
         if not waiting and pipeline.stopping(settings.workdir):
             return
+        if not len(example.tokens):
+            counts.update(refused=1)
+            continue
         counts.update(
             examples=1, tokens=len(example.tokens), learnt_tokens=int(example.loss_mask.sum())
         )
@@ -469,9 +472,12 @@ def write_counts(group: tuple[int, Iterable[tuple[str, dict[str, int]]]], direct
 
 def _check_tokens(counts: dict[str, dict[str, int]], slices: list[Any]) -> None:
     for task in sorted({part.task for part in slices}):
-        if not counts.get(f"{task}-train", {}).get("learnt_tokens"):
+        found = counts.get(f"{task}-train", {})
+        if not found.get("learnt_tokens"):
+            refused = found.get("refused", 0)
             raise UserError(
-                f"task {task!r} gave no token to learn from in train; look at its source"
+                f"task {task!r} gave no token to learn from in train (the chat template refused "
+                f"{refused:,} conversations); look at its source"
             )
 
 
@@ -489,6 +495,9 @@ def token_report(
         out.append(
             f"| {name} | {row['examples']:,} | {row['tokens']:,} | {row['learnt_tokens']:,} |"
         )
+    for name, row in counts.items():
+        if refused := row.get("refused"):
+            out += ["", f"{name}: {refused:,} conversations that the chat template refuses."]
     for name, rates in mixtures.items():
         out += [
             "",

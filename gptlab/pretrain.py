@@ -124,10 +124,10 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
     log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
     held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.sample.prompts]
+    prompts = [tokenizer.encode_document(text) for text in config.sample.prompts]
     sampler = None
     if config.sample_every_steps:
-        sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, tokenizer.eos_id)
+        sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, (tokenizer.eos_id,))
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         state, shardings = state_lib.init_state(

@@ -160,7 +160,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     ]
     sampler = None
     if config.sample_every_steps:
-        sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, tokenizer.end_id)
+        stops = chat.stop_tokens(tokenizer)
+        sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, stops)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
         params = load_params(

@@ -9,7 +9,7 @@ import pytest
 from configs import train_tokenizer as tokenizer_config
 from gptlab import train_tokenizer
 from gptlab.data import tokenizer
-from gptlab.data.tokenizer import Tokenizer
+from gptlab.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from gptlab.run import artifact
 from gptlab.run.errors import Interrupted, UserError
 
@@ -55,8 +55,10 @@ def test_vocabulary_report_and_results(tiny_clean, tmp_path, capsys):
 
 
 def test_a_text_that_does_not_come_back_stops_the_run(tiny_clean, tmp_path, monkeypatch):
-    encode = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encode(self, text)[:-1])
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "encode", lambda self, text: encode(self, text)[:-1]
+    )
     with pytest.raises(UserError, match="does not round-trip"):
         train_tokenizer.run(config_for(tiny_clean), str(tmp_path))
     with pytest.raises(UserError):
@@ -64,8 +66,10 @@ def test_a_text_that_does_not_come_back_stops_the_run(tiny_clean, tmp_path, monk
 
 
 def test_a_control_token_in_an_encoding_stops_the_run(tiny_clean, tmp_path, monkeypatch):
-    encode = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [*encode(self, text), self.end_id])
+    encode = SentencePieceTokenizer.encode
+    monkeypatch.setattr(
+        SentencePieceTokenizer, "encode", lambda self, text: [*encode(self, text), self.end_id]
+    )
     with pytest.raises(UserError, match="does not round-trip"):
         train_tokenizer.run(config_for(tiny_clean), str(tmp_path))
 

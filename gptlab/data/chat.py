@@ -1,5 +1,7 @@
 """The chat format: how messages become tokens, and which of them are learnt.
 
+It is the vocabulary's. An imported one brings a template (chat_template.py); gptlab's own has this:
+
     system     [system] content [end]
     user       [user] content [end]      or, with a context:  [user] content [context] context [end]
     assistant  [assistant] content [end]
@@ -12,17 +14,138 @@ stop, not to speak for the others.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from gptlab.data.chat_template import Asked, TemplateFormat
+from gptlab.data.hf_tokenizer import HFTokenizer
 from gptlab.data.records import Message
-from gptlab.data.tokenizer import Tokenizer
+from gptlab.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from gptlab.run.errors import UserError
 
 
-def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], list[int]]:
-    """Token ids of one message and their loss mask (0/1), two lists of equal length."""
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Iterable[Message]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [n] and loss mask uint8 [n] of a conversation.
+
+    Raises chat_template.Refused if an imported template does not take these messages.
+    """
+    tokens, mask = _format(tokenizer).conversation(tuple(messages))
+    return np.array(tokens, np.int32), np.array(mask, np.uint8)
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> list[int]:
+    """Ids, at most max_tokens, that ask for the assistant's next message: they end with its header.
+
+    To fit, the oldest turns are dropped (the system message never; what is left begins with a
+    user's turn where there is one), and only if the last message alone is too long, it is trimmed:
+    the end of its context first, then the beginning of its content. UserError when the system
+    message leaves it no room.
+    """
+    return ask(tokenizer, messages, max_tokens).ids
+
+
+def ask(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> Asked:
+    """`encode_prompt`, and how much of the conversation is in it."""
+    if not messages:
+        raise ValueError("a prompt needs at least one message")
+    return _format(tokenizer).prompt(messages, max_tokens)
+
+
+def encode_reply(tokenizer: Tokenizer, text: str, finished: bool = True) -> list[int]:
+    """Ids of a reply, to follow encode_prompt; with its end unless it was cut off unfinished."""
+    return _format(tokenizer).reply(text, finished)
+
+
+def decode_reply(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of a reply: what encode_reply was given, without the blanks of a template."""
+    return _format(tokenizer).text(ids)
+
+
+def blanks_before_reply(tokenizer: Tokenizer) -> str:
+    """What the ids of a reply spell before its text: '' but with some templates."""
+    return _format(tokenizer).before
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a reply; the first is the one that encode_reply writes."""
+    return _format(tokenizer).stop_ids
+
+
+@functools.lru_cache(maxsize=8)
+def _format(tokenizer: Tokenizer) -> ControlTokens | TemplateFormat:
+    if isinstance(tokenizer, HFTokenizer):
+        return TemplateFormat(tokenizer)
+    assert isinstance(tokenizer, SentencePieceTokenizer), type(tokenizer)
+    return ControlTokens(tokenizer)
+
+
+class ControlTokens:
+    """The built-in format; see the head of this file."""
+
+    before = ""
+
+    def __init__(self, tokenizer: SentencePieceTokenizer):
+        self._tokenizer = tokenizer
+        self.stop_ids = (tokenizer.end_id,)
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Message after message."""
+        tokens: list[int] = []
+        mask: list[int] = []
+        for message in messages:
+            message_ids, message_mask = encode_message(self._tokenizer, message)
+            tokens += message_ids
+            mask += message_mask
+        return tokens, mask
+
+    def prompt(self, messages: Sequence[Message], max_tokens: int) -> Asked:
+        """What `encode_prompt` says."""
+        tokenizer = self._tokenizer
+        has_system = messages[0].role == "system" and len(messages) > 1
+        system = encode_message(tokenizer, messages[0])[0] if has_system else []
+        turns = list(messages[1:] if has_system else messages)
+        room = max_tokens - len(system) - 1  # 1 for the assistant's header
+        if room < 3:
+            raise UserError(
+                f"a prompt of at most {max_tokens} tokens has no room for a message beside the "
+                f"system message ({len(system)} tokens)"
+            )
+        # From the newest turn back, as far as they fit: an old, long conversation is not encoded
+        # whole.
+        kept: list[list[int]] = []
+        for message in reversed(turns):
+            ids = encode_message(tokenizer, message)[0]
+            if len(ids) > room:
+                break
+            kept.insert(0, ids)
+            room -= len(ids)
+        trimmed = not kept
+        if trimmed:
+            kept = [_trim(tokenizer, turns[-1], room)]
+        elif len(kept) < len(turns):
+            while len(kept) > 1 and kept[0][0] != tokenizer.user_id:
+                kept.pop(0)
+        prompt = [*system, *(i for ids in kept for i in ids), tokenizer.assistant_id]
+        return Asked(prompt, len(kept), trimmed)
+
+    def reply(self, text: str, finished: bool) -> list[int]:
+        """The content, and [end]."""
+        ids = self._tokenizer.encode(text)
+        return [*ids, self._tokenizer.end_id] if finished else ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The inverse of `reply`."""
+        return self._tokenizer.decode(ids)
+
+
+def encode_message(
+    tokenizer: SentencePieceTokenizer, message: Message
+) -> tuple[list[int], list[int]]:
+    """Token ids of one message in the built-in format, and their loss mask (0/1), two lists."""
     headers = {
         "system": tokenizer.system_id,
         "user": tokenizer.user_id,
@@ -36,61 +159,7 @@ def encode_message(tokenizer: Tokenizer, message: Message) -> tuple[list[int], l
     return ids, [0] + [learnt] * (len(ids) - 1)
 
 
-def encode_conversation(
-    tokenizer: Tokenizer, messages: Iterable[Message]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [n] and loss mask uint8 [n] of a conversation, message after message."""
-    tokens: list[int] = []
-    mask: list[int] = []
-    for message in messages:
-        message_ids, message_mask = encode_message(tokenizer, message)
-        tokens += message_ids
-        mask += message_mask
-    return np.array(tokens, np.int32), np.array(mask, np.uint8)
-
-
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: int) -> list[int]:
-    """Ids, at most max_tokens, that ask for the assistant's next message: they end with its header.
-
-    To fit, the oldest turns are dropped (the system message never; what is left begins with a
-    user's turn where there is one), and only if the last message alone is too long, it is trimmed:
-    the end of its context first, then the beginning of its content. UserError when the system
-    message leaves it no room.
-    """
-    if not messages:
-        raise ValueError("a prompt needs at least one message")
-    has_system = messages[0].role == "system" and len(messages) > 1
-    system = encode_message(tokenizer, messages[0])[0] if has_system else []
-    turns = list(messages[1:] if has_system else messages)
-    room = max_tokens - len(system) - 1  # 1 for the assistant's header
-    if room < 3:
-        raise UserError(
-            f"a prompt of at most {max_tokens} tokens has no room for a message beside the system "
-            f"message ({len(system)} tokens)"
-        )
-    # From the newest turn back, as far as they fit: an old, long conversation is not encoded whole.
-    kept: list[list[int]] = []
-    for message in reversed(turns):
-        ids = encode_message(tokenizer, message)[0]
-        if len(ids) > room:
-            break
-        kept.insert(0, ids)
-        room -= len(ids)
-    if not kept:
-        kept = [_trim(tokenizer, turns[-1], room)]
-    elif len(kept) < len(turns):
-        while len(kept) > 1 and kept[0][0] != tokenizer.user_id:
-            kept.pop(0)
-    return [*system, *(i for ids in kept for i in ids), tokenizer.assistant_id]
-
-
-def encode_reply(tokenizer: Tokenizer, text: str, finished: bool = True) -> list[int]:
-    """Ids of a reply, to follow encode_prompt; with [end] unless it was cut off unfinished."""
-    ids = tokenizer.encode(text)
-    return [*ids, tokenizer.end_id] if finished else ids
-
-
-def _trim(tokenizer: Tokenizer, message: Message, room: int) -> list[int]:
+def _trim(tokenizer: SentencePieceTokenizer, message: Message, room: int) -> list[int]:
     """One message in at most `room` tokens (at least 3), in the message layout."""
     header = encode_message(tokenizer, message)[0][0]
     content = tokenizer.encode(message.content)

@@ -37,7 +37,7 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from gptlab.data import chat, raw, records
+from gptlab.data import chat, chat_template, raw, records
 from gptlab.data.dedup import SPLITS
 from gptlab.data.records import Conversation, Document, RecordReader, TokenExample
 from gptlab.data.tokenizer import Tokenizer
@@ -90,15 +90,15 @@ class Vocabulary(seqio.Vocabulary):
 
     @property
     def bos_id(self) -> int:
-        return 3
+        return self.tokenizer.bos_id
 
     @property
     def eos_id(self) -> int:
-        return 1
+        return self.tokenizer.eos_id
 
     @property
     def unk_id(self) -> int:
-        return 2
+        return self.tokenizer.unk_id
 
     @property
     def _base_vocab_size(self) -> int:
@@ -196,11 +196,8 @@ class RecordSource(seqio.DataSource):
 def _to_pretrain(dataset: tf.data.Dataset) -> tf.data.Dataset:
     def encode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = vocabulary().tokenizer
-        ids = [
-            tokenizer.bos_id,
-            *tokenizer.encode(Document.from_bytes(data).text),
-            tokenizer.eos_id,
-        ]
+        text = Document.from_bytes(data).text
+        ids = [*tokenizer.encode_document(text), tokenizer.eos_id]
         mask = np.ones(len(ids), np.int32)
         mask[0] = 0
         return np.array(ids, np.int32), mask
@@ -211,7 +208,10 @@ def _to_pretrain(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def _to_dialogue(dataset: tf.data.Dataset) -> tf.data.Dataset:
     def encode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         messages = Conversation.from_bytes(data).messages
-        tokens, mask = chat.encode_conversation(vocabulary().tokenizer, messages)
+        try:
+            tokens, mask = chat.encode_conversation(vocabulary().tokenizer, messages)
+        except chat_template.Refused:
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
         return tokens, mask.astype(np.int32)
 
     return _map_records(dataset, encode)
@@ -353,8 +353,8 @@ def _known(name: str, where: str) -> seqio.Task | seqio.Mixture:
 def examples(part: Slice) -> Iterator[TokenExample]:
     """Token examples of a slice, in the source's order.
 
-    An example is named by its 'id' feature, or by its place. Raises UserError for features that
-    are none of ours.
+    An example is named by its 'id' feature, or by its place. One without tokens is a conversation
+    that the chat template refuses. Raises UserError for features that are none of ours.
     """
     shard = seqio.ShardInfo(part.index, part.count) if part.count > 1 else None
     dataset = seqio.TaskRegistry.get(part.task).get_dataset(

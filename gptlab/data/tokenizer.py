@@ -1,19 +1,21 @@
-"""The vocabulary: SentencePiece with byte fallback, made exact for every string.
+"""Text <-> token ids: the one interface, and gptlab's own vocabularies behind it.
 
-Two properties hold for any text, checked by property tests and again on the whole corpus by
-train_tokenizer:
+A vocabulary is what config.inputs.vocabulary holds: a SentencePiece model of train_tokenizer
+(below), or the Hugging Face files of an imported model (hf_tokenizer.py). Two properties hold for
+any text and either kind, checked by property tests, and by train_tokenizer on the whole corpus:
 
-1. decode(encode(text)) == text, byte for byte. Normalisation is off, unknown characters fall back
-   to their UTF-8 bytes, and U+2581 (which SentencePiece uses for the blank, so that it would come
-   back as a blank) is written as its three byte tokens.
-2. encode never produces a control token. They are SentencePiece *control symbols*, which its
+1. decode(encode(text)) == text, byte for byte. Here: normalisation is off, unknown characters fall
+   back to their UTF-8 bytes, and U+2581 (which SentencePiece uses for the blank, so that it would
+   come back as a blank) is written as its three byte tokens.
+2. encode never produces a control token. Here they are SentencePiece *control symbols*, which its
    matcher does not contain at all: a text that spells out a control token is ordinary text.
 
-This file is free of TensorFlow; gptlab.data.tasks wraps the class as a seqio Vocabulary.
+This file is free of TensorFlow; gptlab.data.tasks wraps the interface as a seqio Vocabulary.
 """
 
 from __future__ import annotations
 
+import abc
 import io
 import os
 import re
@@ -27,10 +29,11 @@ from gptlab.run import files
 from gptlab.run.errors import UserError
 
 MODEL_FILE = "vocabulary.model"
+HF_DIRECTORY, HF_FILE = "tokenizer", "tokenizer.json"
 PAD, EOS, UNK, BOS = "<|pad|>", "<|eos|>", "<|unk|>", "<|bos|>"
 CONTROLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|context|>", "<|end|>")
-_BLANK = "\u2581"
-_BLANK_BYTES = _BLANK.encode()
+BLANK = "\u2581"
+_BLANK_BYTES = BLANK.encode()
 # SentencePiece's trainer drops every sentence in which one of these occurs.
 _RESERVED = re.compile("[\0\t\u2581\u2585]")
 _WORDS = re.compile(" *[^ ]+| +")
@@ -38,11 +41,73 @@ _CACHED_CHARS, _CACHED_WORDS = 32, 1 << 18
 _SENTENCE_CHARS = 500  # so at most 2 kB of UTF-8
 
 
-class Tokenizer:
-    """Text <-> token ids.
+class Tokenizer(abc.ABC):
+    """A vocabulary. Ids are 0 .. vocab_size - 1; a model may have more rows than that."""
+
+    vocab_size: int
+    pad_id: int  # fills up rows; masks say what is real, never this id
+    eos_id: int  # ends a document
+    bos_id: int  # begins one
+    unk_id: int  # never produced
+    token_bytes: np.ndarray  # int32 [V], bytes of text of each token; 0 for control tokens
+    rounds_up: bool  # models of this vocabulary may have unused rows after its last token
+
+    @staticmethod
+    def load(path: os.PathLike | str) -> Tokenizer:
+        """Loads the vocabulary of an artifact, or a vocabulary's own file or directory.
+
+        Raises UserError when there is none, or none that gptlab can use.
+        """
+        file = find_vocabulary(path)
+        if file is None:
+            raise UserError(
+                f"{path}: no vocabulary here (neither {MODEL_FILE} nor {HF_DIRECTORY}/{HF_FILE}); "
+                "run gptlab.train_tokenizer, or import a model with gptlab.convert, first"
+            )
+        if file.name.endswith(".json"):
+            # It imports this module, and the tokenizers package that only its kind needs.
+            from gptlab.data.hf_tokenizer import HFTokenizer
+
+            return HFTokenizer.read(file.parent)
+        return SentencePieceTokenizer(file.read_bytes(), str(file))
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of any text, never a control id. Lone surrogates (no text) become U+FFFD."""
+
+    @abc.abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, control tokens dropped; a prefix of ids gives a prefix of bytes."""
+
+    @abc.abstractmethod
+    def piece(self, token: int) -> str:
+        """A token as people read it: its text, a control token's name, or `<0x0A>` for a byte."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, control tokens dropped; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a document as models of this vocabulary read it: with bos, without eos."""
+        return [self.bos_id, *self.encode(text)]
+
+
+def find_vocabulary(path: os.PathLike | str) -> epath.Path | None:
+    """The file of the vocabulary that an artifact, directory or file is; None if there is none."""
+    file = epath.Path(path)
+    if not file.is_dir():
+        return file if file.exists() else None
+    candidates = (file / MODEL_FILE, file / HF_DIRECTORY / HF_FILE, file / HF_FILE)
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A vocabulary of train_tokenizer.
 
     Ids 0-3 are pad, eos, unk, bos; 4-8 the chat format's control tokens; 9-264 the 256 bytes.
     """
+
+    rounds_up = False
 
     def __init__(self, model: bytes, name: str = "vocabulary"):
         """Takes a serialised model; UserError (which says `name`) when it is none of ours."""
@@ -70,16 +135,6 @@ class Tokenizer:
             [len(b) for b in self._bytes], np.int32
         )  # [V], 0 for control tokens
 
-    @classmethod
-    def load(cls, path: os.PathLike | str) -> Tokenizer:
-        """Loads a train_tokenizer workdir or a model file; UserError when there is none."""
-        file = epath.Path(path)
-        if file.is_dir():
-            file = file / MODEL_FILE
-        if not file.exists():
-            raise UserError(f"{file}: no vocabulary here; run gptlab.train_tokenizer first")
-        return cls(file.read_bytes(), str(file))
-
     def encode(self, text: str) -> list[int]:
         """Token ids of any text, never a control id. Lone surrogates (no text) become U+FFFD.
 
@@ -95,10 +150,10 @@ class Tokenizer:
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        text = _valid(word)
+        text = valid_text(word)
         ids = []
         # The text between U+2581s is encoded by SentencePiece, each U+2581 by its byte tokens.
-        for i, part in enumerate(text.split(_BLANK)):
+        for i, part in enumerate(text.split(BLANK)):
             ids += self._blank_ids if i else []
             ids += self._processor.encode(part)
         if len(word) <= _CACHED_CHARS and len(self._cache) < _CACHED_WORDS:
@@ -110,23 +165,19 @@ class Tokenizer:
         table = self._bytes
         return b"".join([table[i] for i in ids])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, control tokens dropped; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
     def piece(self, token: int) -> str:
         """A token as people read it: its text, a control token's name, or `<0x0A>` for a byte."""
-        return self._processor.id_to_piece(int(token)).replace(_BLANK, " ")
+        return self._processor.id_to_piece(int(token)).replace(BLANK, " ")
 
     def __reduce__(self):
-        return (Tokenizer, (self.model,))
+        return (SentencePieceTokenizer, (self.model,))
 
     def _piece_bytes(self, token: int, piece: str) -> bytes:
         if self._processor.is_control(token) or self._processor.is_unknown(token):
             return b""
         if self._processor.is_byte(token):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(_BLANK, " ").encode()
+        return piece.replace(BLANK, " ").encode()
 
 
 def train(
@@ -139,7 +190,7 @@ def train(
     max_sentences: int,
     num_threads: int,
     seed: int,
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Trains a vocabulary on `texts` and writes it to `out_path`.
 
     model_type is 'bpe' or 'unigram'. With max_sentences > 0 that many stretches of text (about 2
@@ -199,7 +250,7 @@ def train(
     if failures:
         raise failures[0]
     files.atomic_write(out_path, model.getvalue())
-    return Tokenizer(model.getvalue(), str(out_path))
+    return SentencePieceTokenizer(model.getvalue(), str(out_path))
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -209,7 +260,7 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
     sentence, and line breaks should be learnt.
     """
     for text in texts:
-        for part in _RESERVED.split(_valid(text)):
+        for part in _RESERVED.split(valid_text(text)):
             start = 0
             while start < len(part):
                 stop = start + _SENTENCE_CHARS
@@ -220,7 +271,7 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
                 start = stop
 
 
-def _valid(text: str) -> str:
+def valid_text(text: str) -> str:
     """`text` itself if it is valid Unicode, else with its lone surrogates replaced by U+FFFD."""
     try:
         text.encode()

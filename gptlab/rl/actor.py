@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from gptlab.data import chat
 from gptlab.data.batches import PromptBatches
 from gptlab.data.records import Prompt
 from gptlab.data.tokenizer import Tokenizer
@@ -45,8 +46,8 @@ class Actor:
         """reward_params have the normalisation folded in; None with reward.kind='scorer'."""
         sampling = Sampling(
             **config.sampling.to_dict(),
-            stop_tokens=(tokenizer.end_id,),
-            halt_tokens=rollout.halt_tokens(tokenizer),
+            stop_tokens=chat.stop_tokens(tokenizer),
+            halt_tokens=rollout.halt_tokens(tokenizer, model.config.vocab_size),
         )
         rollout.check_sampling(sampling)
         temperature, pad_id = sampling.temperature, tokenizer.pad_id
@@ -88,7 +89,7 @@ class Actor:
         """The replies of this process's rows."""
         response, mask = (rollout.local_rows(x) for x in (samples.response, samples.response_mask))
         return [
-            self._tokenizer.decode(row[keep > 0].tolist())
+            chat.decode_reply(self._tokenizer, row[keep > 0].tolist())
             for row, keep in zip(response, mask, strict=True)
         ]
 

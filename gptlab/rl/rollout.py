@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gptlab.data import chat
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
 from gptlab.model.heads import ScalarModel
@@ -68,14 +69,18 @@ def check_sampling(sampling: decode.Sampling) -> None:
         )
 
 
-def halt_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+def halt_tokens(tokenizer: Tokenizer, num_rows: int) -> tuple[int, ...]:
     """Control tokens that no reply can contain: what draws one has broken its reply off.
+
+    A model's unused rows, up to num_rows in all, are among them.
 
     Sampling goes no further, so a reply's ids hold no forged header; its text would lose it, and
     the reward model, which is trained on texts, would not know what it reads.
     """
     controls = np.flatnonzero(tokenizer.token_bytes == 0).tolist()
-    return tuple(i for i in controls if i != tokenizer.end_id)
+    unused = range(tokenizer.vocab_size, num_rows)
+    stops = chat.stop_tokens(tokenizer)
+    return tuple(i for i in (*controls, *unused) if i not in stops)
 
 
 def join(

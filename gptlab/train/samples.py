@@ -23,7 +23,7 @@ def make_sampler(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     config: ConfigDict,
-    stop_token: int,
+    stop_tokens: tuple[int, ...],
 ) -> Sampler:
     """Makes the function (params, key) -> one continuation of each prompt.
 
@@ -33,7 +33,7 @@ def make_sampler(
       tokenizer: turns continuations into text.
       prompts: token ids of each of config.prompts.
       config: prompts, temperature, top_k, top_p, max_new_tokens.
-      stop_token: ends a continuation.
+      stop_tokens: each ends a continuation.
 
     Raises:
       UserError: the longest prompt and max_new_tokens do not fit the context window together.
@@ -45,7 +45,7 @@ def make_sampler(
         top_k=config.top_k,
         top_p=config.top_p,
         max_new_tokens=config.max_new_tokens,
-        stop_tokens=(stop_token,),
+        stop_tokens=stop_tokens,
     )
     longest = max(len(prompt) for prompt in prompts)
     if longest + sampling.max_new_tokens > model.config.max_len:

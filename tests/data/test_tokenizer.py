@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptlab.data import tokenizer as tokenizer_lib
-from gptlab.data.tokenizer import CONTROLS, Tokenizer
+from gptlab.data.tokenizer import CONTROLS, SentencePieceTokenizer, Tokenizer
 from gptlab.run.errors import UserError
 
 TEXTS = [
@@ -63,7 +63,7 @@ def test_word_by_word_is_what_sentencepiece_does(tmp_path_factory, text):
 
 def test_cache_stays_small_and_right(tok, monkeypatch):
     monkeypatch.setattr(tokenizer_lib, "_CACHED_WORDS", 4)
-    fresh = Tokenizer(tok.model)
+    fresh = SentencePieceTokenizer(tok.model)
     text = "one two three four five six seven one two " + "x" * 100
     assert fresh.encode(text) == tok.encode(text) == fresh.encode(text)
     assert len(fresh._cache) <= 4

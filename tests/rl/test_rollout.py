@@ -87,7 +87,7 @@ def test_a_halt_token_is_an_action_but_no_reward_model_reads_it():
 
 
 def test_halt_tokens_are_all_control_tokens_but_the_end(tiny_tokenizer):
-    halts = rollout.halt_tokens(tiny_tokenizer)
+    halts = rollout.halt_tokens(tiny_tokenizer, tiny_tokenizer.vocab_size)
     assert set(halts) | {tiny_tokenizer.end_id} == set(range(9))
     assert tiny_tokenizer.decode_bytes(halts) == b"" and tiny_tokenizer.end_id not in halts
 
