@@ -143,7 +143,8 @@ class TemplateFormat:
 
     def __init__(self, tokenizer: HFTokenizer):
         """UserError if the template is broken, or ends the assistant's turn with no special token:
-        a model could not learn to stop."""
+        a model could not learn to stop.
+        """
         self._tokenizer = tokenizer
         source = tokenizer.chat_template
         if source is None:
@@ -156,7 +157,8 @@ class TemplateFormat:
         runs, starts = self._runs((Message("user", "a"), Message("assistant", "\0")))
         self.before, self._after = str(runs[starts[-1]]).split("\0")
         self.end_id = int(runs[starts[-1] + 1])
-        self.stop_ids = tuple(dict.fromkeys((self.end_id, *tokenizer.end_ids)))
+        stops = dict.fromkeys((self.end_id, *tokenizer.end_ids))
+        self.stop_ids: tuple[int, ...] = tuple(stops)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Tokens and loss mask (0/1), two lists of equal length."""
@@ -241,7 +243,8 @@ class TemplateFormat:
 
     def _runs(self, messages: Sequence[Message]) -> tuple[list[Run], list[int]]:
         """Stretches of text and the special tokens between them, in order, and which of them begin
-        what the assistant says."""
+        what the assistant says.
+        """
         runs: list[Run] = []
         starts: list[int] = []
         text, speaking = "", False

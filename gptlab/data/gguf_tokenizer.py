@@ -152,7 +152,7 @@ def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]], **options: Any)
 
 def _byte_level(fields: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
     """BPE over bytes, by its merges."""
-    rule = fields.get("tokenizer.ggml.pre")
+    rule = str(fields.get("tokenizer.ggml.pre"))
     if rule not in _PRE:
         raise UserError(
             f"GGUF: tokenizer.ggml.pre is {rule!r}, a rule for cutting text that gptlab doesn't "

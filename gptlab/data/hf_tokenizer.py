@@ -8,6 +8,8 @@ tokenizer.py:
 - Text that spells a *special* token is ordinary text. Special is what tokenizer.json marks so, and
   whatever tokenizer_config.json names. The other added tokens (Qwen3's <think>) are text to the
   vocabulary's makers and here: any text may contain them, and they decode to what they spell.
+- Characters with bytes that the vocabulary lacks (SmolLM2 has eight too few: of control characters
+  and empty planes) become U+FFFD; the package would drop these bytes.
 - The blank that SentencePiece puts before a text is no part of `encode`. Where models expect it,
   `encode_document` and chat templates add it, as text.
 """
@@ -18,6 +20,7 @@ import functools
 import json
 import os
 import re
+import string
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,8 +68,9 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"{where}/{HF_FILE}: {str(error).splitlines()[0]}") from None
         self._tokenizer.encode_special_tokens = True
         added = {token["content"]: token for token in spec["added_tokens"]}
+        ids = {text: self._tokenizer.token_to_id(text) for text in added}
         self.special = {
-            text: self._tokenizer.token_to_id(text) for text, t in added.items() if t["special"]
+            text: i for text, i in ids.items() if i is not None and added[text]["special"]
         }
         self._special_ids = frozenset(self.special.values())
         self._make_tables(spec["model"]["vocab"], added)
@@ -81,7 +85,7 @@ class HFTokenizer(Tokenizer):
         return cls({name: file.read_bytes() for name, file in present.items()}, str(path))
 
     def encode(self, text: str) -> list[int]:
-        text = valid_text(text)
+        text = self._unwritable.sub("\ufffd", valid_text(text))
         if self._byte_level:
             return self._encode(text)
         ids: list[int] = []
@@ -145,7 +149,9 @@ class HFTokenizer(Tokenizer):
     def _make_tables(self, vocab: Mapping[str, int], added: Mapping[str, Any]) -> None:
         """What every id decodes to, and the ids of single bytes."""
         texts = {i: token for token, i in vocab.items()}
-        texts |= {self._tokenizer.token_to_id(token): token for token in added}
+        texts |= {
+            i: token for token in added if (i := self._tokenizer.token_to_id(token)) is not None
+        }
         self.vocab_size = 1 + max(texts)
         self._bytes = [b""] * self.vocab_size
         self._byte_ids: dict[int, int] = {}
@@ -161,19 +167,23 @@ class HFTokenizer(Tokenizer):
                 self._byte_ids[self._bytes[i][0]] = i
             else:
                 self._bytes[i] = token.replace(BLANK, " ").encode()
-        if missing := _UTF8_BYTES - self._byte_ids.keys():
+        self._unwritable = _characters_with(_UTF8_BYTES - self._byte_ids.keys())
+        complete = self._byte_level or len(self._byte_ids) == 256
+        if not complete or self._unwritable.search("\ufffd\n" + string.printable[:95]):
             raise UserError(
-                f"{self._where}/{HF_FILE}: it has no token for {len(missing)} of the bytes that "
-                f"text is made of (0x{min(missing):02X}, ...), so it can't write every text"
+                f"{self._where}/{HF_FILE}: it has tokens for {len(self._byte_ids)} single bytes "
+                "only, so it can't write ordinary text"
             )
         self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
         self._spelling = {
-            i: [self._byte_ids[b] for b in text.encode()] for text, i in self.special.items()
+            i: [self._byte_ids[b] for b in text.encode() if b in self._byte_ids]
+            for text, i in self.special.items()
         }
 
     def _choose_ids(self, adds_bos: bool) -> None:
         """eos is the document's end; bos is the file's if it uses one, else that end, as GPT-2's
-        documents begin; pad is never looked at, so any id will do."""
+        documents begin; pad is never looked at, so any id will do.
+        """
         declared = {name: self._tokenizer.token_to_id(text) for name, text in self.names.items()}
         ends = [self.special[text] for text in _DOCUMENT_ENDS if text in self.special]
         end = ends[0] if ends else declared.get("eos_token")
@@ -187,7 +197,8 @@ class HFTokenizer(Tokenizer):
         self.unk_id = end if unknown is None else unknown
         ends = self._json(GENERATION_FILE).get("eos_token_id", [])
         ends = [ends] if isinstance(ends, int) else list(ends or [])
-        first = declared.get("eos_token", end)
+        first = declared.get("eos_token")
+        first = end if first is None else first
         self.end_ids = (first, *(i for i in dict.fromkeys(ends) if i != first))
 
     def _template(self, config: Mapping[str, Any]) -> str | None:
@@ -298,6 +309,24 @@ def _alphabet() -> dict[str, int]:
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [b for b in range(256) if b not in seen]
     return {chr(b): b for b in seen} | {chr(0x100 + i): b for i, b in enumerate(unseen)}
+
+
+def _characters_with(missing: frozenset[int] | set[int]) -> re.Pattern[str]:
+    """Matches the characters whose UTF-8 needs one of these bytes; of the bytes inside characters,
+    every one that is not ASCII.
+    """
+    ranges = []
+    for b in sorted(missing):
+        if b < 0x80:
+            first, count = b, 1
+        elif b < 0xC0:
+            first, count = 0x80, 0x110000 - 0x80
+        else:
+            shift = 6 if b < 0xE0 else 12 if b < 0xF0 else 18
+            first, count = (b & (0x1F, 0x0F, 0x07)[shift // 6 - 1]) << shift, 1 << shift
+        last = min(first + count, 0x110000) - 1
+        ranges.append(f"\\U{first:08x}-\\U{last:08x}")
+    return re.compile(f"[{''.join(ranges)}]" if ranges else "(?!)")
 
 
 def _from_alphabet(token: str) -> bytes:

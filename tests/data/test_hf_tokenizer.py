@@ -205,13 +205,23 @@ def test_errors_say_what_is_wrong(tmp_path):
         HFTokenizer(gguf_tokenizer_files(fields))
     spec = json.loads(made["tokenizer.json"])
     del spec["model"]["vocab"]["!"]
-    with pytest.raises(UserError, match="no token for 1 of the bytes.*0x21"):
+    with pytest.raises(UserError, match="tokens for 255 single bytes only"):
         HFTokenizer({**made, "tokenizer.json": json.dumps(spec).encode()})
     with pytest.raises(UserError, match="gptlab.convert"):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize(
+@pytestdef test_characters_that_the_vocabulary_lacks_are_replaced():
+    spec = json.loads(hf.files("chatml")["tokenizer.json"])
+    for byte in (0x04, 0xC4, 0xF1):  # as in SmolLM2: their characters can't be written
+        del spec["model"]["vocab"][hf.ALPHABET[byte]]
+    tok = HFTokenizer({**hf.files("chatml"), "tokenizer.json": json.dumps(spec).encode()})
+    text = "a\x03\x04\x05 \u00ff\u0100\u013f\u0140 \U0003ffff\U00040000\U0007ffff\U00080000"
+    expected = "a\x03\ufffd\x05 \u00ff\ufffd\ufffd\u0140 \U0003ffff\ufffd\ufffd\U00080000"
+    assert tok.decode(tok.encode(text)) == expected
+
+
+.mark.parametrize(
     ("change", "message"),
     [({"model": "bert"}, "model is 'bert'"), ({"pre": "tekken"}, "pre is 'tekken'.*llama-bpe")],
 )
