@@ -1,4 +1,4 @@
-"""A model with a Hugging Face vocabulary through the programs: sft, collect, reward's data, chat."""
+"""A model with a Hugging Face vocabulary in sft, collect, the reward model's data and chat."""
 
 import functools
 import io

@@ -28,7 +28,7 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from gptlab.data.tokenizer import BLANK, HF_FILE, Tokenizer, valid_text
+from gptlab.data.tokenizer import BLANK, HF_FILE, Tokenizer, Words, valid_text
 from gptlab.run.errors import UserError
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -39,6 +39,12 @@ FILES = (HF_FILE, CONFIG_FILE, "special_tokens_map.json", TEMPLATE_FILE, GENERAT
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# Cut before a single blank between words. No family's rule for cutting text, nor any token (else
+# the second is used), goes past that place.
+_CHUNKS = re.compile(r"\s*\S+(?:(?! \S)\s+\S+)*(?:\s+\Z)?|\s+")
+_WHOLE = re.compile(r"(?s:.+)")
+# The blank in all its spellings, after anything but white space (Ċ, say, is a line break).
+_CROSSES = re.compile("[^\\s\u2581\u0109-\u010d\u0120][ \u2581\u0120]")
 _UTF8_BYTES = frozenset((*range(0xC0), *range(0xC2, 0xF5)))
 
 
@@ -73,6 +79,8 @@ class HFTokenizer(Tokenizer):
             text: i for text, i in ids.items() if i is not None and added[text]["special"]
         }
         self._special_ids = frozenset(self.special.values())
+        crosses = any(map(_CROSSES.search, (*spec["model"]["vocab"], *added)))
+        self._words = Words(_WHOLE if crosses else _CHUNKS, self._encode)
         self._make_tables(spec["model"]["vocab"], added)
         self._choose_ids(names_bos or bool(config.get("add_bos_token")))
         self.chat_template = self._template(config)
@@ -87,11 +95,11 @@ class HFTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         text = self._unwritable.sub("\ufffd", valid_text(text))
         if self._byte_level:
-            return self._encode(text)
+            return self._words.encode(text)
         ids: list[int] = []
         for i, part in enumerate(text.split(BLANK)):  # it would come back as a blank
             ids += [self._byte_ids[b] for b in BLANK.encode()] if i else []
-            ids += self._encode(part)
+            ids += self._words.encode(part)
         return ids
 
     def _encode(self, text: str) -> list[int]:

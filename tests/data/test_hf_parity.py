@@ -113,5 +113,7 @@ def test_smollm2_from_its_gguf(transformers, tmp_path):
     for text in ("What is the capital of France?", "Hello there", "naïve café 東京"):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     # Known ids, as the published tokenizer of HuggingFaceTB/SmolLM2-135M-Instruct gives them.
-    prompt = chat.encode_prompt(ours, [Message("user", "Hi")], 1000)
-    assert prompt[:2] == [1, 9690] and prompt[-3:] == [1, 520, 9531] or prompt[-1] == 198
+    assert ours.encode("Hello world") == [19556, 905]
+    asked = [Message("system", "Hi"), Message("user", "Hi")]
+    expected = [1, 9690, 198, 26843, 2, 198, 1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198]
+    assert chat.encode_prompt(ours, asked, 1000) == expected

@@ -20,8 +20,8 @@ from tests.data import hf_vocabularies as hf
 
 CONTROLS = [*hf.SPECIAL, "<s>", "</s>", "<unk>", "[INST]", "<<SYS>>", "<0x41>", "<|im_", "</s"]
 pieces = st.one_of(
-    st.sampled_from([*CONTROLS, *hf.THOUGHTS, *hf.WORDS, " ", "  ", "\n", "\n\n", "\u2581", "e\u0301",
-                     "\ufffd", "\0", "\u00a0", "😀", "\u2028"]),
+    st.sampled_from([*CONTROLS, *hf.THOUGHTS, *hf.WORDS, " ", "  ", "\n", "\n\n", "\u2581",
+                     "e\u0301", "\ufffd", "\0", "\u00a0", "😀", "\u2028"]),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
 )  # fmt: skip
 texts = st.lists(pieces, max_size=8).map("".join)
@@ -48,6 +48,15 @@ def test_every_string_round_trips_without_special_tokens(tok, text):
     assert document[0] == tok.bos_id and tok.decode(document).removeprefix(" ") in (
         text, text.removeprefix(" ")
     )  # fmt: skip
+
+
+@settings(max_examples=50)
+@given(text=st.text("a\u00e91,. \n\t\u00a0'-", max_size=40).map("a film {} was".format))
+@example("1  2 3   4\n 5 \n\n  6.\n7 . \n8 's it's \u00a0 9 ")
+def test_word_by_word_is_what_the_package_does(tok, text):
+    assert tok.encode(text) == tok._encode(text)
+    tok.encode("a film")
+    assert "a" in tok._words.cache and " film" in tok._words.cache  # it is cut, and remembered
 
 
 def test_known_ids_of_bytes():
@@ -211,7 +220,7 @@ def test_errors_say_what_is_wrong(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-@pytestdef test_characters_that_the_vocabulary_lacks_are_replaced():
+def test_characters_that_the_vocabulary_lacks_are_replaced():
     spec = json.loads(hf.files("chatml")["tokenizer.json"])
     for byte in (0x04, 0xC4, 0xF1):  # as in SmolLM2: their characters can't be written
         del spec["model"]["vocab"][hf.ALPHABET[byte]]
@@ -221,7 +230,7 @@ def test_errors_say_what_is_wrong(tmp_path):
     assert tok.decode(tok.encode(text)) == expected
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     ("change", "message"),
     [({"model": "bert"}, "model is 'bert'"), ({"pre": "tekken"}, "pre is 'tekken'.*llama-bpe")],
 )

@@ -66,7 +66,7 @@ def test_cache_stays_small_and_right(tok, monkeypatch):
     fresh = SentencePieceTokenizer(tok.model)
     text = "one two three four five six seven one two " + "x" * 100
     assert fresh.encode(text) == tok.encode(text) == fresh.encode(text)
-    assert len(fresh._cache) <= 4
+    assert len(fresh._words.cache) <= 4
 
 
 def test_fixed_ids(tok):
