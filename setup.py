@@ -34,6 +34,7 @@ setup(
         "grain>=0.2.12",
         "jax>=0.10",
         "jaxtyping>=0.3",
+        "jinja2>=3.1",  # chat templates of imported models
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "msgpack>=1.1",
@@ -45,6 +46,7 @@ setup(
         # 0.2.3 is generated for protobuf 7, which Beam excludes: `import seqio` fails beside it.
         "sentencepiece>=0.2.1,!=0.2.3",
         "tensorboard>=2.19",
+        "tokenizers>=0.22",  # vocabularies of imported models
         "tqdm>=4.66",
     ],
     extras_require={

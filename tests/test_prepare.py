@@ -1,5 +1,6 @@
 """prepare end to end: splits, files, workers, bad input; a user's own data up to the batches."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,11 +17,12 @@ from configs import prepare as prepare_config
 from configs import pretrain as pretrain_config
 from configs import train_tokenizer as tokenizer_config
 from gptlab import prepare, pretrain, rounds, train_tokenizer
-from gptlab.data import pipeline, raw, readers, records
+from gptlab.data import chat, pipeline, raw, readers, records
 from gptlab.data.records import Conversation, Document, Prompt, RecordReader, TokenExample
 from gptlab.run import artifact, files
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import mesh as mesh_lib
+from tests.data import hf_vocabularies as hf
 from tests.fixtures import disk_full_after
 
 NAMES = ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")
@@ -312,6 +314,37 @@ def test_tokenize(corpus, vocabulary, plain, own, tmp_path):
 
     with pytest.raises(UserError, match="config.inputs.vocabulary is not set"):
         prepare.run(prepare_config_without_vocabulary(corpus), str(tmp_path / "none"))
+
+
+def test_an_imported_vocabulary_tokenizes_and_what_its_template_refuses_is_counted(
+    corpus, tmp_path
+):
+    with artifact.open_run(ConfigDict({"seed": 0}), tmp_path / "imported", "convert") as run:
+        run.complete("0" * 16)
+    imported = hf.write(tmp_path / "imported", hf.files("llama2"))
+    conversations = read(corpus, "conversations", "train", Conversation)
+    odd = Conversation("odd", conversations[0].messages[:1] * 2, "test")
+    shutil.copytree(corpus, tmp_path / "clean")
+    for path in (tmp_path / "clean" / "records").glob("conversations-train-*"):
+        path.unlink()
+    records.write_shards(
+        tmp_path / "clean" / "records", "conversations", "train", [*conversations, odd]
+    )
+    tokenizer, expected = hf.tokenizer("llama2"), {}
+    for conversation in conversations:
+        with contextlib.suppress(UserError):
+            expected[conversation.id] = chat.encode_conversation(tokenizer, conversation.messages)
+    prepare.run(tokenize_config(tmp_path / "clean", imported), str(tmp_path / "tokens"))
+    found = read(tmp_path / "tokens", "dialogues", "train", TokenExample)
+    assert {e.id for e in found} == expected.keys() and expected
+    for e in found:
+        assert e.tokens.tolist() == expected[e.id][0].tolist()
+        assert e.loss_mask.tolist() == expected[e.id][1].tolist()
+    counts = artifact.read_manifest(tmp_path / "tokens")["results"]["token_sets"]
+    refused = 1 + len(conversations) - len(expected)
+    assert counts["dialogues-train"]["refused"] == refused
+    report = (tmp_path / "tokens" / "report.md").read_text()
+    assert f"dialogues-train: {refused:,} conversations that the chat template refuses" in report
 
 
 def trained_on(tokens, vocabulary, name):

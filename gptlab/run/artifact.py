@@ -62,7 +62,7 @@ _ABSENT = object()
 
 _PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain array_record numpy sentencepiece seqio "
-    "tensorflow apache-beam"
+    "tensorflow apache-beam tokenizers"
 ).split()
 _SHOWN_DIFFERENCES = 5
 RawFiles = Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]

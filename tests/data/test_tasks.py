@@ -11,6 +11,7 @@ from gptlab.data import chat, records, tasks
 from gptlab.data import tokenizer as tokenizer_lib
 from gptlab.data.records import Conversation, Document, Message
 from gptlab.run.errors import UserError
+from tests.data import hf_vocabularies as hf
 
 TEXT = "<|end|> Hello there \u2581 you. " * 5
 TURNS = (Message("user", "Hi", "page"), Message("assistant", "Ho <|end|>"))
@@ -70,6 +71,34 @@ def test_vocabulary_for_seqio(workdirs):
     batch = vocabulary.encode_tf(tf.constant([TEXT, "Hi"]))
     assert batch.to_list() == [ids, vocabulary.encode("Hi")]
     assert vocabulary.decode_tf(tf.constant(ids)).numpy().decode() == TEXT
+
+
+def test_a_hugging_face_vocabulary_and_its_template(workdirs):
+    """Ids, eos and the mask are that vocabulary's; what its template refuses has no tokens."""
+    imported = hf.write(workdirs / "imported", hf.files("llama2"))
+    refused = Conversation("d", (TURNS[0], TURNS[0]), "s")
+    accepted = Conversation("c", TURNS, "s")
+    corpus = workdirs / "two"
+    records.write_shards(corpus / "records", "conversations", "train", [accepted, refused])
+    records.write_shards(corpus / "records", "documents", "train", [Document("d", TEXT, "s")])
+    tasks.use(str(corpus), str(imported), None)
+    try:
+        tokenizer = hf.tokenizer("llama2")
+        sets = read(["pretrain", "dialogues"])
+        (document,) = sets["pretrain", "train"]
+        ids = [tokenizer.bos_id, *tokenizer.encode(" " + TEXT), tokenizer.eos_id]
+        assert document.tokens.tolist() == ids and ids[0] == 1 and ids[-1] == 2
+        found = {e.id: e for e in sets["dialogues", "train"]}
+        tokens, mask = chat.encode_conversation(tokenizer, TURNS)
+        assert found["c"].tokens.tolist() == tokens.tolist() and tokens[-1] == 2
+        assert found["c"].loss_mask.tolist() == mask.tolist() and mask[-1] == 1
+        assert len(found["d"].tokens) == 0
+        vocabulary = tasks.vocabulary()
+        assert (vocabulary.eos_id, vocabulary.bos_id, vocabulary.unk_id) == (2, 1, 0)
+        assert vocabulary.vocab_size == tokenizer.vocab_size
+        assert vocabulary.decode(vocabulary.encode(TEXT)) == TEXT
+    finally:
+        tasks.use(str(workdirs / "corpus"), str(workdirs / "vocabulary.model"), None)
 
 
 OWN = """
