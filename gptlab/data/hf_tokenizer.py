@@ -67,7 +67,12 @@ class HFTokenizer(Tokenizer):
         config = self._json(CONFIG_FILE)
         self.names = _names({**self._json("special_tokens_map.json"), **config})
         spec = self._json(HF_FILE)
-        self._prefix, self._byte_level, names_bos = _make_exact(spec, self.names, where)
+        try:
+            self._prefix, self._byte_level, names_bos = _make_exact(spec, self.names, where)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where}/{HF_FILE}: not in the form of the tokenizers package ({error!r})"
+            ) from None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # the package raises Exception itself
@@ -245,9 +250,10 @@ def _make_exact(
     model = spec.get("model", {})
     decoders = {step["type"] for step in _steps(spec.get("decoder"), "decoders")}
     byte_level = "ByteLevel" in decoders
-    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
+    kind = model.get("type", "BPE" if "merges" in model else "no")  # GPT-2's own doesn't say
+    if kind != "BPE" or not (byte_level or model.get("byte_fallback")):
         raise UserError(
-            f"{where}: {model.get('type', 'no')} model with decoders {sorted(decoders)}; gptlab "
+            f"{where}: {kind} model with decoders {sorted(decoders)}; gptlab "
             "reads BPE over bytes and BPE with byte fallback, which can write every text"
         )
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):

@@ -197,12 +197,22 @@ def test_a_config_may_hold_several_templates():
         ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer Whitespace"),
         ({"decoder": None}, "gptlab reads BPE over bytes"),
+        ({"decoder": {"steps": []}}, "not in the form of the tokenizers package"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "Missing vocab"),
     ],
 )
 def test_what_could_not_write_every_text_is_refused(changes, message):
     with pytest.raises(UserError, match=message) as error:
         HFTokenizer(hf.changed(hf.files("chatml"), **changes), "here")
     assert "\n" not in str(error.value) and str(error.value).startswith("here/tokenizer.json")
+
+
+def test_the_oldest_files_do_not_name_their_model():
+    made = hf.files("chatml")
+    spec = json.loads(made["tokenizer.json"])
+    del spec["model"]["type"], spec["model"]["byte_fallback"], spec["model"]["ignore_merges"]
+    old = HFTokenizer({**made, "tokenizer.json": json.dumps(spec).encode()})
+    assert old.encode("Hello there") == hf.tokenizer("chatml").encode("Hello there")
 
 
 def test_errors_say_what_is_wrong(tmp_path):
