@@ -155,7 +155,7 @@ def test_replies_hold_no_control_token_but_their_end(config, tmp_path, tiny_toke
     )
     often = (*range(9), *range(100, 320))  # broken off by ordinary tokens as well, to see it often
     halts = tuple(i for i in often if i != tiny_tokenizer.end_id)
-    monkeypatch.setattr(collect.rollout, "halt_tokens", lambda tokenizer: halts)
+    monkeypatch.setattr(collect.rollout, "halt_tokens", lambda tokenizer, rows: halts)
     collect.run(config, str(tmp_path / "run"))
     broken = 0
     for rows, tokens, lengths, finished in seen:

@@ -1,4 +1,4 @@
-"""A model with a Hugging Face vocabulary in sft, collect, the reward model's data and chat."""
+"""A model with a Hugging Face vocabulary through sft, collect, reward, ppo and chat."""
 
 import functools
 import io
@@ -9,15 +9,17 @@ import pytest
 
 from configs import collect as collect_config
 from configs import common
+from configs import ppo as ppo_config
+from configs import reward as reward_config
 from configs import sft as sft_config
 from gptlab import chat as chat_program
-from gptlab import collect, sft
+from gptlab import collect, ppo, reward, sft
 from gptlab.data import batches, chat, records
 from gptlab.data.records import CandidateSet, Comparison, Conversation, Document, TokenExample
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
 from gptlab.rl import rollout
-from gptlab.run import artifact
+from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
 from gptlab.train import checks
 from tests import fixtures
@@ -107,6 +109,39 @@ def test_collect_and_the_reward_models_data(tuned, imported, tiny_clean, tokeniz
             ids = batch.tokens[row, column, : batch.last_index[row, column] + 1].tolist()
             reply = chat.encode_reply(tokenizer, candidate.content, candidate.finished)
             assert ids == prompt + reply and (ids[-1] == 2) == candidate.finished
+
+
+def test_reward_and_ppo_run_on_it(tuned, imported, tiny_clean, tiny_comparisons, tokens, tmp_path):
+    config = reward_config.get_config()
+    config.inputs.update(
+        init=str(tuned), vocabulary=str(imported), comparisons=str(tiny_comparisons)
+    )
+    config.compute = artifacts.COMPUTE
+    config.data.update(seq_len=128, prompt_len=96)
+    config.optimizer.lr = 3e-3
+    config.update(batch_size=16, total_epochs=0.5, eval_every_steps=10, log_every_steps=1)
+    reward.run(config, str(tmp_path / "reward"))
+    assert artifact.read_manifest(tmp_path / "reward")["results"]["clean_accuracy"]["mean"] > 0.4
+
+    config = ppo_config.get_config()
+    config.inputs.update(
+        init=str(tuned), reward=str(tmp_path / "reward"), prompts=str(tiny_clean),
+        vocabulary=str(imported), tokens=str(tokens),
+    )  # fmt: skip
+    config.compute = artifacts.COMPUTE
+    config.data.prompt_len = 96
+    config.sampling.max_new_tokens = 8
+    config.update(batch_size=16, minibatches=1, epochs=1, total_episodes=16 * 2)
+    config.update(eval_every_steps=2, sample_every_steps=1, eval_batches=1)
+    config.optimizer.update(warmup_steps=0)
+    config.value_optimizer.update(warmup_steps=0)
+    config.checkpoint.every_steps = 100
+    ppo.run(config, str(tmp_path / "ppo"))
+    first, *_ = (m for m in metrics.read_metrics(tmp_path / "ppo") if "ppo/kl" in m)
+    assert abs(first["ppo/kl"]) < 1e-4  # the untouched policy is the reference
+    lines = (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert samples and all("<|im" not in sample["reply"] for sample in samples)
 
 
 def test_chat_finds_the_vocabulary_and_answers(tuned, capsys):

@@ -64,8 +64,8 @@ class HFTokenizer(Tokenizer):
         """Takes files by name (see FILES); UserError, which says `where`, for what we can't use."""
         self.files = {name: data for name, data in files.items() if name in FILES}
         self._where = where
-        config = self._json(CONFIG_FILE)
-        self.names = _names({**self._json("special_tokens_map.json"), **config})
+        settings = self._json(CONFIG_FILE)
+        self.names = _names({**self._json("special_tokens_map.json"), **settings})
         spec = self._json(HF_FILE)
         try:
             self._prefix, self._byte_level, names_bos = _make_exact(spec, self.names, where)
@@ -87,8 +87,8 @@ class HFTokenizer(Tokenizer):
         crosses = any(map(_CROSSES.search, (*spec["model"]["vocab"], *added)))
         self._words = Words(_WHOLE if crosses else _CHUNKS, self._encode)
         self._make_tables(spec["model"]["vocab"], added)
-        self._choose_ids(names_bos or bool(config.get("add_bos_token")))
-        self.chat_template = self._template(config)
+        self._choose_ids(names_bos or bool(settings.get("add_bos_token")))
+        self.chat_template = self._template(settings)
 
     @classmethod
     def read(cls, directory: os.PathLike | str) -> HFTokenizer:
@@ -214,11 +214,11 @@ class HFTokenizer(Tokenizer):
         first = end if first is None else first
         self.end_ids = (first, *(i for i in dict.fromkeys(ends) if i != first))
 
-    def _template(self, config: Mapping[str, Any]) -> str | None:
+    def _template(self, settings: Mapping[str, Any]) -> str | None:
         """The chat template: its own file, else the one in the config, which may hold several."""
         if TEMPLATE_FILE in self.files:
             return self.files[TEMPLATE_FILE].decode()
-        found = config.get("chat_template")
+        found = settings.get("chat_template")
         if isinstance(found, list):
             named = {entry["name"]: entry["template"] for entry in found}
             if "default" not in named:
@@ -230,9 +230,9 @@ class HFTokenizer(Tokenizer):
         return found
 
 
-def _names(config: Mapping[str, Any]) -> dict[str, str]:
+def _names(settings: Mapping[str, Any]) -> dict[str, str]:
     """{'eos_token': text, ...}; a token is given as its text or as an object that holds it."""
-    found = {name: config.get(name) for name in _NAMES}
+    found = {name: settings.get(name) for name in _NAMES}
     texts = {name: t["content"] if isinstance(t, dict) else t for name, t in found.items()}
     return {name: text for name, text in texts.items() if text}
 
