@@ -2,7 +2,7 @@
 
 A rule that quietly left something whole would still give equal losses. So the shapes of the shards
 are compared with the sharding table, and the collectives of the compiled step with those of
-golden/collectives.json, one by one. test_loops.py runs whole programs on meshes.
+golden/collectives, one by one. test_loops.py runs whole programs on meshes.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from gptlab.train.optimizer import make_optimizer
 from gptlab.train.state import TrainState
 from tests import hlo
 
-GOLDEN = Path(__file__).parent / "golden" / "collectives.json"
+GOLDEN = Path(__file__).parent / "golden" / "collectives"
 B, T, P, R, N, V = 16, 32, 20, 12, 2, 512
 STEPS = 3
 # Eight heads and key heads: a device's share of them is at least one on every mesh.
@@ -268,14 +268,15 @@ def test_parameters_and_moments_are_split_as_the_table_says(loop, mesh):
 @rows()
 def test_a_step_has_the_collectives_it_had(loop, mesh):
     counts = hlo.collective_counts(ran(loop, mesh).text)
-    name, golden = f"{loop}/{mesh}", json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    path = GOLDEN / f"{loop}.json"
+    golden = json.loads(path.read_text()) if path.exists() else {}
     if os.environ.get("GPTLAB_UPDATE_GOLDEN"):
-        golden[name] = counts
-        GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
-    assert counts == golden[name], (
-        f"{name} talks otherwise than it did: a rule of model/sharding.py may have begun to leave "
-        "something whole. If that is meant, write the counts anew and say why in the commit: "
-        "GPTLAB_UPDATE_GOLDEN=1 python -m pytest tests/test_meshes.py -m '' -k collectives"
+        golden[mesh] = counts
+        path.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    assert counts == golden[mesh], (
+        f"{loop} on {mesh} talks otherwise than it did: a rule of model/sharding.py may have begun "
+        "to leave something whole. If that is meant, write the counts anew and say why in the "
+        "commit: GPTLAB_UPDATE_GOLDEN=1 python -m pytest tests/test_meshes.py -k collectives"
     )
 
 

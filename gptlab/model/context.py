@@ -68,7 +68,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -
 
 def _backward(saved: Any, d_out: jax.Array) -> Any:
     queries, keys, tokens, chunks = _specs(*saved[:2])
-    local = jax.shard_map(
+    local: Any = jax.shard_map(
         _backward_local,
         in_specs=(queries, keys, keys, tokens, queries, chunks, queries),
         out_specs=(queries, keys, keys),

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gptlab.model import sharding
 from gptlab.run.errors import UserError
@@ -82,6 +81,9 @@ def splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """jax.experimental's splash attention of one device's rows and heads; as `attention`."""
+    # Not above: Pallas takes 0.2 s to import, which the terminal chat, say, has no use for.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     length, heads, head_dim = q.shape[1:]
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     sizes = splash_attention.BlockSizes(

@@ -187,7 +187,7 @@ def _chunk(
 def _forward_local(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, layout: _Layout, temperature: float
 ) -> tuple[jax.Array, ...]:
-    def body(carry: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+    def body(carry: Any, i: jax.Array) -> tuple[Any, None]:
         top, total, weighted, logit = carry  # total and weighted are in units of exp(top)
         _, _, logits, hit, fresh = _chunk(hidden, table, targets, i, layout)
         logits = logits / temperature
