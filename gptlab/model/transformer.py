@@ -102,7 +102,7 @@ class ModelConfig:
                     near = difflib.get_close_matches(key, names[part], 1)
                     hint = f"; did you mean {near[0]!r}?" if near else f": one of {names[part]}"
                     raise UserError(f"unknown key config.{part}.{key}{hint}")
-            missing = [name for name in names[part] if name not in given and name not in optional]
+            missing = [n for n in names[part] if n not in given and n not in optional]
             if missing:
                 raise UserError(f"config.{part} lacks {', '.join(missing)}")
         config = cls(**dict(architecture), **dict(compute))
