@@ -217,17 +217,16 @@ def ran(loop: str, mesh: str) -> Ran:
     return LOOPS[loop](make_mesh(mesh))
 
 
+# Pretraining on every mesh, and every loop on the mixed one; the other pairs take `-m slow`.
+FAST = sorted({("pretrain", name) for name in SHARDS} | {(x, "data2_fsdp2_tensor2") for x in LOOPS})
+
+
 def rows() -> Any:
-    """Pretraining on every mesh and every loop on the mixed one; the others with `-m slow`."""
-    fast = {("pretrain", name) for name in SHARDS} | {(x, "data2_fsdp2_tensor2") for x in LOOPS}
-    return pytest.mark.parametrize(
-        ("loop", "mesh"),
-        [
-            pytest.param(loop, mesh, marks=[pytest.mark.slow] * ((loop, mesh) not in fast))
-            for loop in LOOPS
-            for mesh in SHARDS
-        ],
-    )
+    """Every loop on every mesh."""
+    every = [(loop, mesh) for loop in LOOPS for mesh in SHARDS]
+    slow = [[pytest.mark.slow] * (pair not in FAST) for pair in every]
+    params = [pytest.param(*pair, marks=marks) for pair, marks in zip(every, slow, strict=True)]
+    return pytest.mark.parametrize(("loop", "mesh"), params)
 
 
 @rows()
@@ -265,7 +264,7 @@ def test_parameters_and_moments_are_split_as_the_table_says(loop, mesh):
         assert shards[0] == shards[1]
 
 
-@rows()
+@pytest.mark.parametrize(("loop", "mesh"), FAST)
 def test_a_step_has_the_collectives_it_had(loop, mesh):
     counts = hlo.collective_counts(ran(loop, mesh).text)
     path = GOLDEN / f"{loop}.json"
