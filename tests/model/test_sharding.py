@@ -195,6 +195,7 @@ def test_the_products_own_gradient_talks_no_more_than_jaxs(name, monkeypatch):
                 out_shardings=shardings,
             )
             text = step.lower(params, placed).compile().as_text()
-        kinds = {kind: sum(hlo.results(text, kind)) for kind in hlo.COLLECTIVES}
-        found.append((hlo.collective_counts(text), kinds))
-    assert found[0] == found[1]
+        found.append(text)
+    for kind in hlo.COLLECTIVES:
+        own, jaxs = (hlo.results(text, kind) for text in found)
+        assert len(own) <= len(jaxs) and sum(own) <= sum(jaxs), kind
