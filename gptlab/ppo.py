@@ -109,8 +109,15 @@ def make_ptx_loss(model: LanguageModel) -> step_lib.LossFn:
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
         del rng
-        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
-        loss, weight, _ = losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)
+        stats: Any = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.targets,
+            batch.positions,
+            batch.segment_ids,
+            method=model.score,
+        )
+        loss, weight, _ = losses.cross_entropy_sums(stats, batch.loss_mask, 0.0)
         return loss, (weight, {"ptx_loss": loss})
 
     return loss_fn
@@ -238,6 +245,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     total = total_steps(config)
     updates = config.epochs * config.minibatches
     length = config.data.prompt_len + config.sampling.max_new_tokens  # T
+    mesh_lib.check_length("data.prompt_len + sampling.max_new_tokens", length, mesh)
     controller = kl_lib.make_controller(config.kl)
 
     # (2) Data: prompts of the training and the held-out split, pretraining rows for ptx.
@@ -400,6 +408,7 @@ def read_ptx(config: ConfigDict, updates: int, mesh: Mesh) -> batches.TrainBatch
     mesh_lib.check_batch_size(
         "ptx.batch_size", config.ptx.batch_size, mesh, config.accumulation_steps
     )
+    mesh_lib.check_length("ptx.seq_len", config.ptx.seq_len, mesh)
     source = mixtures.packed(
         config.inputs.tokens, config.ptx.name, "train", config.ptx.seq_len, key="config.ptx.name"
     )

@@ -46,17 +46,17 @@ def make_loss_fn(model: LanguageModel, z_loss: float) -> step_lib.LossFn:
     """The loss of a microbatch: sums and their weight, so that accumulation stays exact."""
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
-        logits: Any = model.apply(
+        stats: Any = model.apply(
             {"params": params},
             batch.tokens,
+            batch.targets,
             batch.positions,
             batch.segment_ids,
             deterministic=model.config.dropout == 0,
             rngs={"dropout": rng},
-        )  # [B, T, V]
-        loss, weight, sums = losses.cross_entropy_sums(
-            logits, batch.targets, batch.loss_mask, z_loss
-        )
+            method=model.score,
+        )  # of [B, T]
+        loss, weight, sums = losses.cross_entropy_sums(stats, batch.loss_mask, z_loss)
         return loss, (weight, sums)
 
     return loss_fn
@@ -108,6 +108,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_declared_model(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
 
     # (3) Data: this process's block of rows of each batch.
     data, held_out_source = make_batches(config, mesh)

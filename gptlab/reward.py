@@ -112,6 +112,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_fits(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
 
     # (3) Data: the comparisons of all rounds, split by prompt long before they came here.
     data = make_batches(config, tokenizer, read_comparisons(config, "train"), mesh)

@@ -56,18 +56,20 @@ def make_loss_fn(model: LanguageModel, loss_on: str) -> step_lib.LossFn:
         raise UserError(f"config.loss_on={loss_on!r} is unknown: use 'assistant' or 'all'")
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
-        logits: Any = model.apply(
+        stats: Any = model.apply(
             {"params": params},
             batch.tokens,
+            batch.targets,
             batch.positions,
             batch.segment_ids,
             deterministic=model.config.dropout == 0,
             rngs={"dropout": rng},
-        )  # [B, T, V]
+            method=model.score,
+        )  # of [B, T]
         mask = batch.loss_mask  # [B, T]
         if loss_on == "all":
             mask = (batch.segment_ids > 0).astype(jnp.float32)
-        loss, weight, sums = losses.cross_entropy_sums(logits, batch.targets, mask, 0.0)
+        loss, weight, sums = losses.cross_entropy_sums(stats, mask, 0.0)
         return loss, (weight, sums)
 
     return loss_fn
@@ -125,6 +127,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_fits(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
 
     # (3) Data: this process's block of rows of each batch. config.data.name is a task or a mixture;
     # an overlong dialogue is left out or split, as config.data.overlong says. Replies of more than

@@ -381,6 +381,34 @@ def test_eight_devices_compute_what_one_does(loop, eight_devices, one_device):
     assert_close(loop, eight_devices.workdir, one_device, rtol=1e-3)
 
 
+OTHER_MESHES = {
+    "data8": common.mesh(data=8),
+    "fsdp8": common.mesh(),
+    "context2": common.mesh(data=4, context=2),
+    "replica2_tensor2": common.mesh(replica=2, data=2, tensor=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_MESHES)
+def test_every_other_mesh_computes_what_one_device_does(loop, config, one_device, tiny, name):
+    config = config.copy_and_resolve_references()
+    config.mesh = OTHER_MESHES[name]
+    workdir = tiny.root / f"{loop.stage}-{name}"
+    run_here(loop, config, workdir)
+    assert_close(loop, workdir, one_device, rtol=1e-3)
+
+
+@one_loop("sft")
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(loop, config, one_device, tiny):
+    workdir = tiny.root / f"{loop.stage}-two-meshes"
+    stop_at(loop, config, workdir, 6)  # fsdp 8
+    config = config.copy_and_resolve_references()
+    config.mesh = common.mesh(data=2, fsdp=2, tensor=2)
+    run_here(loop, config, workdir)
+    assert_close(loop, workdir, one_device, rtol=1e-3)
+
+
 def kill_seeds():
     """One seed in every test run; with `-m slow`, those of KILL_SEEDS."""
     slow = os.environ.get("GPTLAB_KILL_SEEDS", "1,2,3,4").split(",")
@@ -523,7 +551,7 @@ def test_a_finished_run_is_not_run_again(loop, eight_devices, capsys):
     assert (eight_devices.workdir / "metrics.jsonl").read_bytes() == before
 
 
-def two_processes(loop, config, workdir):
+def processes(loop, config, workdir, count):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -533,25 +561,26 @@ def two_processes(loop, config, workdir):
             line,
             env=environment(
                 GPTLAB_COORDINATOR=f"127.0.0.1:{port}",
-                GPTLAB_NUM_PROCESSES="2",
+                GPTLAB_NUM_PROCESSES=str(count),
                 GPTLAB_PROCESS_ID=str(number),
             ),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for number in range(2)
+        for number in range(count)
     ]  # fmt: skip
     try:
         outputs = [process.communicate(timeout=240)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [p.returncode for p in started] == [0, 0], "\n".join(outputs)
+    assert [p.returncode for p in started] == [0] * count, "\n".join(outputs)
 
 
 @one_loop("pretrain")
-def test_two_processes_compute_what_one_does(loop, config, one_device, tiny):
-    workdir = tiny.root / f"{loop.stage}-two-processes"
-    two_processes(loop, config, workdir)
-    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == 2
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_compute_what_one_does(loop, config, one_device, tiny, count):
+    workdir = tiny.root / f"{loop.stage}-{count}-processes"
+    processes(loop, config, workdir, count)
+    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == count
     assert_close(loop, workdir, one_device, rtol=1e-3)
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS

@@ -1,10 +1,13 @@
 """Attention and rotary position embeddings, as pure functions.
 
 Training and decoding call the same `attention`: only the mask and the length of the keys differ.
+Where training does without a mask of the whole square, `self_attention` chooses by the config.
 """
 
 import jax
 import jax.numpy as jnp
+
+from gptlab.model import context, kernels
 
 # Finite, so that a query with nothing to attend to (padding) gives numbers, not NaN.
 _MASKED = -1e30
@@ -58,6 +61,46 @@ def causal_mask(segment_ids: jax.Array | None, length: int) -> jax.Array:
         return causal
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return causal & same & (segment_ids > 0)[:, None, :]
+
+
+def visibility(segment_ids: jax.Array | None, x: jax.Array, implementation: str) -> jax.Array:
+    """What `self_attention` has to know of packed rows.
+
+    Args:
+        segment_ids: int [B, T], 0 on padding; None when rows hold one unpadded sequence each.
+        x: [B, T, D], what the first layer reads.
+        implementation: 'xla', 'splash' or 'cudnn'.
+
+    Returns:
+        A mask bool [B or 1, T, T], query by key; or, where nothing as large may exist, which is in
+        the kernels and when the sequence is split over `context`, the segment ids int32 [B, T].
+    """
+    if implementation == "xla" and not context.splits(x):
+        return causal_mask(segment_ids, x.shape[1])
+    return jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+
+
+def self_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, implementation: str
+) -> jax.Array:
+    """`attention` of rows to themselves, by the implementation that the config names.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, Hkv, T, K].
+        v: [B, Hkv, T, K].
+        visible: from `visibility`.
+        implementation: 'xla', which splits the sequence where the mesh has a `context` axis;
+            'splash' (TPU) or 'cudnn' (GPU). All agree but for the output on padding.
+
+    Returns:
+        [B, T, H, K] in q's dtype.
+    """
+    if visible.ndim == 3:
+        return attention(q, k, v, visible)
+    if implementation == "xla":
+        return context.attention(q, k, v, visible)
+    return kernels.attention(q, k, v, visible, implementation)
 
 
 def cache_mask(positions: jax.Array, slots: int) -> jax.Array:

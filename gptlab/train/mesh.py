@@ -6,11 +6,12 @@ three data axes; the parameters' layout is model/sharding.py's business.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptlab.model.sharding import MESH_AXES as AXES
@@ -27,7 +28,8 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
       config: size of each of the five axes; one of them may be -1, to be inferred.
 
     Raises:
-      UserError: an axis is no positive number, or the sizes do not multiply to the device count.
+      UserError: an axis is no positive number, the sizes do not multiply to the device count, or
+        `replica` does not match the slices of a multi-slice job.
     """
     sizes = [int(config[axis]) for axis in AXES]
     devices = jax.device_count()
@@ -42,7 +44,28 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
             f"config.mesh ({shape}) asks for {known} devices or a multiple of them, but "
             f"there are {devices}: set one axis to -1 or change a size"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
+    types = (AxisType.Auto,) * len(AXES)
+    if len(slices) == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types)
+    return Mesh(_over_slices(sizes, len(slices), jax.devices()), AXES, axis_types=types)
+
+
+def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices: `replica` alone crosses the slow network between them.
+
+    Raises:
+      UserError: `replica` is no multiple of the slices.
+    """
+    replicas = sizes[AXES.index("replica")]
+    if replicas % slices:
+        raise UserError(
+            f"config.mesh.replica={replicas}, but the devices are {slices} slices, which a slow "
+            f"network joins: set config.mesh.replica={slices} or a multiple of it"
+        )
+    inner = [replicas // slices, *sizes[1:]]
+    outer = [slices] + [1] * len(sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
 
 
 def data_size(mesh: Mesh) -> int:
@@ -58,6 +81,16 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation_steps:
             f"config.{name}={batch_size} does not divide into {accumulation_steps} "
             f"microbatches over {data_size(mesh)} data-parallel parts of the mesh: "
             f"use a multiple of {parts}"
+        )
+
+
+def check_length(name: str, length: int, mesh: Mesh) -> None:
+    """Raises UserError unless sequences divide over the `context` axis, in two chunks a device."""
+    ways = mesh.shape["context"]
+    if ways > 1 and length % (2 * ways):
+        raise UserError(
+            f"config.{name} makes sequences of {length} tokens, which config.mesh.context={ways} "
+            f"does not split into two equal chunks a device: use a multiple of {2 * ways}"
         )
 
 

@@ -195,7 +195,11 @@ def test_rope_angles_looked_up_are_those_computed():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"unroll": 2}, *({"remat": name} for name in ("full", "dots", "minimal", "offload"))],
+    ids=str,
+)
 def test_compute_options_keep_loss_and_gradients(change):
     model, params = build()
     x = tokens_of((2, 8))
@@ -254,6 +258,7 @@ def test_bfloat16_keeps_parameters_and_logits_float32():
         ({"d_ff": 0}, {}, "d_ff=0"),
         ({}, {"attention": "flash"}, "attention='flash'"),
         ({}, {"remat": "some"}, "remat='some'"),
+        ({}, {"loss_chunk": -1}, "loss_chunk=-1"),
         ({}, {"dropout": 1.0}, "dropout=1.0"),
     ],
 )
