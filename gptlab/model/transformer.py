@@ -38,7 +38,7 @@ INIT_STD = 0.02  # GPT-2: embeddings and linears; residual projections are divid
 POSITION_STD = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that defines the network; hashable, so it can be static under jit."""
 
@@ -60,6 +60,8 @@ class ModelConfig:
     qkv_bias: bool
     tie_embeddings: bool
     qk_norm: str  # none | before_rope (Qwen3) | after_rope (nanochat)
+    # Of a stretched window (Llama 3.1 and later). Configs from before this key was there lack it.
+    rope_scaling: attn.RopeScaling | None = None
     # Compute: how it is evaluated.
     dtype: str
     remat: str  # none | full (keep nothing) | dots (keep the products of weights)
@@ -75,6 +77,7 @@ class ModelConfig:
             UserError: a key is unknown or missing, or a value is not one of the choices.
         """
         fields = [f.name for f in dataclasses.fields(cls)]
+        optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
         names = {
             "model": fields[: fields.index("dtype")],
             "compute": fields[fields.index("dtype") :],
@@ -85,10 +88,13 @@ class ModelConfig:
                     near = difflib.get_close_matches(key, names[part], 1)
                     hint = f"; did you mean {near[0]!r}?" if near else f": one of {names[part]}"
                     raise UserError(f"unknown key config.{part}.{key}{hint}")
-            missing = [name for name in names[part] if name not in given]
+            missing = [n for n in names[part] if n not in given and n not in optional]
             if missing:
                 raise UserError(f"config.{part} lacks {', '.join(missing)}")
-        config = cls(**dict(architecture), **dict(compute))
+        architecture = dict(architecture)
+        if (scaling := architecture.get("rope_scaling")) is not None:
+            architecture["rope_scaling"] = _rope_scaling(scaling)
+        config = cls(**architecture, **dict(compute))
         config.check()
         return config
 
@@ -109,6 +115,8 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} must be even with position='rope'")
+        if self.rope_scaling is not None and self.position != "rope":
+            raise UserError(f"rope_scaling needs position='rope', not {self.position!r}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
 
@@ -144,6 +152,20 @@ class ModelConfig:
         positions = self.max_len * self.d_model if self.position == "learned" else 0
         params = self.num_params() - positions
         return 6 * params + 12 * self.num_layers * self.d_attn * seq_len
+
+
+def _rope_scaling(given: Mapping[str, Any]) -> attn.RopeScaling:
+    names = {f.name for f in dataclasses.fields(attn.RopeScaling)}
+    if set(given) != names:
+        raise UserError(
+            f"config.model.rope_scaling has the keys {sorted(given)}; it needs {sorted(names)}"
+        )
+    scaling = attn.RopeScaling(**given)
+    if not scaling.factor > 0 or not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise UserError(
+            f"{scaling}: factor must be positive, low_freq_factor in (0, high_freq_factor)"
+        )
+    return scaling
 
 
 class Dense(nn.Module):
@@ -328,7 +350,7 @@ class Backbone(nn.Module):
         if c.position == "learned":
             x = x + jnp.take(self.positions.astype(c.dtype), positions, axis=0)
         else:
-            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta)
+            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta, c.rope_scaling)
         return constrain(x, "batch", "length", "act_embed"), rope
 
     def logits(self, hidden: jax.Array) -> jax.Array:
