@@ -6,6 +6,7 @@ the next one is read: beside the shards, a host holds about two tensors at a tim
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -158,21 +159,32 @@ def load(
             done = _place(tensors[weight.name], weight, x.shape, sharding)
             each()
             return done
-        stack = jax.jit(lambda: jnp.zeros(x.shape, jnp.float32), out_shardings=sharding)()
-        put = jax.jit(
-            lambda stack, new, layer: jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0),
-            donate_argnums=0,
-            out_shardings=sharding,
-        )
+        stack = _zeros(sharding)(x.shape)
         of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         for layer in range(x.shape[0]):
             tensor = tensors[weight.name.format(layer=layer)]
-            stack = put(stack, _place(tensor, weight, x.shape[1:], of_layer), layer)
+            placed = _place(tensor, weight, x.shape[1:], of_layer)
+            stack = _put(sharding)(stack, placed, layer)
+            del placed
             stack.block_until_ready()  # or the tensors of many layers would wait in memory
             each()
         return stack
 
     return jax.tree_util.tree_map_with_path(one, abstract, shardings)
+
+
+@functools.cache
+def _zeros(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """Compiled once for each shape of one layout."""
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    return jax.jit(zeros, static_argnums=0, out_shardings=sharding)
+
+
+@functools.cache
+def _put(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """Writes a layer into its slot, in the memory of what is given."""
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def _place(
