@@ -231,7 +231,12 @@ def _config_json(
             )
         if isinstance(value, list):
             raise UserError(f"{source}: {family}.{name} differs from layer to layer")
-    config = {names[name]: value for name, value in given.items() if name in names}
+    config = {
+        # Floats are float32 in the file: 1e-5 is what was meant by 9.999999747378752e-06.
+        names[name]: float(str(np.float32(value))) if isinstance(value, float) else value
+        for name, value in given.items()
+        if name in names
+    }
     table = tensors.get("token_embd.weight")
     config.setdefault("vocab_size", table.shape[0] if table is not None else 0)
     config["tie_word_embeddings"] = "output.weight" not in tensors
