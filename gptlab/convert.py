@@ -104,6 +104,8 @@ def run_import(config: ConfigDict, workdir: str) -> None:
         # (4) The tokenizer, and results.
         tokenizer = source.tokenizer()
         write_files(Path(run.workdir) / TOKENIZER, tokenizer)
+        if "tokenizer.json" not in tokenizer and processes.is_first():
+            print(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
         results: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
         if source.is_reward:  # which says that this is a reward model, too
             results["normalisation"] = {"kind": "none", "gain": 1.0, "bias": 0.0}
@@ -186,7 +188,7 @@ def load(config: ConfigDict, model_config: ModelConfig, is_reward: bool, mesh: A
         init_fn = functools.partial(init_params, LanguageModel(model_config))
         return checkpoint.load_params(config.inputs.model, mesh, init_fn)
     _, params, gain, bias = rewards.load_reward_model(config.inputs.model, mesh, _COMPUTE)
-    return jax.jit(rewards.fold_normalisation)(params, gain, bias)
+    return jax.jit(rewards.fold_normalisation, donate_argnums=0)(params, gain, bias)
 
 
 def counted(values: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
@@ -205,7 +207,7 @@ def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, An
         return {}, {}
     folder = Path(workdir) / TOKENIZER
     if not folder.is_dir():
-        own = Tokenizer.load(workdir)
+        own: Any = Tokenizer.load(workdir)  # of train_tokenizer
         return {}, dict(zip(_IDS, (own.bos_id, [own.eos_id, own.end_id], own.pad_id), strict=True))
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     ids = json.loads(found.get("generation_config.json", b"{}"))

@@ -277,9 +277,9 @@ def _stretching(factors: np.ndarray, theta: float, source: str) -> dict[str, Any
 def _tokenizer(fields: Mapping[str, Any]) -> Mapping[str, bytes]:
     if "tokenizer.ggml.tokens" not in fields:
         return {}
-    from gptlab.data import hf_tokenizer  # type: ignore[attr-defined]
+    from gptlab.data import gguf_tokenizer  # type: ignore[attr-defined]
 
-    return hf_tokenizer.gguf_tokenizer_files(fields)
+    return gguf_tokenizer.gguf_tokenizer_files(fields)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
