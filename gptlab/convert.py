@@ -74,6 +74,7 @@ def run_import(config: ConfigDict, workdir: str) -> None:
     mesh = mesh_lib.make_mesh(config.mesh)
     abstract, shardings = state_lib.param_shardings(functools.partial(init_params, model), mesh)
     weights.check(abstract, source.weights, source.tensors, config.source)
+    tokenizer = source.tokenizer()
 
     # (2) The run. Its config holds the model, like pretraining's; what was read counts by content.
     recorded = config.copy_and_resolve_references()
@@ -102,7 +103,6 @@ def run_import(config: ConfigDict, workdir: str) -> None:
             digest = state_lib.digest(params)
 
         # (4) The tokenizer, and results.
-        tokenizer = source.tokenizer()
         write_files(Path(run.workdir) / TOKENIZER, tokenizer)
         if "tokenizer.json" not in tokenizer and processes.is_first():
             print(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
