@@ -1,5 +1,6 @@
 """Imported Hugging Face models against transformers' own outputs: tests/hf_fixtures/make.py."""
 
+import dataclasses
 import functools
 import math
 import shutil
@@ -134,6 +135,17 @@ def test_the_fixture_tells_options_apart(name, change):
     assert off.max() > 5 * TOLERANCE
     if name == "llama3":  # positions do matter: all but the first two
         assert off[2:].min() > 5 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "change", [{"unroll": 2}, {"remat": "full"}, {"remat": "dots", "unroll": 2}], ids=str
+)
+def test_scan_unroll_and_remat_change_nothing(name, change):
+    model = LanguageModel(dataclasses.replace(imported(name)[0].config, **change))
+    arrays = expected(name)
+    right = padded_logits(name, model)["right"][:, : arrays["logits"].shape[1]]
+    np.testing.assert_allclose(right, arrays["logits"], atol=TOLERANCE)
 
 
 def test_fixtures_are_what_their_names_say():
