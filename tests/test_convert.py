@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from ml_collections import ConfigDict
 
 from configs import common
 from configs import convert as convert_config
-from configs import sft as sft_config
-from gptlab import convert, sft
+from gptlab import convert
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rewards
@@ -153,8 +153,8 @@ def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     assert sorted(p.name for p in bare.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_an_own_model_goes_out_and_comes_back_and_is_trained(
-    tmp_path, tiny_model, tiny_vocabulary, tiny_tokenizer, tiny_corpus
+def test_an_own_model_goes_out_and_comes_back(
+    tmp_path, tiny_model, tiny_vocabulary, tiny_tokenizer
 ):
     policy = artifacts.write_policy(tmp_path / "policy", tiny_model)
     folder = run_export(policy, tmp_path / "exported", tiny_vocabulary)
@@ -162,21 +162,16 @@ def test_an_own_model_goes_out_and_comes_back_and_is_trained(
     assert ids["eos_token_id"] == [tiny_tokenizer.eos_id, tiny_tokenizer.end_id]
     imported = run_import(folder, tmp_path / "imported")
     assert_same(load(imported)[1], load(policy)[1])
-    config = sft_config.get_config()
-    config.inputs.update(
-        init=str(imported), tokens=str(tiny_corpus), vocabulary=str(tiny_vocabulary)
-    )
-    config.data.seq_len = 64
-    config.compute = common.compute()
-    config.update(batch_size=16, eval_every_steps=2, eval_batches=1, log_every_steps=1)
-    config.update(total_epochs=None, total_steps=2, sample_every_steps=0)
-    config.checkpoint.update(every_steps=2, keep=1)
-    sft.run(config, str(tmp_path / "sft"))
-    assert artifact.lineage(tmp_path / "sft")["inputs"]["init"]["manifest"]["stage"] == "convert"
-    # A later stage finds the model through the lineage, and what it learnt goes out again.
-    assert load(tmp_path / "sft")[0] == load(policy)[0]
-    with pytest.raises(AssertionError):
-        assert_same(load(tmp_path / "sft")[1], load(policy)[1])
+    # What is trained from it finds the model, and goes out again.
+    inputs = {"init": str(imported)}
+    later = ConfigDict({"inputs": inputs, "checkpoint": common.checkpoint(1, best_metric=None)})
+    with artifact.open_run(later, tmp_path / "sft", "sft") as run:
+        trained = jax.tree.map(lambda x: x + 1, load(imported)[1])
+        with checkpoint.Checkpoints(run.workdir, later.checkpoint) as checkpoints:
+            checkpoints.save(5, {"params": trained}, {})
+        run.complete()
+    again = run_export(tmp_path / "sft", tmp_path / "trained")
+    assert_same(load(run_import(again, tmp_path / "back"))[1], trained)
 
 
 def test_a_reward_model_becomes_a_classifier_and_a_reward_model_again(
