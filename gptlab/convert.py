@@ -88,7 +88,7 @@ def run_import(config: ConfigDict, workdir: str) -> None:
             return
 
         # (3) Tensor by tensor onto the mesh, then into a checkpoint.
-        total = len(weights.tensor_shapes(abstract, source.weights))
+        total = sum(1 for _ in weights.slots(abstract, source.weights))
         with jax.set_mesh(mesh), run.progress(total, "import", unit="tensor") as progress:
 
             def each() -> None:
