@@ -132,14 +132,16 @@ def test_llama_3_is_known_by_its_factors(tmp_path):
     scaling = RopeScaling(
         factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192
     )
-    plain, stretched = (np.asarray(rope_frequencies(8, 1e4, s)) for s in (None, scaling))
+    plain, stretched = (np.asarray(rope_frequencies(8, 5e5, s)) for s in (None, scaling))
     factors = {"rope_freqs.weight": plain / stretched}
     assert 1 < (plain / stretched).max() == 32.0
-    write(tmp_path / "x.gguf", "llama2", tensors=factors)
+    base = {"rope.freq_base": 5e5}
+    write(tmp_path / "x.gguf", "llama2", extra=base, tensors=factors)
     source = gguf_lib.open_file(tmp_path / "x.gguf", None)
     assert ModelConfig.build(source.architecture, COMPUTE).rope_scaling == scaling
     load(source)  # the factors are no parameter
-    write(tmp_path / "y.gguf", "llama2", tensors={"rope_freqs.weight": plain / stretched + 0.5})
+    factors["rope_freqs.weight"] += np.float32(0.5)
+    write(tmp_path / "y.gguf", "llama2", extra=base, tensors=factors)
     with pytest.raises(UserError, match="otherwise than Llama 3"):
         gguf_lib.open_file(tmp_path / "y.gguf", None)
 
