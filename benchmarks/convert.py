@@ -2,10 +2,11 @@
 
     python -m benchmarks.convert --sizes=64,128,256
 
-Writes a random Llama in safetensors (bfloat16, in files of 100 MB) whose float32 parameters take
-about that many MiB, imports it by the program itself, in a process of its own, and prints the
-largest resident memory less what the process needed for a model of 1 MiB (JAX, Orbax, compiled
-programs: the constant). `above_shards_in_tensors` is the rest above the shards, in largest tensors.
+Writes a random Llama in safetensors (bfloat16, a file a layer) whose float32 parameters take about
+that many MiB, imports it by the program itself, in a process of its own, and prints the largest
+resident memory when everything is loaded, and when it is saved. The constant is what a model of 2
+MiB took (JAX, compiled programs). `tensors_beside` is what loading took above the constant and the
+shards, in largest tensors; `saving_mib` what Orbax took on top to write the checkpoint.
 """
 
 import argparse
@@ -26,14 +27,26 @@ _IMPORT = """
 import json, resource, sys, time
 from configs import convert as convert_config
 from gptlab import convert
+from gptlab.model import weights
 from gptlab.run import program
 program.keep_freed_memory()
 config = convert_config.get_config()
 config.source = sys.argv[1]
+load, loaded = weights.load, []
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+def measured(*arguments):
+    params = load(*arguments)
+    loaded.append(peak())
+    return params
+
+weights.load = measured
 begin = time.perf_counter()
 convert.run(config, sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-print(json.dumps({"seconds": time.perf_counter() - begin, "peak_mib": peak}))
+found = {"seconds": time.perf_counter() - begin, "loaded_mib": loaded[0], "saved_mib": peak()}
+print(json.dumps(found))
 """
 
 
@@ -103,14 +116,15 @@ def main() -> None:
     parser.add_argument("--sizes", default="64,128,256", help="MiB of float32 parameters")
     args = parser.parse_args()
     begin = time.perf_counter()
-    constant = measure(1)["peak_mib"]
+    constant = measure(1)["loaded_mib"]
     figures: dict[str, object] = {"constant_mib": round(constant)}
     for mib in map(int, args.sizes.split(",")):
         found = measure(mib)
-        above = found["peak_mib"] - constant - found["shards_mib"]
+        above = found["loaded_mib"] - constant - found["shards_mib"]
         figures[f"{mib}_mib"] = {
             **{name: round(value, 1) for name, value in found.items()},
-            "above_shards_in_tensors": round(above / found["largest_tensor_mib"], 2),
+            "tensors_beside": round(above / found["largest_tensor_mib"], 2),
+            "saving_mib": round(found["saved_mib"] - found["loaded_mib"], 1),
         }
     figures["own_peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     figures["total_s"] = round(time.perf_counter() - begin, 1)

@@ -9,7 +9,8 @@
 'import' reads a folder (config.json and safetensors) or a .gguf file. Its workdir is one like
 pretraining's, with a checkpoint of step 0: `inputs.init=runs/smollm2` for sft, reward and ppo, and
 `inputs.vocabulary=runs/smollm2` for all of them, where the source has a tokenizer. Tensors go one
-by one into sharded arrays: beside its shards, a host holds about two tensors.
+by one into sharded arrays: beside its shards, a host holds about two tensors, until Orbax writes
+the checkpoint, which takes buffers of its own (benchmarks/convert.py measures both).
 
 'export' writes WORKDIR/hf, which transformers' from_pretrained loads and which gives the same
 logits: float32, config.json, safetensors, and the tokenizer's files where the vocabulary is Hugging
@@ -163,7 +164,14 @@ def run_export(config: ConfigDict, workdir: str) -> None:
             offset = weights.whole(params["head"].pop("bias"))
             content[hf_config.REWARD_OFFSET] = float(offset[0])
         generation = {"generation_config.json": to_json(ids)} if ids else {}
-        write_files(folder, {hf.CONFIG: to_json(content | ids), **generation, **tokenizer})
+        write_files(
+            folder,
+            {
+                hf.CONFIG: to_json({**content, **dict.fromkeys(_IDS), **ids}),
+                **generation,
+                **tokenizer,
+            },
+        )
         processes.barrier("the folder is there")
         names = hf.weights(is_gpt2=content["model_type"] == "gpt2")
         shapes = weights.tensor_shapes(params, names)
