@@ -277,7 +277,7 @@ def _stretching(factors: np.ndarray, theta: float, source: str) -> dict[str, Any
 def _tokenizer(fields: Mapping[str, Any]) -> Mapping[str, bytes]:
     if "tokenizer.ggml.tokens" not in fields:
         return {}
-    from gptlab.data import gguf_tokenizer  # type: ignore[attr-defined]
+    from gptlab.data import gguf_tokenizer
 
     return gguf_tokenizer.gguf_tokenizer_files(fields)
 
