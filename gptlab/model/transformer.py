@@ -73,6 +73,8 @@ class ModelConfig:
     qkv_bias: bool
     tie_embeddings: bool
     qk_norm: str  # none | before_rope (Qwen3) | after_rope (nanochat)
+    # Of a stretched window (Llama 3.1 and later). Configs from before this key was there lack it.
+    rope_scaling: attn.RopeScaling | None = None
     # Compute: how it is evaluated.
     dtype: str
     # none | full (keep nothing) | dots (the products of weights) | minimal (what attention reads
@@ -105,7 +107,10 @@ class ModelConfig:
             missing = [n for n in names[part] if n not in given and n not in optional]
             if missing:
                 raise UserError(f"config.{part} lacks {', '.join(missing)}")
-        config = cls(**dict(architecture), **dict(compute))
+        architecture = dict(architecture)
+        if (scaling := architecture.get("rope_scaling")) is not None:
+            architecture["rope_scaling"] = _rope_scaling(scaling)
+        config = cls(**architecture, **dict(compute))
         config.check()
         return config
 
@@ -128,6 +133,8 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} must be even with position='rope'")
         if self.loss_chunk < 0:
             raise UserError(f"loss_chunk={self.loss_chunk} must not be negative (0: all at once)")
+        if self.rope_scaling is not None and self.position != "rope":
+            raise UserError(f"rope_scaling needs position='rope', not {self.position!r}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
 
@@ -163,6 +170,20 @@ class ModelConfig:
         positions = self.max_len * self.d_model if self.position == "learned" else 0
         params = self.num_params() - positions
         return 6 * params + 12 * self.num_layers * self.d_attn * seq_len
+
+
+def _rope_scaling(given: Mapping[str, Any]) -> attn.RopeScaling:
+    names = {f.name for f in dataclasses.fields(attn.RopeScaling)}
+    if set(given) != names:
+        raise UserError(
+            f"config.model.rope_scaling has the keys {sorted(given)}; it needs {sorted(names)}"
+        )
+    scaling = attn.RopeScaling(**given)
+    if not scaling.factor > 0 or not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise UserError(
+            f"{scaling}: factor must be positive, low_freq_factor in (0, high_freq_factor)"
+        )
+    return scaling
 
 
 class Dense(nn.Module):
@@ -363,7 +384,7 @@ class Backbone(nn.Module):
         if c.position == "learned":
             x = x + jnp.take(self.positions.astype(c.dtype), positions, axis=0)
         else:
-            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta)
+            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta, c.rope_scaling)
         return constrain(x, "batch", "length", "act_embed"), rope
 
     def logits(self, hidden: jax.Array) -> jax.Array:
