@@ -6,7 +6,7 @@ three data axes; the parameters' layout is model/sharding.py's business.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +20,18 @@ from gptlab.run.errors import UserError
 DATA_AXES = tuple(RULES["batch"] or ())
 
 
-def make_mesh(config: Mapping[str, int]) -> Mesh:
+def make_mesh(config: Mapping[str, int], chosen: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices of all processes.
 
     Args:
       config: size of each of the five axes; one of them may be -1, to be inferred.
+      chosen: other devices than all of this run: those of a TPU that is only planned, say.
 
     Raises:
       UserError: an axis is no positive number, or the sizes do not multiply to the device count.
     """
     sizes = [int(config[axis]) for axis in AXES]
-    devices = jax.device_count()
+    devices = jax.device_count() if chosen is None else len(chosen)
     shape = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"config.mesh ({shape}): sizes are positive, and at most one may be -1")
@@ -42,7 +43,8 @@ def make_mesh(config: Mapping[str, int]) -> Mesh:
             f"config.mesh ({shape}) asks for {known} devices or a multiple of them, but "
             f"there are {devices}: set one axis to -1 or change a size"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=chosen)
 
 
 def data_size(mesh: Mesh) -> int:
@@ -94,6 +96,14 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     if len(shape) == 2 and shape[1] % mesh.shape["context"]:  # [B, N] candidates, say
         return NamedSharding(mesh, PartitionSpec(DATA_AXES))
     return NamedSharding(mesh, batch_spec(len(shape)))
+
+
+def abstract_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global shapes and dtypes, with the shardings that `put_batch` gives such arrays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape)),
+        batch,
+    )
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
