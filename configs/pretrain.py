@@ -43,4 +43,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def hardware(arg: str | None = None) -> dict:
     """What it is planned for."""
-    return {"topology": "v5e:4x8" if arg in (None, "gpt2_124m") else "v5p:4x4x2"}
+    return {"topology": "v5e:4x8" if arg in (None, "gpt2_124m") else "v5p:2x4x4"}

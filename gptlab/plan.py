@@ -89,6 +89,8 @@ def run(
         model or batch can't be divided over.
     """
     jax.config.update("jax_platforms", "cpu")  # whatever else this machine has is left alone
+    if devices:
+        chips.divide(devices)
     named = hardware(program.config_path())
     target = make_target(topology, devices, named)
     job = make_job(config, model, named)
@@ -226,12 +228,15 @@ def supervised(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         rows, predicted = rows * data.max_candidates, 0
     abstract, shardings, tx, schedule = trained(job, model, config.optimizer, mesh)
     step = stage.jit_step(model, tx, schedule, config, shardings, mesh)
+    counted = flops.train(job.model, rows, data.seq_len, predicted)
+    if config.optimizer.name == "muon":
+        counted += flops.muon(job.model)
     phase, _ = compiled.measure(
         "step",
         step,
         (abstract, mesh_lib.abstract_batch(batch, mesh), key_on(mesh)),
         chip=chip,
-        counted_flops=flops.train(job.model, rows, data.seq_len, predicted),
+        counted_flops=counted,
         beside_bytes=0,
     )
     memory = {

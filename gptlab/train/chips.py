@@ -88,22 +88,24 @@ def local(devices: str) -> Sequence[Any]:
     """The devices of --devices=cpu:N: virtual ones of this machine.
 
     Raises:
-      UserError: it is no such name, or JAX runs already on another number of them.
+      UserError: it is no such name, or JAX runs on fewer of them.
     """
+    count, found = _count(devices), jax.devices("cpu")
+    if len(found) < count:
+        raise UserError(f"--devices={devices}: JAX runs on {len(found)} already; unset XLA_FLAGS")
+    return found[:count]
+
+
+def divide(devices: str) -> None:
+    """Makes this machine as many virtual devices as asked for, before JAX starts."""
+    jax.config.update("jax_num_cpu_devices", _count(devices))
+
+
+def _count(devices: str) -> int:
     match = re.fullmatch(r"cpu:([1-9]\d*)", devices)
     if match is None:
         raise UserError(f"--devices={devices!r} is not cpu:N, like cpu:8")
-    count = int(match.group(1))
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # JAX runs already, in a test say: enough devices will do
-    if len(jax.devices("cpu")) < count:
-        raise UserError(
-            f"--devices={devices}: JAX runs on {len(jax.devices('cpu'))} devices already; unset "
-            "XLA_FLAGS"
-        )
-    return jax.devices("cpu")[:count]
+    return int(match.group(1))
 
 
 def libtpu_version() -> str | None:

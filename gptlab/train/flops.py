@@ -72,3 +72,18 @@ def causal_train(config: ModelConfig, rows: int, length: int, predicted: int) ->
     """FLOPs that training needs, for MFU: no recomputation, and half of the attention's square."""
     saved = config.num_layers * attention(config, rows, length, length) // 2
     return 3 * (forward(config, rows, length, predicted) - saved)
+
+
+def muon(config: ModelConfig) -> int:
+    """FLOPs of Muon's five Newton-Schulz iterations on every matrix of every layer.
+
+    An iteration on m x n (m <= n) is X X^T, the square of that, and their product with X.
+    """
+    d, a, kv, f = config.d_model, config.d_attn, config.d_kv, config.d_ff
+    shapes = [(d, a), (d, kv), (d, kv), (a, d), (d, f), (f, d)]
+    shapes += [(d, f)] if config.activation == "swiglu" else []
+    total = 0
+    for shape in shapes:
+        m, n = sorted(shape)
+        total += 5 * 2 * (2 * m * m * n + m**3)
+    return config.num_layers * total

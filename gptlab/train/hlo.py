@@ -76,8 +76,8 @@ class Op:
 
     instruction: Instruction
     times: int
-    flops: int  # of matrix products in one run
-    kernel: bool  # a custom call, of whose inside nothing is known
+    flops: int  # of matrix products in one run; of a kernel, what it says of itself
+    kernel: bool  # written by hand, of whose inside nothing can be seen
     bytes: int  # read from and written to HBM in one run
     cycles: int  # the compiler's estimate for one run; 0 where it gives none
 
@@ -113,7 +113,7 @@ class Program:
     @functools.cached_property
     def flops(self) -> int:
         """FLOPs of all matrix products of one device, kernels excepted: 2 a multiply-add."""
-        return sum(op.flops * op.times for op in self.ops)
+        return sum(op.flops * op.times for op in self.ops if not op.kernel)
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -174,6 +174,9 @@ class Program:
             )
             cycles = re.search(r'"?estimated_cycles"?\s*:\s*"?(\d+)', instruction.attributes)
             kernel = opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
+            if kernel:
+                told = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+                flops = int(told.group(1)) if told else 0
             yield Op(
                 instruction,
                 times,

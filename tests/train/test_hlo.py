@@ -50,28 +50,37 @@ def test_gradients_have_two_products_more():
     assert step.flops == 3 * 2 * 8 * 16 * 4
 
 
-# ruff: noqa: E501 (HLO as libtpu prints it)
+# ruff: noqa: E501 (HLO as libtpu 0.0.42.1 prints it, shortened)
 TPU_PRODUCTS = """
 HloModule products
-%fused (p0: bf16[4,128,256], p1: bf16[4,256,512]) -> bf16[4,128,512] {
-  %p0 = bf16[4,128,256]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %p1 = bf16[4,256,512]{2,1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %c = bf16[4,128,512]{2,1,0:T(8,128)(2,1)} convolution(%p0, %p1), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+%fused (p0: bf16[32,2,128,8,1], p1: bf16[32,128,2,2,8]) -> f32[32,2,128,128,2] {
+  %p0 = bf16[32,2,128,8,1]{2,3,4,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[32,128,2,2,8]{1,4,3,2,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = f32[32,2,128,128,2]{3,2,4,1,0:T(8,128)} convolution(%p0, %p1), window={size=32x2x2 stride=31x1x1 pad=0_0x0_0x1_1 lhs_dilate=32x2x1 rhs_reversal=0x0x1}, dim_labels=01bf2_0o12i->01bf2
 }
-ENTRY %main (a: bf16[4,128,256], b: bf16[4,256,512]) -> bf16[4,128,512] {
-  %a = bf16[4,128,256]{2,1,0:T(8,128)(2,1)} parameter(0)
-  %b = bf16[4,256,512]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
-  ROOT %f = bf16[4,128,512]{2,1,0:T(8,128)(2,1)} fusion(%a, %b), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"1234"}
+ENTRY %main (a: bf16[32,2,128,8,1], b: bf16[32,128,2,2,8]) -> f32[32,2,128,128,2] {
+  %a = bf16[32,2,128,8,1]{2,3,4,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[32,128,2,2,8]{1,4,3,2,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %f = f32[32,2,128,128,2]{3,2,4,1,0:T(8,128)} fusion(%a, %b), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"1234","iteration_bounds":["1"]}}
 }
 """
+SCORES = 2 * 32 * 4 * 128 * 128 * 8  # 32 rows, 2 key heads x 2 queries each, 128 x 128, heads of 8
 
 
-def test_tpu_products_are_convolutions_of_which_the_diagonal_is_real():
+def test_tpu_products_are_convolutions_of_which_a_part_is_real():
     program = Program(TPU_PRODUCTS)
-    assert program.flops == 4 * 2 * 128 * 256 * 512
+    assert program.flops == SCORES
     (op,) = program.ops
     assert op.cycles == 1234
-    assert op.bytes == 2 * (4 * 128 * 256 + 4 * 128 * 512)  # %b is in the chip's own memory
+    # %b is in the chip's own memory.
+    assert op.bytes == 2 * (32 * 2 * 128 * 8) + 4 * (32 * 2 * 128 * 128 * 2)
+
+
+def test_a_kernel_counts_what_it_says_of_itself():
+    kernel = '%k = f32[2]{0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"77","bytes_accessed":"5"}}}'
+    program = Program(TPU_PRODUCTS.replace("ROOT %f", f"{kernel}\n  ROOT %f"))
+    assert program.flops == SCORES
+    assert [(op.flops, op.kernel) for op in program.ops] == [(77, True), (SCORES, False)]
 
 
 def test_convolutions_count_as_jax_multiplies_them():
@@ -137,7 +146,7 @@ def test_metadata_may_hold_line_breaks():
     text = TPU_PRODUCTS.replace(
         "ROOT %f", '%k = f32[2]{0} custom-call(%a), metadata={op_name="two\nlines (("}\n  ROOT %f'
     )
-    assert Program(text).flops == 4 * 2 * 128 * 256 * 512
+    assert Program(text).flops == SCORES
 
 
 def test_a_slice_of_an_operand_is_all_that_is_read():
