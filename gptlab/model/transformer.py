@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from gptlab.model import attention as attn
 from gptlab.model.product import product
@@ -32,7 +33,8 @@ _CHOICES = {
 }
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name: policies that look for products don't see into those with a gradient of their own.
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),
 }
 INIT_STD = 0.02  # GPT-2: embeddings and linears; residual projections are divided by sqrt(2L)
 POSITION_STD = 0.01
@@ -165,6 +167,7 @@ class Dense(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = product(x.astype(self.dtype), kernel.astype(self.dtype), self.dtype)
+        y = checkpoint_name(y, "product")
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32)
