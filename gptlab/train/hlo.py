@@ -245,16 +245,35 @@ class Program:
         return value if isinstance(value, int) else 0
 
     def _step(self, body: str, index: int) -> int:
-        """What one trip adds to the counter; 1 where that can't be seen."""
-        for owner, instruction in self._all(body):
-            if instruction.opcode != "add" or instruction.arrays[0].shape:
-                continue
-            sides = [self._resolve(owner, name, body) for name in instruction.operands]
-            if str(index) in sides:
-                steps = [abs(side) for side in sides if isinstance(side, int) and side]
-                if steps:
-                    return steps[0]
-        return 1
+        """What one trip adds to the counter, as the body's result says; 1 where it can't be seen.
+
+        Loops over pieces of a product add to the counter for other ends too.
+        """
+        root = next(x for x in self.computations[body].values() if x.root)
+        if root.opcode != "tuple":
+            return 1
+        return self._advance(body, root.operands[index], body, index) or 1
+
+    def _advance(self, scope: str, name: str, body: str, index: int) -> int | None:
+        """By how much `name` is ahead of the counter; None where that can't be seen."""
+        if self._resolve(scope, name, body) == str(index):
+            return 0
+        seen = self.computations[scope].get(name)
+        if seen is None:
+            return None
+        if seen.opcode in ("copy", "convert", "bitcast", "reshape"):
+            return self._advance(scope, seen.operands[0], body, index)
+        if seen.opcode == "fusion":
+            (inside,) = seen.called("calls")
+            root = next(x for x in self.computations[inside].values() if x.root)
+            return self._advance(inside, root.name, body, index)
+        if seen.opcode == "add":
+            for one, other in (seen.operands, seen.operands[::-1]):
+                behind = self._advance(scope, one, body, index)
+                step = self._resolve(scope, other, body)
+                if behind is not None and isinstance(step, int):
+                    return behind + step
+        return None
 
     def _arrays(self, scope: str, name: str) -> tuple[Array, ...]:
         instruction = self.computations[scope].get(name)

@@ -1,5 +1,7 @@
 """Products, loops and collectives read from HLO, of programs whose work is known by arithmetic."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -40,6 +42,25 @@ def test_a_loop_that_may_end_early_counts_in_full():
         return jax.lax.while_loop(unfinished, lambda c: (c[0] + 2, c[1] @ w), (jnp.int32(1), x))[1]
 
     assert program_of(search, (8, 16), (16, 16)).flops == 4 * 2 * 8 * 16 * 16  # 1, 3, 5, 7
+
+
+def test_a_loop_advances_by_what_its_result_says():
+    """The counter plus one, which comes first, is used and is not the next counter."""
+
+    def pairs(x, w):
+        def body(carry):
+            i, x = carry
+            x = x @ jax.lax.dynamic_index_in_dim(w, i + 1, keepdims=False)
+            return i + 2, x @ jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 8, body, (jnp.int32(0), x))[1]
+
+    compiled = jax.jit(pairs).lower(
+        jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((8, 16, 16), jnp.float32)
+    )
+    text = re.sub(r'"known_trip_count":\{[^}]*\},?', "", compiled.compile().as_text())
+    assert "known_trip_count" not in text
+    assert Program(text).flops == 8 * 2 * 8 * 16 * 16
 
 
 def test_gradients_have_two_products_more():
