@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from gptlab import plan
 from gptlab.run import artifact
 
 ROOT = Path(__file__).parents[1]
@@ -177,9 +178,10 @@ def test_what_a_command_names_is_there(command):
         return
     given = [w for w in command.arguments if not w.startswith(("--config=", "--workdir="))]
     own = [w for w in given if not w.startswith("--config.")]
-    if own:  # plan's, which makes no artifact
-        check_options(command.module, own)
-    assert command.value("workdir") or command.module == "gptlab.plan"
+    if command.module == "gptlab.plan":  # it makes no artifact and has flags beside the config
+        assert {w.partition("=")[0].removeprefix("--") for w in own} <= set(plan.FLAGS)
+    else:
+        assert command.value("workdir") and not own
     check_config(config, [w for w in given if w not in own])
 
 
