@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gptlab.data import batches, mixtures, records
@@ -83,6 +83,19 @@ def make_train_step(
     return train_step
 
 
+def jit_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The step as the loop runs it, and as gptlab.plan compiles it for hardware that isn't here."""
+    step = make_train_step(make_loss_fn(model, config.z_loss), tx, schedule, config)
+    return step_lib.jit_step(step, shardings, mesh)
+
+
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains until the configured duration is over, or goes on where `workdir` stands.
 
@@ -134,11 +147,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         state, shardings = state_lib.init_state(
             lambda key: transformer.init_params(model, key), tx, mesh, init_key
         )
-        train_step = jax.jit(
-            make_train_step(make_loss_fn(model, config.z_loss), tx, schedule, config),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
+        train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
         # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
         state, _ = checkpoints.restore_state(state, shardings)

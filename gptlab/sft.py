@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gptlab.data import batches, chat, mixtures
@@ -94,6 +94,19 @@ def make_train_step(
         return state, {"train/loss": loss, **figures, **norms, "train/lr": lr}
 
     return train_step
+
+
+def jit_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The step as the loop runs it, and as gptlab.plan compiles it for hardware that isn't here."""
+    step = make_train_step(make_loss_fn(model, config.loss_on), tx, schedule, config)
+    return step_lib.jit_step(step, shardings, mesh)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -171,11 +184,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             config.inputs.init, mesh, lambda key: transformer.init_params(model, key)
         )
         state, shardings = state_lib.state_from_params(params, tx, mesh)
-        train_step = jax.jit(
-            make_train_step(make_loss_fn(model, config.loss_on), tx, schedule, config),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
+        train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
         # (5) The newest checkpoint, if there is one; else first of all, what pretraining reached.
         state, meta = checkpoints.restore_state(state, shardings)

@@ -1,8 +1,9 @@
 """Architectures by name. A preset is a plain dict: override any field, then `ModelConfig.build`.
 
-Sources: GPT-2 (Radford et al. 2019, table 2), Llama 3 (arXiv 2407.21783, table 3), Mistral 7B
-(arXiv 2310.06825), Qwen2 (arXiv 2407.10671), SmolLM2 (arXiv 2502.02737), Qwen3 (arXiv 2505.09388)
-and what their published config.json say; nanoGPT's README for the CPU recipe.
+Sources: GPT-2 (Radford et al. 2019, table 2), GPT-3 (arXiv 2005.14165, table 2.1, with heads that
+fill the width), Llama 3 (arXiv 2407.21783, table 3), Mistral 7B (arXiv 2310.06825), Qwen2 (arXiv
+2407.10671), SmolLM2 (arXiv 2502.02737), Qwen3 (arXiv 2505.09388) and what their published
+config.json say; nanoGPT's README for the CPU recipe.
 """
 
 from collections.abc import Mapping
@@ -88,6 +89,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "gpt2_350m": _gpt2(24, 1024, 16),
     "gpt2_774m": _gpt2(36, 1280, 20),
     "gpt2_1.5b": _gpt2(48, 1600, 25),
+    "gpt3_1.3b": _gpt2(24, 2048, 16, max_len=2048),
+    "gpt3_6.7b": _gpt2(32, 4096, 32, max_len=2048),
     "llama3_8b": _llama(32, 4096, 32, 8, 14336),
     "llama3_70b": _llama(80, 8192, 64, 8, 28672),
     "llama3.1_8b": _llama(32, 4096, 32, 8, 14336, **_stretched(8.0)),

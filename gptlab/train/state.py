@@ -95,6 +95,18 @@ def state_from_params(
     return TrainState(step, params, opt_state), shardings
 
 
+def abstract_state(
+    params: Any, shardings: Any, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """(shapes of a state, its shardings), from what `param_shardings` gives; computes nothing."""
+    placed = TrainState(
+        NamedSharding(mesh, PartitionSpec()), shardings, opt_shardings(tx, params, shardings, mesh)
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(count, params, jax.eval_shape(tx.init, params))
+    return abstract(state, placed), placed
+
+
 def abstract(state: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of a state or a part of it: what a restore has to produce."""
     return jax.tree.map(
