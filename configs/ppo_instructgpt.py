@@ -6,7 +6,7 @@ C.4).
 From there: 256k episodes, 512 a step, one inner epoch of 8 minibatches, prompts and replies of up
 to 1,024 tokens, fixed KL coefficient 0.02, 8 times as many pretraining rows as episodes, the value
 function of 6B starts as the reward model. Not as there: what configs/ppo.py:instructgpt names. It
-was never run, only planned.
+was never run.
 """
 
 from ml_collections import ConfigDict

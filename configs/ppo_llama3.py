@@ -4,7 +4,7 @@
 
 InstructGPT's recipe (configs/ppo_instructgpt.py) without pretraining rows: of a Llama there is no
 pretraining corpus to mix in. Learning rate 1e-6 for the policy, 5e-6 for the critic. Starts from
-configs/sft_llama3.py and configs/reward_llama3.py; it was never run, only planned.
+configs/sft_llama3.py and configs/reward_llama3.py; it was never run.
 """
 
 from ml_collections import ConfigDict

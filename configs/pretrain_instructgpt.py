@@ -6,7 +6,7 @@ From there: batches of 1M and 2M tokens, learning rates 2e-4 and 1.2e-4, windows
 weight decay 0.1, clipping at 1, warm-up over 375M tokens, cosine to 10% after 260B of the 300B.
 Not as there: attention is dense in every layer (there in every other), the 1.3B has 16 heads of 128
 (24 there, more than its width holds), the batch does not grow, and cosine lasts to the end. Trained
-as configs/pretrain.py says; it was never run, only planned.
+as configs/pretrain.py says; it was never run.
 """
 
 from ml_collections import ConfigDict

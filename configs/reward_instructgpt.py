@@ -4,8 +4,7 @@
 
 From there: one epoch, learning rate 9e-6, cosine to 10%, batches of 64 prompts with up to 9 ranked
 replies each, human replies average 0. Starts from configs/sft_instructgpt.py (there from a GPT-3
-that was fine-tuned on public data) and is trained as configs/reward.py says; it was never run, only
-planned.
+that was fine-tuned on public data) and is trained as configs/reward.py says; it was never run.
 """
 
 from ml_collections import ConfigDict

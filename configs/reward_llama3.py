@@ -4,7 +4,7 @@
 
 One epoch over 64 prompts a step with up to 4 ranked replies each, as InstructGPT's
 (configs/reward_instructgpt.py). Starts from configs/sft_llama3.py and is trained as
-configs/reward.py says; it was never run, only planned.
+configs/reward.py says; it was never run.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 From there: residual dropout 0.2, 16 epochs, cosine to 10% without warm-up, learning rate 9.65e-6,
 batches of 32, the checkpoint chosen by held-out loss. Starts from configs/pretrain_instructgpt.py
-and is trained as configs/sft.py says; it was never run, only planned.
+and is trained as configs/sft.py says; it was never run.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 Rows of 2,048 tokens, 64 of them a step, learning rate 1e-5 (arXiv 2407.21783, section 4.1.3, where
 SFT of the largest model has that rate and 8.5k to 9k steps). Starts from an imported checkpoint and
-is trained as configs/sft.py says; it was never run, only planned.
+is trained as configs/sft.py says; it was never run.
 """
 
 from ml_collections import ConfigDict
