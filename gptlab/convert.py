@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from gptlab.data import chat
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import gguf, hf, hf_config, safetensors, weights
 from gptlab.model.heads import ScalarModel
@@ -215,8 +216,9 @@ def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, An
         return {}, {}
     folder = Path(workdir) / TOKENIZER
     if not folder.is_dir():
-        own: Any = Tokenizer.load(workdir)  # of train_tokenizer
-        return {}, dict(zip(_IDS, (own.bos_id, [own.eos_id, own.end_id], own.pad_id), strict=True))
+        own = Tokenizer.load(workdir)  # of train_tokenizer
+        ends = [own.eos_id, *chat.stop_tokens(own)]
+        return {}, dict(zip(_IDS, (own.bos_id, ends, own.pad_id), strict=True))
     found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     ids = json.loads(found.get("generation_config.json", b"{}"))
     named = json.loads(found.get("tokenizer_config.json", b"{}"))

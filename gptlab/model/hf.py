@@ -11,19 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gptlab.data.hf_tokenizer import FILES as TOKENIZER_FILES
 from gptlab.model import safetensors
 from gptlab.model.hf_config import REWARD_OFFSET, architecture, is_reward
 from gptlab.model.weights import Constant, Pretrained, Tensor, Weight
 from gptlab.run.errors import UserError
 
 CONFIG = "config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _ALL_ROWS = 1 << 12  # compared at a time
 
 # Arrays that old checkpoints hold although they follow from the configuration.
