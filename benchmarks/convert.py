@@ -74,7 +74,7 @@ def write_model(folder: Path, mib: int) -> dict[str, tuple[int, ...]]:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     square, wide = (width, width), (hidden, width)
-    layer = {f"self_attn.{name}_proj": square for name in "qkvo"}
+    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": square for name in "qkvo"}
     layer |= {"mlp.gate_proj": wide, "mlp.up_proj": wide, "mlp.down_proj": wide[::-1]}
     layer |= {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
     parts: list[dict[str, tuple[int, ...]]] = [
@@ -84,7 +84,7 @@ def write_model(folder: Path, mib: int) -> dict[str, tuple[int, ...]]:
     parts.append({"model.embed_tokens.weight": (VOCAB, width), "model.norm.weight": (width,)})
     parts.append({"lm_head.weight": (VOCAB, width)})
     rng = np.random.default_rng(0)
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = {
