@@ -231,24 +231,24 @@ def _config_json(
             )
         if isinstance(value, list):
             raise UserError(f"{source}: {family}.{name} differs from layer to layer")
-    config = {
+    stated = {
         # Floats are float32 in the file: 1e-5 is what was meant by 9.999999747378752e-06.
         names[name]: float(str(np.float32(value))) if isinstance(value, float) else value
         for name, value in given.items()
         if name in names
     }
     table = tensors.get("token_embd.weight")
-    config.setdefault("vocab_size", table.shape[0] if table is not None else 0)
-    config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["model_type"] = "mistral" if "sliding_window" in config else family
+    stated.setdefault("vocab_size", table.shape[0] if table is not None else 0)
+    stated["tie_word_embeddings"] = "output.weight" not in tensors
+    stated["model_type"] = "mistral" if "sliding_window" in stated else family
     if family == "gpt2":
-        return config
+        return stated
     if given.get("rope.scaling.type", "none") != "none":
-        config["rope_scaling"] = {"rope_type": given["rope.scaling.type"]}
+        stated["rope_scaling"] = {"rope_type": given["rope.scaling.type"]}
     if (factors := tensors.pop(_ROPE_FACTORS, None)) is not None:
         values = factors.read(0, factors.shape[0])
-        config["rope_scaling"] = _stretching(values, config.get("rope_theta", 1e4), source)
-    return config
+        stated["rope_scaling"] = _stretching(values, stated.get("rope_theta", 1e4), source)
+    return stated
 
 
 def _stretching(factors: np.ndarray, theta: float, source: str) -> dict[str, Any]:

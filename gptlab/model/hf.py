@@ -104,12 +104,12 @@ def open_folder(folder: str | os.PathLike[str], max_len: int | None) -> Pretrain
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        stated = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / CONFIG}: {error}") from error
     source = str(folder / CONFIG)
-    model = architecture(config, source, max_len)
-    for_reward = is_reward(config, source)
+    model = architecture(stated, source, max_len)
+    for_reward = is_reward(stated, source)
     found, files = safetensors.read_folder(folder)
     tensors: dict[str, Tensor] = {
         name: tensor for name, tensor in found.items() if not _BUFFERS.fullmatch(name)
@@ -118,7 +118,7 @@ def open_folder(folder: str | os.PathLike[str], max_len: int | None) -> Pretrain
     bare = ("wte.weight" if is_gpt2 else "embed_tokens.weight") in tensors
     names = weights(is_gpt2, "" if bare else None)
     if for_reward:
-        offset = np.array([config.get(REWARD_OFFSET, 0.0)], np.float32)
+        offset = np.array([stated.get(REWARD_OFFSET, 0.0)], np.float32)
         tensors[REWARD_OFFSET] = Constant(offset)
     elif model["tie_embeddings"] and (head := tensors.pop("lm_head.weight", None)) is not None:
         _check_tied(tensors.get(names["backbone/embedding"].name), head, folder)

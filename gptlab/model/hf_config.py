@@ -65,12 +65,12 @@ _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gel
 
 
 def architecture(
-    config: Mapping[str, Any], source: str, max_len: int | None = None
+    stated: Mapping[str, Any], source: str, max_len: int | None = None
 ) -> dict[str, Any]:
     """`config.model` of a config.json.
 
     Args:
-        config: its content.
+        stated: its content.
         source: its path, for error messages.
         max_len: the window to use; None takes the checkpoint's.
 
@@ -78,14 +78,14 @@ def architecture(
         UserError: another architecture, a key that is missing, or one that is not known or asks
             for what this network does not compute.
     """
-    family = config.get("model_type")
+    family = stated.get("model_type")
     if family not in FAMILIES:
         raise UserError(
             f"{source}: model_type {family!r} is none of {', '.join(FAMILIES)}, which are what "
             "gptlab reads"
         )
     known = _GPT2_KEYS if family == "gpt2" else _LLAMA_KEYS
-    for key, value in config.items():
+    for key, value in stated.items():
         if key in _ONLY and value is not None and value not in _ONLY[key]:
             raise UserError(f"{source}: {key}={value!r}; gptlab computes {_ONLY[key][0]!r} only")
         if key not in _ONLY and key not in known and key not in _NEUTRAL:
@@ -94,7 +94,7 @@ def architecture(
                 "a model computes; remove it if it does not"
             )
     try:
-        fields = _gpt2_fields(config, source) if family == "gpt2" else _llama_fields(config, source)
+        fields = _gpt2_fields(stated, source) if family == "gpt2" else _llama_fields(stated, source)
     except KeyError as error:
         raise UserError(f"{source} lacks {error.args[0]}") from None
     if max_len is not None:
@@ -104,70 +104,70 @@ def architecture(
                 "which may be shortened where positions are rotary, and never lengthened"
             )
         fields["max_len"] = max_len
-    _check_window(config, fields["max_len"], source)
+    _check_window(stated, fields["max_len"], source)
     return fields
 
 
-def _gpt2_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    width, heads = config["n_embd"], config["n_head"]
-    activation = config.get("activation_function", "gelu_new")
+def _gpt2_fields(stated: Mapping[str, Any], source: str) -> dict[str, Any]:
+    width, heads = stated["n_embd"], stated["n_head"]
+    activation = stated.get("activation_function", "gelu_new")
     if activation not in _GELU:
         raise UserError(f"{source}: activation_function={activation!r} is none of {list(_GELU)}")
     return {
-        "vocab_size": config["vocab_size"],
-        "num_layers": config["n_layer"],
+        "vocab_size": stated["vocab_size"],
+        "num_layers": stated["n_layer"],
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": heads,
         "head_dim": width // heads,
-        "d_ff": config.get("n_inner") or 4 * width,
-        "max_len": config["n_positions"],
+        "d_ff": stated.get("n_inner") or 4 * width,
+        "max_len": stated["n_positions"],
         "norm": "layernorm",
-        "norm_eps": config["layer_norm_epsilon"],
+        "norm_eps": stated["layer_norm_epsilon"],
         "position": "learned",
         "rope_theta": 1e4,  # of no meaning
         "activation": _GELU[activation],
         "use_bias": True,
         "qkv_bias": True,
-        "tie_embeddings": config.get("tie_word_embeddings", True),
+        "tie_embeddings": stated.get("tie_word_embeddings", True),
         "qk_norm": "none",
     }
 
 
-def _llama_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _llama_fields(stated: Mapping[str, Any], source: str) -> dict[str, Any]:
     family, width, heads = (
-        config["model_type"],
-        config["hidden_size"],
-        config["num_attention_heads"],
+        stated["model_type"],
+        stated["hidden_size"],
+        stated["num_attention_heads"],
     )
-    theta, scaling = _rope(config, source)
+    theta, scaling = _rope(stated, source)
     own_head_dim = 128 if family == "qwen3" else width // heads
     fields = {
-        "vocab_size": config["vocab_size"],
-        "num_layers": config["num_hidden_layers"],
+        "vocab_size": stated["vocab_size"],
+        "num_layers": stated["num_hidden_layers"],
         "d_model": width,
         "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or own_head_dim,
-        "d_ff": config["intermediate_size"],
-        "max_len": config["max_position_embeddings"],
+        "num_kv_heads": stated.get("num_key_value_heads") or heads,
+        "head_dim": stated.get("head_dim") or own_head_dim,
+        "d_ff": stated["intermediate_size"],
+        "max_len": stated["max_position_embeddings"],
         "norm": "rmsnorm",
-        "norm_eps": config["rms_norm_eps"],
+        "norm_eps": stated["rms_norm_eps"],
         "position": "rope",
         "rope_theta": theta,
         "activation": "swiglu",
         "use_bias": False,
         "qkv_bias": family == "qwen2",
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "tie_embeddings": stated.get("tie_word_embeddings", False),
         "qk_norm": "before_rope" if family == "qwen3" else "none",
     }
     return fields if scaling is None else fields | {"rope_scaling": scaling}
 
 
-def _rope(config: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
+def _rope(stated: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
     """theta and `rope_scaling`; transformers 5 writes both as rope_parameters."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or 1e4)
+    given = dict(stated.get("rope_parameters") or stated.get("rope_scaling") or {})
+    theta = float(given.pop("rope_theta", None) or stated.get("rope_theta") or 1e4)
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)  # some files carry both names
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -188,15 +188,15 @@ def _rope(config: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
     return theta, {ours: given[theirs] for theirs, ours in keys.items()}
 
 
-def _check_window(config: Mapping[str, Any], max_len: int, source: str) -> None:
+def _check_window(stated: Mapping[str, Any], max_len: int, source: str) -> None:
     """A sliding window as long as the context, or longer, changes nothing; others are refused."""
-    family = config["model_type"]
-    window = config.get("sliding_window", 4096 if family == "mistral" else None)
-    types = set(config.get("layer_types") or ())
+    family = stated["model_type"]
+    window = stated.get("sliding_window", 4096 if family == "mistral" else None)
+    types = set(stated.get("layer_types") or ())
     if types - {"full_attention", "sliding_attention"}:
         raise UserError(f"{source}: layer_types {sorted(types)}; gptlab attends in full only")
     if family in ("qwen2", "qwen3"):
-        slides = bool(config.get("use_sliding_window", False))
+        slides = bool(stated.get("use_sliding_window", False))
     else:
         slides = family == "mistral"
     if (slides or "sliding_attention" in types) and window is not None and window < max_len:
@@ -206,10 +206,10 @@ def _check_window(config: Mapping[str, Any], max_len: int, source: str) -> None:
         )
 
 
-def is_reward(config: Mapping[str, Any], source: str) -> bool:
+def is_reward(stated: Mapping[str, Any], source: str) -> bool:
     """Whether it is a classifier with one label; UserError if it is no language model either."""
-    names = config.get("architectures") or []
-    language, classifier = FAMILIES[config["model_type"]]
+    names = stated.get("architectures") or []
+    language, classifier = FAMILIES[stated["model_type"]]
     if names == [language]:
         return False
     if names != [classifier]:
@@ -217,7 +217,7 @@ def is_reward(config: Mapping[str, Any], source: str) -> bool:
             f"{source}: architectures {names}; gptlab reads {language} or, as a reward model, "
             f"{classifier}"
         )
-    labels = config.get("num_labels") or len(config.get("id2label") or (0, 1))
+    labels = stated.get("num_labels") or len(stated.get("id2label") or (0, 1))
     if labels != 1:
         raise UserError(f"{source}: a classifier with {labels} labels; a reward model has one")
     return True
