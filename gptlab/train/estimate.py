@@ -41,20 +41,25 @@ class Seconds:
         )
 
 
-def seconds(program: Program, chip: Chip) -> Seconds:
-    """The estimate for one call."""
-    floor = mixed = 0.0
+def seconds(program: Program, chip: Chip, kernel_flops: int) -> Seconds:
+    """The estimate for one call; `kernel_flops` of one chip, where kernels tell less themselves."""
+    floor = mixed = kernel_stream = 0.0
+    told = 0
     for op in program.ops:
         stream = op.bytes / (HBM_SHARE * chip.hbm_bandwidth)
         if op.kernel:
-            best = rated = max(op.flops / (chip.kernel_share * chip.flops), stream)
-        elif op.flops:
+            told += op.times * op.flops
+            kernel_stream += op.times * stream
+            continue
+        if op.flops:
             best = op.flops / chip.flops
             rated = op.cycles / chip.clock or max(best, stream)
         else:
             best = rated = stream
         floor += op.times * best
         mixed += op.times * max(best, rated)
+    inside = max(told, kernel_flops) / (chip.kernel_share * chip.flops)
+    floor, mixed = (x + max(inside, kernel_stream) for x in (floor, mixed))
     sent = sum(program.bytes_sent().values())
     return Seconds(floor, mixed, sent / (2 * chip.link_bandwidth))
 
