@@ -228,6 +228,27 @@ def test_what_does_not_fit_says_so_and_knobs_are_turned():
     assert plan_report.knob_table(small, turned).count("saves") == 4
 
 
+@pytest.mark.parametrize(
+    "stage, chip, compute, names",
+    [
+        ("pretrain", "v5e", {}, ["remat", "loss_chunk", "attention", "accumulation"]),
+        ("pretrain", None, {"remat": "full", "loss_chunk": 64}, ["accumulation"]),
+        ("reward", "v5e", {"attention": "splash"}, ["remat", "accumulation"]),
+    ],
+)
+def test_knobs_that_are_turned_or_have_no_meaning_are_left_out(
+    monkeypatch, stage, chip, compute, names
+):
+    monkeypatch.setattr(plan, "replan", lambda job, target, changes: changes)
+    target = plan.Target("v5e:2x2", CHIPS.get(chip), ())
+    config = tiny_config(stage, **{f"compute.{key}": value for key, value in compute.items()})
+    found = plan.turned(plan.make_job(config, None, {"model": TINY["tiny"]}), target)
+    assert [name.split(":")[0] for name in found] == names
+    given = {key: value for changes in found.values() for key, value in changes.items()}
+    assert given.get("compute.attention") == ("splash" if "attention" in names else None)
+    assert given.get("compute.loss_chunk") == (128 if "loss_chunk" in names else None)
+
+
 def test_search_ranks_what_it_tried(alone, monkeypatch, capsys):
     """Without compiling: larger batches are made to look faster, odd ones not to fit."""
 
@@ -318,13 +339,24 @@ def test_results_are_kept_by_what_they_depend_on():
 @pytest.mark.skipif(
     chips.libtpu_version() is None, reason="libtpu is not installed: pip install -e .[tpu]"
 )
-@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
-def test_a_tpu_topology_multiplies_what_was_counted(stage):
-    config = tiny_config(stage, **{"compute.dtype": "bfloat16", "compute.remat": "full"})
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("pretrain", {"compute.remat": "full"}),
+        ("reward", {"compute.remat": "full"}),
+        ("ppo", {"compute.remat": "full"}),
+        ("pretrain", {"compute.remat": "minimal", "compute.loss_chunk": 200}),
+        ("pretrain", {"compute.loss_chunk": 512, "mesh.context": 2}),
+        ("sft", {"compute.attention": "splash", "data.seq_len": 128}),
+    ],
+)
+def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
+    config = tiny_config(stage, **{"compute.dtype": "bfloat16", **changes})
     target = plan.make_target("v5e:2x2", None, {})
     job = plan.make_job(config, None, {"model": TINY["tiny"]})
     found = plan.make_plan(job, target)
     check_products(found)
     for phase in found.phases:
         assert phase.seconds.mixed >= phase.seconds.floor > 0
+        assert (phase.kernel_flops > 0) == (config.compute.attention == "splash")
     assert found.fits and found.limit_bytes == 15.75 * GIB
