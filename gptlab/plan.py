@@ -46,7 +46,7 @@ from gptlab.train import chips, compiled, flops, plan_report, state
 from gptlab.train import mesh as mesh_lib
 from gptlab.train.checkpoint import load_model_config
 from gptlab.train.chips import Chip
-from gptlab.train.compiled import Phase, per_device
+from gptlab.train.compiled import Phase, floats, ints, key_on, per_device
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.plan_report import Plan
 
@@ -189,22 +189,6 @@ def trained(job: Job, model: Any, optimizer: ConfigDict, mesh: Mesh) -> tuple[An
     tx, schedule = make_optimizer(optimizer, max(1, optimizer.warmup_steps))
     params = state.param_shardings(functools.partial(init_params, model), mesh)
     return *state.abstract_state(*params, tx, mesh), tx, schedule
-
-
-def key_on(mesh: Mesh) -> Any:
-    """An abstract key of random numbers."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def ints(*shape: int) -> Any:
-    """Abstract int32."""
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def floats(*shape: int) -> Any:
-    """Abstract float32."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def token_batch(rows: int, length: int) -> Any:

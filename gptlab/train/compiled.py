@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.run.errors import UserError
 from gptlab.train import estimate, hlo
@@ -41,6 +42,22 @@ class Phase:
     def intensity(self) -> float:
         """FLOPs of products for each byte of HBM traffic, on one chip."""
         return self.flops / max(1, self.hbm_bytes)
+
+
+def key_on(mesh: Mesh) -> Any:
+    """An abstract key of random numbers."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def ints(*shape: int) -> Any:
+    """Abstract int32."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def floats(*shape: int) -> Any:
+    """Abstract float32."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def measure(

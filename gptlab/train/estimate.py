@@ -5,10 +5,11 @@ Every instruction is charged the time of what it is bound by, one after the othe
   floor: products at the chip's peak, everything else at 85% of HBM bandwidth;
   mixed: products with the cycles that the compiler estimates, everything else at 85% of HBM.
 
-Kernels are assumed to reach half of the peak (35% on v6e), communication to be hidden behind the
-rest; how long it would take alone is told beside it. The compiler's cycles of anything but products
-are far too many against HBM bandwidth, and its own total counts a loop's body once: neither is
-used.
+Kernels are assumed to reach half of the peak (35% on v6e) with the FLOPs that they tell or, since
+splash attention tells none, that are counted from the architecture; communication to be hidden
+behind the rest; how long it would take alone is told beside it. The compiler's cycles of anything
+but products are far too many against HBM bandwidth, and its own total counts a loop's body once:
+neither is used.
 """
 
 import dataclasses
