@@ -46,13 +46,14 @@ from gptlab.train import chips, compiled, flops, plan_report, state
 from gptlab.train import mesh as mesh_lib
 from gptlab.train.checkpoint import load_model_config
 from gptlab.train.chips import Chip
-from gptlab.train.compiled import Phase, per_device
+from gptlab.train.compiled import Phase, floats, ints, key_on, per_device
 from gptlab.train.optimizer import make_optimizer
 from gptlab.train.plan_report import Plan
 
 # A stage is known by a key that only its configs have.
 STAGES = {"z_loss": "pretrain", "loss_on": "sft", "normalise": "reward", "minibatches": "ppo"}
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+LOSS_CHUNK = 8192  # rows of the vocabulary, where the loss is to take fewer at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,22 +191,6 @@ def trained(job: Job, model: Any, optimizer: ConfigDict, mesh: Mesh) -> tuple[An
     return *state.abstract_state(*params, tx, mesh), tx, schedule
 
 
-def key_on(mesh: Mesh) -> Any:
-    """An abstract key of random numbers."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
-
-def ints(*shape: int) -> Any:
-    """Abstract int32."""
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def floats(*shape: int) -> Any:
-    """Abstract float32."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
 def token_batch(rows: int, length: int) -> Any:
     """An abstract batch of packed rows."""
     shape = (rows, length)
@@ -228,7 +213,7 @@ def supervised(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         rows, predicted = rows * data.max_candidates, 0
     abstract, shardings, tx, schedule = trained(job, model, config.optimizer, mesh)
     step = stage.jit_step(model, tx, schedule, config, shardings, mesh)
-    counted = flops.train(job.model, rows, data.seq_len, predicted)
+    counted = flops.train(job.model, rows, data.seq_len, predicted, mesh.shape)
     if config.optimizer.name == "muon":
         counted += flops.muon(job.model)
     phase, _ = compiled.measure(
@@ -237,6 +222,7 @@ def supervised(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         (abstract, mesh_lib.abstract_batch(batch, mesh), key_on(mesh)),
         chip=chip,
         counted_flops=counted,
+        kernel_flops=flops.splash(job.model, rows, data.seq_len, backward=True),
         beside_bytes=0,
     )
     memory = {
@@ -284,7 +270,8 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "score",
         functions.logprobs,
         (policy.params, samples),
-        counted_flops=flops.forward(job.model, rows, length, rows * new),
+        counted_flops=flops.forward(job.model, rows, length, rows * new, mesh.shape),
+        kernel_flops=flops.splash(job.model, rows, length, backward=False),
         beside_bytes=kept - memory["params"],
         calls=2,  # policy and reference
     )
@@ -292,7 +279,8 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "value",
         functions.scalars,
         (critic.params, samples),
-        counted_flops=flops.forward(job.paid_by, rows, length, 0),
+        counted_flops=flops.forward(job.paid_by, rows, length, 0, mesh.shape),
+        kernel_flops=flops.splash(job.paid_by, rows, length, backward=False),
         beside_bytes=kept - memory["critic"],
         calls=2 if config.reward.kind == "model" else 1,
     )
@@ -306,21 +294,26 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         model, scalar, (policy_tx, critic_tx), schedule, kl.make_controller(config.kl), config,
         ppo.PPOState(policy_sh, critic_sh, whole), mesh,
     )  # fmt: skip
-    ptx, counted = None, 0
+    seen = rows * config.epochs
+    counted = flops.train(job.model, seen, length, seen * new, mesh.shape)
+    counted += flops.train(job.paid_by, seen, length, 0, mesh.shape)
+    inside = sum(
+        flops.splash(model, seen, length, backward=True) for model in (job.model, job.paid_by)
+    )
+    ptx = None
     if config.ptx.coef:
         width = config.ptx.seq_len
         ptx = mesh_lib.abstract_batch(token_batch(config.ptx.batch_size * updates, width), mesh)
         ptx_rows = config.ptx.batch_size * updates
-        counted = flops.train(job.model, ptx_rows, width, ptx_rows * width)
-    seen = rows * config.epochs
-    counted += flops.train(job.model, seen, length, seen * new)
-    counted += flops.train(job.paid_by, seen, length, 0)
+        counted += flops.train(job.model, ptx_rows, width, ptx_rows * width, mesh.shape)
+        inside += flops.splash(job.model, ptx_rows, width, backward=True)
     frozen = memory["reference"] + memory.get("reward model", 0)
     learn, _ = measure(
         "update",
         update,
         (ppo.PPOState(policy, critic, coef), data, ptx, key_on(mesh)),
         counted_flops=counted,
+        kernel_flops=inside,
         beside_bytes=frozen,
     )
     cache = 2 * job.model.num_layers * rows * job.model.d_kv * length
@@ -375,8 +368,7 @@ def replan(job: Job, target: Target, changes: Mapping[str, Any]) -> Plan | UserE
     """The plan with some keys of the config changed, or why there can be none."""
     config = changed(job.config, **changes)
     compute = config.compute.to_dict()
-    fields = {name: compute[name] for name in compute}
-    model, paid_by = (dataclasses.replace(m, **fields) for m in (job.model, job.paid_by))
+    model, paid_by = (dataclasses.replace(m, **compute) for m in (job.model, job.paid_by))
     try:
         return make_plan(Job(job.stage, config, model, paid_by), target)
     except UserError as error:
@@ -389,6 +381,11 @@ def turned(job: Job, target: Target) -> dict[str, Plan | UserError]:
     knobs: dict[str, dict[str, Any]] = {}
     if config.compute.remat != "full":
         knobs["remat"] = {"compute.remat": "full"}
+    if job.stage != "reward" and not config.compute.loss_chunk:
+        chunk = min(LOSS_CHUNK, job.model.vocab_size // 4)
+        knobs["loss_chunk"] = {"compute.loss_chunk": chunk}
+    if target.chip is not None and config.compute.attention != "splash":
+        knobs["attention"] = {"compute.attention": "splash"}
     knobs["accumulation"] = {"accumulation_steps": 2 * config.accumulation_steps}
     alone: dict[str, Any] = {"mesh.replica": 1, "mesh.data": 1, "mesh.context": 1, "mesh.tensor": 1}
     if any(config.mesh[axis.partition(".")[2]] != 1 for axis in alone):

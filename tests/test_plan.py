@@ -14,7 +14,7 @@ from gptlab import plan
 from gptlab.model.presets import PRESETS
 from gptlab.run import program
 from gptlab.run.errors import UserError
-from gptlab.train import chips, compiled, estimate, hlo, plan_report
+from gptlab.train import chips, compiled, estimate, flops, hlo, plan_report
 from gptlab.train.chips import CHIPS, GIB
 
 ROOT = Path(__file__).parents[1]
@@ -89,10 +89,58 @@ def test_products_are_exactly_those_counted_on_other_meshes(stage, mesh):
     check_products(found)
 
 
-@pytest.mark.parametrize("model, remat", [("tiny", "full"), ("tiny_gpt2", "dots")])
+@pytest.mark.parametrize(
+    "model, remat",
+    [("tiny", "full"), ("tiny_gpt2", "dots"), ("tiny_qwen3", "minimal"), ("tiny_gpt2", "offload")],
+)
 def test_what_is_computed_again_is_counted(model, remat):
     config = tiny_config("sft", **{"compute.remat": remat, "accumulation_steps": 2})
     check_products(make(config, model, "cpu:1"))
+
+
+@pytest.mark.parametrize("chunk, rows", [(200, 4 * 3 * 171), (512, 3 * 512)])
+def test_a_loss_in_chunks_is_counted(alone, chunk, rows):
+    """512 rows are three chunks of 171, with logits computed again; or one, kept as without."""
+    config = tiny_config("sft", **{"compute.loss_chunk": chunk})
+    found = make(config, devices="cpu:1")
+    check_products(found)
+    more = 2 * found.tokens * TINY["tiny"]["d_model"] * (rows - 3 * 512)
+    assert found.phases[0].flops - alone.phases[0].flops == more
+    assert found.useful_flops == alone.useful_flops
+
+
+def test_a_loss_in_chunks_is_counted_on_a_mesh():
+    """The two devices' 256 rows are three chunks of 86."""
+    changes = {"mesh.tensor": 2, "compute.loss_chunk": 100, "compute.remat": "minimal"}
+    check_products(make(tiny_config("sft", **changes)))
+
+
+def test_ppos_log_probabilities_in_chunks_are_counted():
+    check_products(make(tiny_config("ppo", **{"compute.loss_chunk": 200}), devices="cpu:1"))
+
+
+@pytest.mark.parametrize("ways, remat", [(2, "none"), (4, "minimal")])
+def test_a_split_sequence_is_counted(split, ways, remat):
+    """Fewer products than a whole one has: most of what causality hides is left out."""
+    found = make(tiny_config("sft", **{"mesh.context": ways, "compute.remat": remat}))
+    check_products(found)
+    if remat == "none":
+        assert found.phases[0].flops < split.phases[0].flops
+
+
+def test_splash_attention_is_counted_apart():
+    """By hand: four blocks of 1,024 leave 10 of 16; 2 products forward, 3 and 4 backward."""
+    config = plan.make_job(tiny_config("sft"), None, {"model": TINY["tiny"]}).model
+    kernel = dataclasses.replace(config, attention="splash")
+    one = 2 * 32 * (10 * 1024**2) * 3 * config.num_layers  # of 3 rows
+    assert flops.splash(config, 3, 4096, backward=True) == 0
+    assert flops.splash(kernel, 3, 4096, backward=False) == 2 * one
+    assert flops.splash(kernel, 3, 4096, backward=True) == 9 * one
+    again = dataclasses.replace(kernel, remat="full")
+    assert flops.splash(again, 3, 4096, backward=True) == 11 * one
+    ways = {"context": 1, "tensor": 1}
+    whole, without = (flops.forward(c, 3, 4096, 0, ways) for c in (config, kernel))
+    assert whole - without == 2 * 2 * 3 * 32 * 4096**2 * config.num_layers
 
 
 def test_muons_products_are_counted():
@@ -141,10 +189,12 @@ def test_estimates_bracket_and_add_up():
     matmul = jax.jit(lambda a: a @ a)
     text = matmul.lower(jax.ShapeDtypeStruct((512, 512), "float32")).compile().as_text()
     program, chip = hlo.Program(text), CHIPS["v5e"]
-    seconds = estimate.seconds(program, chip)
+    seconds = estimate.seconds(program, chip, 0)
     assert seconds.floor == pytest.approx(2 * 512**3 / chip.flops)
     assert seconds.mixed >= seconds.floor and seconds.communication == 0
     assert (seconds + seconds).floor == 2 * seconds.floor
+    kernel = estimate.seconds(program, chip, 10**12)
+    assert kernel.floor - seconds.floor == pytest.approx(1e12 / chip.kernel_share / chip.flops)
 
 
 def test_running_out_of_memory_is_read():
@@ -163,14 +213,40 @@ def test_running_out_of_memory_is_read():
 def test_what_does_not_fit_says_so_and_knobs_are_turned():
     config = tiny_config("sft", **{"data.seq_len": 128, "mesh.data": -1, "mesh.fsdp": 1})
     target = plan.make_target(None, "cpu:2", {})
-    job = plan.make_job(config, None, {"model": TINY["tiny"]})
+    job = plan.make_job(config, None, {"model": {**TINY["tiny"], "vocab_size": 2048}})
     before, turned = plan.make_plan(job, target), plan.turned(job, target)
-    assert [name.split(":")[0] for name in turned] == ["remat", "accumulation", "fsdp"]
+    assert [name.split(":")[0] for name in turned] == [
+        "remat",
+        "loss_chunk",
+        "accumulation",
+        "fsdp",
+    ]
     for name, other in turned.items():
         assert other.needed_bytes < before.needed_bytes, name
     small = dataclasses.replace(before, limit_bytes=before.needed_bytes - 1)
     assert not small.fits and "DOES NOT FIT" in plan_report.describe(small)
-    assert plan_report.knob_table(small, turned).count("saves") == 3
+    assert plan_report.knob_table(small, turned).count("saves") == 4
+
+
+@pytest.mark.parametrize(
+    "stage, chip, compute, names",
+    [
+        ("pretrain", "v5e", {}, ["remat", "loss_chunk", "attention", "accumulation"]),
+        ("pretrain", None, {"remat": "full", "loss_chunk": 64}, ["accumulation"]),
+        ("reward", "v5e", {"attention": "splash"}, ["remat", "accumulation"]),
+    ],
+)
+def test_knobs_that_are_turned_or_have_no_meaning_are_left_out(
+    monkeypatch, stage, chip, compute, names
+):
+    monkeypatch.setattr(plan, "replan", lambda job, target, changes: changes)
+    target = plan.Target("v5e:2x2", CHIPS.get(chip), ())
+    config = tiny_config(stage, **{f"compute.{key}": value for key, value in compute.items()})
+    found = plan.turned(plan.make_job(config, None, {"model": TINY["tiny"]}), target)
+    assert [name.split(":")[0] for name in found] == names
+    given = {key: value for changes in found.values() for key, value in changes.items()}
+    assert given.get("compute.attention") == ("splash" if "attention" in names else None)
+    assert given.get("compute.loss_chunk") == (128 if "loss_chunk" in names else None)
 
 
 def test_search_ranks_what_it_tried(alone, monkeypatch, capsys):
@@ -263,13 +339,24 @@ def test_results_are_kept_by_what_they_depend_on():
 @pytest.mark.skipif(
     chips.libtpu_version() is None, reason="libtpu is not installed: pip install -e .[tpu]"
 )
-@pytest.mark.parametrize("stage", ["pretrain", "reward", "ppo"])
-def test_a_tpu_topology_multiplies_what_was_counted(stage):
-    config = tiny_config(stage, **{"compute.dtype": "bfloat16", "compute.remat": "full"})
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("pretrain", {"compute.remat": "full"}),
+        ("reward", {"compute.remat": "full"}),
+        ("ppo", {"compute.remat": "full"}),
+        ("pretrain", {"compute.remat": "minimal", "compute.loss_chunk": 200}),
+        ("pretrain", {"compute.loss_chunk": 512, "mesh.context": 2}),
+        ("sft", {"compute.attention": "splash", "data.seq_len": 128}),
+    ],
+)
+def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
+    config = tiny_config(stage, **{"compute.dtype": "bfloat16", **changes})
     target = plan.make_target("v5e:2x2", None, {})
     job = plan.make_job(config, None, {"model": TINY["tiny"]})
     found = plan.make_plan(job, target)
     check_products(found)
     for phase in found.phases:
         assert phase.seconds.mixed >= phase.seconds.floor > 0
+        assert (phase.kernel_flops > 0) == (config.compute.attention == "splash")
     assert found.fits and found.limit_bytes == 15.75 * GIB

@@ -26,8 +26,19 @@ _MASKED = -1e30
 
 def splits(x: jax.Array) -> bool:
     """Whether the mesh in use splits the tokens of x [B, T, D], and into equal chunks."""
-    ways = sharding.mesh_sizes().get(AXIS, 1)
-    return ways > 1 and x.shape[1] % (2 * ways) == 0 and sharding.splits(x)
+    return cuts(x.shape[1], sharding.mesh_sizes().get(AXIS, 1)) and sharding.splits(x)
+
+
+def cuts(length: int, ways: int) -> bool:
+    """Whether so many tokens make two equal chunks for each of several devices."""
+    return ways > 1 and length % (2 * ways) == 0
+
+
+def pairs(length: int, ways: int) -> int:
+    """Pairs of query and key whose score is computed, on all devices of the axis together."""
+    if not cuts(length, ways):
+        return length * length
+    return ways * _count(ways) * (length // (2 * ways)) ** 2
 
 
 @jax.custom_vjp
@@ -107,6 +118,11 @@ def _chunk(x: jax.Array, index: jax.Array, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
 
 
+def _count(ways: int) -> int:
+    """Blocks of chunk by chunk that each device computes."""
+    return 2 * ways + 1
+
+
 def _blocks(scan: Any, start: Any) -> Any:
     """Runs `scan(carry, which of the two chunks of queries, chunk of queries, chunk of keys)`."""
     ways, i = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
@@ -118,7 +134,7 @@ def _blocks(scan: Any, start: Any) -> Any:
         key = jnp.where(second, step - i - 1, step)
         return scan(carry, which, query, key), None
 
-    return jax.lax.scan(body, start, jnp.arange(2 * ways + 1))[0]
+    return jax.lax.scan(body, start, jnp.arange(_count(ways)))[0]
 
 
 def _scores(

@@ -77,6 +77,18 @@ def attention(
     return mapped(q, k, v, segment_ids)
 
 
+def splash_pairs(length: int) -> int:
+    """Pairs of query and key that splash attention computes: those of blocks not wholly hidden."""
+    block = _splash_block(length)
+    blocks = length // block
+    return blocks * (blocks + 1) // 2 * block**2
+
+
+def _splash_block(length: int) -> int:
+    # `check` refuses lengths that the smallest does not divide.
+    return next((size for size in SPLASH_BLOCKS if length % size == 0), SPLASH_BLOCKS[-1])
+
+
 def splash(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, interpret: bool = False
 ) -> jax.Array:
@@ -85,7 +97,7 @@ def splash(
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     length, heads, head_dim = q.shape[1:]
-    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+    block = _splash_block(length)
     sizes = splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -75,6 +75,12 @@ def of_hidden(
     return TokenStats(log_z, logit, jax.lax.stop_gradient(top), jax.lax.stop_gradient(mean))
 
 
+def cut(rows: int, chunk: int) -> tuple[int, int]:
+    """(chunks, rows of each) of a device's share of the table: equal, and none above `chunk`."""
+    chunks = math.ceil(rows / min(chunk, rows))
+    return chunks, math.ceil(rows / chunks)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """How arrays lie on the mesh in use, and how a device cuts its rows of the table."""
@@ -96,8 +102,7 @@ class _Layout:
             )
             sizes = sharding.mesh_sizes()
             rows = table.shape[0] // math.prod(sizes[name] for name in _names(specs[1][0], sizes))
-        chunks = math.ceil(rows / min(chunk, rows))
-        return cls(*specs, tuple(sizes.items()), chunks, math.ceil(rows / chunks))
+        return cls(*specs, tuple(sizes.items()), *cut(rows, chunk))
 
     @property
     def token_axes(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.run.errors import UserError
 from gptlab.train import estimate, hlo
@@ -26,6 +27,7 @@ class Phase:
     exhausted: str  # what the compiler ran out of; '' if it found room
     flops: int  # of products of matrices in a call, all chips, as parsed from the program
     counted_flops: int  # the same, counted from the architecture
+    kernel_flops: int  # beside these, inside of kernels, where nothing can be parsed; counted too
     hbm_bytes: int
     sent_bytes: dict[str, int]  # by kind of collective
     seconds: Seconds | None  # None where nothing is known of the device
@@ -42,6 +44,22 @@ class Phase:
         return self.flops / max(1, self.hbm_bytes)
 
 
+def key_on(mesh: Mesh) -> Any:
+    """An abstract key of random numbers."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def ints(*shape: int) -> Any:
+    """Abstract int32."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def floats(*shape: int) -> Any:
+    """Abstract float32."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def measure(
     name: str,
     jitted: Any,
@@ -50,6 +68,7 @@ def measure(
     chip: Chip | None,
     counted_flops: int,
     beside_bytes: int,
+    kernel_flops: int = 0,
     calls: int = 1,
 ) -> tuple[Phase, Any]:
     """Compiles `jitted` for abstract arguments; nothing is run.
@@ -61,6 +80,7 @@ def measure(
       chip: what it is estimated for; None for this machine.
       counted_flops: of a call, counted from the architecture.
       beside_bytes: on each chip, held by what is not an argument.
+      kernel_flops: of a call, of kernels that don't tell them; all chips.
       calls: in a step.
 
     Returns:
@@ -77,8 +97,8 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         used, text = exhausted(error)
         phase = Phase(
-            name, calls, used, per_device(args), beside_bytes, text, 0, counted_flops, 0, {}, None,
-            time.monotonic() - started,
+            name, calls, used, per_device(args), beside_bytes, text, 0, counted_flops, kernel_flops,
+            0, {}, None, time.monotonic() - started,
         )  # fmt: skip
         return phase, None
     program = hlo.Program(compiled.as_text())
@@ -96,9 +116,10 @@ def measure(
         exhausted="",
         flops=program.flops * devices,
         counted_flops=counted_flops,
+        kernel_flops=kernel_flops,
         hbm_bytes=estimate.hbm_bytes(program) * devices,
         sent_bytes=program.bytes_sent(),
-        seconds=estimate.seconds(program, chip) if chip else None,
+        seconds=estimate.seconds(program, chip, kernel_flops // devices) if chip else None,
         compile_seconds=time.monotonic() - started,
     )
     results = jax.tree.map(

@@ -5,10 +5,11 @@ Every instruction is charged the time of what it is bound by, one after the othe
   floor: products at the chip's peak, everything else at 85% of HBM bandwidth;
   mixed: products with the cycles that the compiler estimates, everything else at 85% of HBM.
 
-Kernels are assumed to reach half of the peak (35% on v6e), communication to be hidden behind the
-rest; how long it would take alone is told beside it. The compiler's cycles of anything but products
-are far too many against HBM bandwidth, and its own total counts a loop's body once: neither is
-used.
+Kernels are assumed to reach half of the peak (35% on v6e) with the FLOPs that they tell or, since
+splash attention tells none, that are counted from the architecture; communication to be hidden
+behind the rest; how long it would take alone is told beside it. The compiler's cycles of anything
+but products are far too many against HBM bandwidth, and its own total counts a loop's body once:
+neither is used.
 """
 
 import dataclasses
@@ -41,20 +42,25 @@ class Seconds:
         )
 
 
-def seconds(program: Program, chip: Chip) -> Seconds:
-    """The estimate for one call."""
-    floor = mixed = 0.0
+def seconds(program: Program, chip: Chip, kernel_flops: int) -> Seconds:
+    """The estimate for one call; `kernel_flops` of one chip, where kernels tell less themselves."""
+    floor = mixed = kernel_stream = 0.0
+    told = 0
     for op in program.ops:
         stream = op.bytes / (HBM_SHARE * chip.hbm_bandwidth)
         if op.kernel:
-            best = rated = max(op.flops / (chip.kernel_share * chip.flops), stream)
-        elif op.flops:
+            told += op.times * op.flops
+            kernel_stream += op.times * stream
+            continue
+        if op.flops:
             best = op.flops / chip.flops
             rated = op.cycles / chip.clock or max(best, stream)
         else:
             best = rated = stream
         floor += op.times * best
         mixed += op.times * max(best, rated)
+    inside = max(told, kernel_flops) / (chip.kernel_share * chip.flops)
+    floor, mixed = (x + max(inside, kernel_stream) for x in (floor, mixed))
     sent = sum(program.bytes_sent().values())
     return Seconds(floor, mixed, sent / (2 * chip.link_bandwidth))
 

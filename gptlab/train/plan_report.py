@@ -140,6 +140,11 @@ def _work(plan: Plan) -> list[str]:
                 f"    the program multiplies {phase.flops / phase.counted_flops:.3f} times what "
                 "was counted: work is repeated on several chips, or the count is wrong"
             )
+        if phase.kernel_flops:
+            lines.append(
+                f"    kernels multiply {phase.kernel_flops / 1e12:,.3f} TFLOPs beside these: "
+                "counted from the architecture, since nothing can be seen inside of them"
+            )
     return lines
 
 
