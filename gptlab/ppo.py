@@ -33,7 +33,7 @@ from gptlab.data.batches import PromptBatches, TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model.heads import ScalarModel
 from gptlab.model.sharding import constrain
-from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params, score_batch
 from gptlab.rl import advantages as adv
 from gptlab.rl import episodes as episodes_lib
 from gptlab.rl import kl as kl_lib
@@ -109,14 +109,7 @@ def make_ptx_loss(model: LanguageModel) -> step_lib.LossFn:
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
         del rng
-        stats: Any = model.apply(
-            {"params": params},
-            batch.tokens,
-            batch.targets,
-            batch.positions,
-            batch.segment_ids,
-            method=model.score,
-        )
+        stats = score_batch(model, params, batch)
         loss, weight, _ = losses.cross_entropy_sums(stats, batch.loss_mask, 0.0)
         return loss, (weight, {"ptx_loss": loss})
 

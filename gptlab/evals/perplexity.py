@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.data.batches import TokenBatch
-from gptlab.model.transformer import LanguageModel
+from gptlab.model.transformer import LanguageModel, score_batch
 from gptlab.train import mesh as mesh_lib
 
 RowNll = Callable[[Any, TokenBatch], tuple[jax.Array, jax.Array]]
@@ -27,14 +27,7 @@ def make_nll(model: LanguageModel, mesh: Mesh) -> RowNll:
     """
 
     def nll(params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        stats: Any = model.apply(
-            {"params": params},
-            batch.tokens,
-            batch.targets,
-            batch.positions,
-            batch.segment_ids,
-            method=model.score,
-        )
+        stats = score_batch(model, params, batch)
         return -(stats.logprob * batch.loss_mask).sum(-1), batch.loss_mask.sum(-1)
 
     return jax.jit(nll, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -491,6 +491,19 @@ class LanguageModel(nn.Module):
         return vocabulary.of_hidden(hidden, table, targets, c.loss_chunk, temperature)
 
 
+def score_batch(model: LanguageModel, params: Any, batch: Any) -> TokenStats:
+    """`LanguageModel.score` of a packed batch's targets, without dropout."""
+    stats: Any = model.apply(
+        {"params": params},
+        batch.tokens,
+        batch.targets,
+        batch.positions,
+        batch.segment_ids,
+        method=model.score,
+    )
+    return stats
+
+
 def init_params(model: nn.Module, key: jax.Array) -> dict[str, Any]:
     """Float32 parameters still boxed in their logical axes; `nn.unbox` inside jit gives arrays."""
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]

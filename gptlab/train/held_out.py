@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.data.batches import TokenBatch
-from gptlab.model.transformer import LanguageModel
+from gptlab.model.transformer import LanguageModel, score_batch
 from gptlab.run.errors import UserError
 from gptlab.train import losses
 from gptlab.train.mesh import put_batch
@@ -36,14 +36,7 @@ def make_held_out(model: LanguageModel, mesh: Mesh, token_bytes: np.ndarray, nam
     table = jax.device_put(table, replicated) if jax.process_count() == 1 else table
 
     def count(params: Any, batch: Any, table: jax.Array) -> dict[str, jax.Array]:
-        stats: Any = model.apply(
-            {"params": params},
-            batch.tokens,
-            batch.targets,
-            batch.positions,
-            batch.segment_ids,
-            method=model.score,
-        )
+        stats = score_batch(model, params, batch)
         _, weight, figures = losses.cross_entropy_sums(stats, batch.loss_mask, 0.0)
         num_bytes = jnp.sum(jnp.take(table, batch.targets, axis=0) * batch.loss_mask)
         return {**figures, "tokens": weight, "bytes": num_bytes}
