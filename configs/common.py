@@ -36,6 +36,28 @@ def compute(
     )
 
 
+def lora(
+    rank: int = 0,
+    *,
+    alpha: float = 16.0,
+    targets: Sequence[str] = ("query", "value"),
+    frozen_dtype: str = "float32",
+) -> ConfigDict:
+    """Low-rank adapters of the layers' `targets`, everything else frozen; rank 0: all is trained.
+
+    See model/lora.py. frozen_dtype='bfloat16' keeps the frozen matrices in half the memory.
+    """
+    return ConfigDict(
+        {"rank": rank, "alpha": alpha, "targets": tuple(targets), "frozen_dtype": frozen_dtype}
+    )
+
+
+def llama_lora() -> ConfigDict:
+    """Adapters of every kernel of a Llama's layers, its own weights in bfloat16."""
+    targets = ("query", "key", "value", "out", "up", "gate", "down")
+    return lora(16, alpha=32.0, targets=targets, frozen_dtype="bfloat16")
+
+
 def mesh(**sizes: int) -> ConfigDict:
     """Sizes of the five mesh axes; `fsdp` takes the devices that are left."""
     return ConfigDict({"replica": 1, "data": 1, "fsdp": -1, "context": 1, "tensor": 1, **sizes})

@@ -40,6 +40,7 @@ def get_config(arg: str = "cpu") -> ConfigDict:
                 "init", "reference", "reward", "prompts", "vocabulary", "tokens"
             ),
             "compute": common.compute(unroll=4),
+            "lora": common.lora(),
             "data": {"prompt_len": 64},
             "sampling": {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 32},
             # One of the two is set; a step is one rollout of batch_size episodes.

@@ -25,6 +25,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
     config.seed = 0
     config.inputs = common.inputs("init", "reference", "reward", "prompts", "vocabulary", "tokens")
     config.compute = common.compute(dtype="bfloat16", remat="full")
+    config.lora = common.lora()
     config.data = {"prompt_len": 1024}
     config.sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 1024}
     config.total_steps = placeholder(int)

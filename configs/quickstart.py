@@ -192,6 +192,7 @@ def sft() -> ConfigDict:
             },
             "loss_on": "assistant",
             "compute": common.compute(unroll=4),
+            "lora": common.lora(),
             "batch_size": 8,
             "accumulation_steps": 1,
             "optimizer": common.muon(0.005, adam_lr=0.002, warmup_steps=10),
@@ -258,6 +259,7 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
                 "demonstrations",
             ),
             "compute": common.compute(unroll=4),
+            "lora": common.lora(),
             "data": {
                 "seq_len": PROMPT_TOKENS + REPLY_TOKENS,
                 "prompt_len": PROMPT_TOKENS,
@@ -297,6 +299,7 @@ def ppo() -> ConfigDict:
                 "init", "reference", "reward", "prompts", "vocabulary", "tokens"
             ),
             "compute": common.compute(unroll=4),
+            "lora": common.lora(),
             "data": {"prompt_len": PROMPT_TOKENS},
             "sampling": {
                 "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": REPLY_TOKENS,

@@ -39,6 +39,7 @@ def get_config(arg: str = "rounds") -> ConfigDict:
                 "demonstrations",
             ),
             "compute": common.compute(unroll=4),
+            "lora": common.lora(),
             "data": {
                 "seq_len": 256 if reviews else 96,
                 # As PPO and evaluation cut theirs, or the scores there would be of other prompts

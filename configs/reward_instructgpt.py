@@ -28,6 +28,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
         "seq_len": 2048, "prompt_len": 1024, "max_candidates": 9, "num_folds": 1, "folds": (0,),
     }  # fmt: skip
     config.compute = common.compute(dtype="bfloat16", remat="full")
+    config.lora = common.lora()
 
     config.batch_size = 64
     config.accumulation_steps = 1

@@ -35,6 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     }  # fmt: skip
     config.loss_on = "assistant"
     config.compute = common.compute(dropout=0.2)
+    config.lora = common.lora()
 
     config.batch_size = 32
     config.accumulation_steps = 1

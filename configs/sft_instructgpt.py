@@ -26,6 +26,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
     }  # fmt: skip
     config.loss_on = "assistant"
     config.compute = common.compute(dtype="bfloat16", remat="full", dropout=0.2)
+    config.lora = common.lora()
 
     config.batch_size = 32
     config.accumulation_steps = 1

@@ -6,7 +6,7 @@ Compiles the very functions that the stage would run (the training step; for PPO
 scoring and the whole update) from shapes alone: no data, no checkpoint, no TPU. Says whether the
 config fits the chips and by how much, what fills their memory, how many FLOPs a step takes, what
 the chips send each other, and an estimated range for the time of a step. Where it does not fit, the
-knobs that could help are turned and compiled too; `--search` tries meshes and batch sizes.
+knobs that could help are turned and compiled too (`--noknobs`: they are not); `--search` tries meshes and batch sizes.
 
 What a config's `inputs.init` will be, and the topology it is meant for, stand in the `hardware`
 function at its foot. `--model=PRESET` and `--topology=v5p:4x4x8` (chips, not the cores that Google
@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from gptlab import ppo, pretrain, reward, sft
 from gptlab.data.batches import ComparisonBatch, PromptBatch, TokenBatch
+from gptlab.model import lora
 from gptlab.model.decode import Sampling
 from gptlab.model.heads import ScalarModel
 from gptlab.model.presets import PRESETS
@@ -82,6 +83,7 @@ def run(
     devices: str | None,
     model: str | None,
     search: bool,
+    knobs: bool,
 ) -> None:
     """Prints the plan of a config, and keeps it in `workdir`.
 
@@ -108,7 +110,7 @@ def run(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(plan_report.to_json(plan))
     print(plan_report.describe(plan))
-    if not plan.fits:
+    if knobs and not plan.fits:
         print(plan_report.knob_table(plan, turned(job, target)))
 
 
@@ -188,6 +190,8 @@ def trained(job: Job, model: Any, optimizer: ConfigDict, mesh: Mesh) -> tuple[An
     # How long training lasts changes constants of the schedule only.
     tx, schedule = make_optimizer(optimizer, max(1, optimizer.warmup_steps))
     params = state.param_shardings(functools.partial(init_params, model), mesh)
+    if "lora" in job.config:
+        params = lora.extend(*params, job.config.lora)
     return *state.abstract_state(*params, tx, mesh), tx, schedule
 
 
@@ -212,10 +216,11 @@ def supervised(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         )
         rows, predicted = rows * data.max_candidates, 0
     abstract, shardings, tx, schedule = trained(job, model, config.optimizer, mesh)
+    adapters = flops.Adapters.of(config)
     step = stage.jit_step(model, tx, schedule, config, shardings, mesh)
-    counted = flops.train(job.model, rows, data.seq_len, predicted, mesh.shape)
+    counted = flops.train(job.model, rows, data.seq_len, predicted, mesh.shape, adapters)
     if config.optimizer.name == "muon":
-        counted += flops.muon(job.model)
+        counted += flops.muon(job.model, adapters)
     phase, _ = compiled.measure(
         "step",
         step,
@@ -239,16 +244,18 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
     prompt, new = config.data.prompt_len, config.sampling.max_new_tokens
     length = prompt + new
     ppo.check_batches(config, mesh)
+    adapters = flops.Adapters.of(config)
     policy, policy_sh, policy_tx, schedule = trained(job, model, config.optimizer, mesh)
     critic, critic_sh, critic_tx, _ = trained(job, scalar, config.value_optimizer, mesh)
     memory = {
         "params": per_device(policy.params),
         "optimizer": per_device(policy.opt_state),
-        "reference": per_device(policy.params),
         "critic": per_device(critic.params),
         "critic optimizer": per_device(critic.opt_state),
     }
-    if config.reward.kind == "model":
+    if not adapters.rank or config.inputs.reference:  # else they stand in what is trained
+        memory["reference"] = per_device(policy.params)
+    if config.reward.kind == "model" and not adapters.rank:
         memory["reward model"] = per_device(critic.params)
     kept = sum(memory.values())
     measure = functools.partial(compiled.measure, chip=chip)
@@ -261,7 +268,7 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "rollout",
         functions.sample,
         (policy.params, mesh_lib.abstract_batch(asked, mesh), key_on(mesh)),
-        counted_flops=flops.generate(job.model, rows, prompt, new),
+        counted_flops=flops.generate(job.model, rows, prompt, new, adapters),
         beside_bytes=kept - memory["params"],
     )
     if samples is None:  # as any batch lies, to go on with the other phases
@@ -270,7 +277,9 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "score",
         functions.logprobs,
         (policy.params, samples),
-        counted_flops=flops.forward(job.model, rows, length, rows * new, mesh.shape),
+        counted_flops=flops.forward(
+            job.model, rows, length, rows * new, mesh.shape, adapters
+        ),
         kernel_flops=flops.splash(job.model, rows, length, backward=False),
         beside_bytes=kept - memory["params"],
         calls=2,  # policy and reference
@@ -279,7 +288,7 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "value",
         functions.scalars,
         (critic.params, samples),
-        counted_flops=flops.forward(job.paid_by, rows, length, 0, mesh.shape),
+        counted_flops=flops.forward(job.paid_by, rows, length, 0, mesh.shape, adapters),
         kernel_flops=flops.splash(job.paid_by, rows, length, backward=False),
         beside_bytes=kept - memory["critic"],
         calls=2 if config.reward.kind == "model" else 1,
@@ -295,8 +304,8 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         ppo.PPOState(policy_sh, critic_sh, whole), mesh,
     )  # fmt: skip
     seen = rows * config.epochs
-    counted = flops.train(job.model, seen, length, seen * new, mesh.shape)
-    counted += flops.train(job.paid_by, seen, length, 0, mesh.shape)
+    counted = flops.train(job.model, seen, length, seen * new, mesh.shape, adapters)
+    counted += flops.train(job.paid_by, seen, length, 0, mesh.shape, adapters)
     inside = sum(
         flops.splash(model, seen, length, backward=True) for model in (job.model, job.paid_by)
     )
@@ -305,9 +314,9 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         width = config.ptx.seq_len
         ptx = mesh_lib.abstract_batch(token_batch(config.ptx.batch_size * updates, width), mesh)
         ptx_rows = config.ptx.batch_size * updates
-        counted += flops.train(job.model, ptx_rows, width, ptx_rows * width, mesh.shape)
+        counted += flops.train(job.model, ptx_rows, width, ptx_rows * width, mesh.shape, adapters)
         inside += flops.splash(job.model, ptx_rows, width, backward=True)
-    frozen = memory["reference"] + memory.get("reward model", 0)
+    frozen = memory.get("reference", 0) + memory.get("reward model", 0)
     learn, _ = measure(
         "update",
         update,
@@ -351,9 +360,10 @@ def useful_flops(job: Job) -> int | None:
     if job.stage == "ppo":
         return None
     rows, length = config.batch_size, config.data.seq_len
+    adapters = flops.Adapters.of(config)
     if job.stage == "reward":
-        return flops.causal_train(job.model, rows * config.data.max_candidates, length, 0)
-    return flops.causal_train(job.model, rows, length, rows * length)
+        return flops.causal_train(job.model, rows * config.data.max_candidates, length, 0, adapters)
+    return flops.causal_train(job.model, rows, length, rows * length, adapters)
 
 
 def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
@@ -438,6 +448,7 @@ FLAGS: Mapping[str, tuple[bool | None, str]] = {
     "devices": (None, "cpu:N, virtual devices of this machine, in place of a topology."),
     "model": (None, "A preset, in place of what config.inputs will hold."),
     "search": (False, "Try meshes and batch sizes."),
+    "knobs": (True, "Where it does not fit, compile what could help, too."),
 }
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from gptlab.data import batches, mixtures
 from gptlab.data.batches import PromptBatches, TokenBatch
 from gptlab.data.tokenizer import Tokenizer
+from gptlab.model import lora
 from gptlab.model.heads import ScalarModel
 from gptlab.model.sharding import constrain
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params, score_batch
@@ -244,6 +245,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     compute = config.compute.to_dict()
     model_config = ModelConfig.build(checkpoint.load_model_config(config.inputs.init), compute)
     check_vocabulary(model_config, tokenizer, "config.inputs.init")
+    lora.check(config.lora, model_config)
     model = LanguageModel(model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     episodes = config.batch_size  # B
@@ -261,11 +263,18 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     ptx_rows = read_ptx(config, updates, mesh)
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        # (3) Policy and reference from SFT, critic from the reward model.
+        # (3) Policy and reference from SFT, critic from the reward model. Adapters leave their
+        # bases as they are: with them, no reference and no reward model's trunk is held apart.
+        sample_key, update_key, eval_key, lora_key = jax.random.split(
+            jax.random.key(config.seed), 4
+        )
         init_fn = functools.partial(init_params, model)
         load_policy = functools.partial(checkpoint.load_params, mesh=mesh, init_fn=init_fn)
-        reference = load_policy(config.inputs.reference or config.inputs.init)
-        scalar_model, critic, reward_params = rewards.load_critic(
+        policy = load_policy(config.inputs.init)
+        reference = None
+        if config.inputs.reference or not config.lora.rank:
+            reference = load_policy(config.inputs.reference or config.inputs.init)
+        scalar_model, critic = rewards.load_critic(
             config.inputs.reward if config.reward.kind == "model" else None,
             config.inputs.init,
             model_config,
@@ -274,9 +283,14 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
         policy_tx, schedule = make_optimizer(config.optimizer, total * updates)
         critic_tx, _ = make_optimizer(config.value_optimizer, total * updates)
-        policy, policy_sh = state_lib.state_from_params(
-            load_policy(config.inputs.init), policy_tx, mesh
-        )
+        lora.check(config.lora, scalar_model.config)
+        reward_params = None
+        if config.reward.kind == "model":  # the critic starts as a copy of what pays
+            apart = {"head": critic["head"]} if config.lora.rank else critic
+            reward_params = jax.tree.map(jnp.copy, apart)
+        policy = lora.add(policy, config.lora, lora_key)
+        critic = lora.add(critic, config.lora, jax.random.fold_in(lora_key, 1))
+        policy, policy_sh = state_lib.state_from_params(policy, policy_tx, mesh)
         critic, critic_sh = state_lib.state_from_params(critic, critic_tx, mesh)
         whole = NamedSharding(mesh, PartitionSpec())
         shardings: Any = PPOState(policy_sh, critic_sh, whole)  # type: ignore[arg-type]
@@ -286,7 +300,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         update = jit_update(
             model, scalar_model, transforms, schedule, controller, config, shardings, mesh
         )
-        sample_key, update_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
 
         # (4) The newest checkpoint, if there is one; prompts, keys and metrics follow its step.
         checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
@@ -334,7 +347,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             if not (save or evaluate):
                 continue
             if evaluate:
-                figures = evaluate_policy(run, actor, state.policy.params, held_out, eval_key)
+                figures = evaluate_policy(run, actor, state, held_out, eval_key)
                 run.metrics.write(done, figures)
             if save:
                 with run.goodput.measure("save"):
@@ -347,7 +360,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         # (6) Results.
         checkpoints.wait()
         if not figures:  # there was no step left to run
-            figures = evaluate_policy(run, actor, state.policy.params, held_out, eval_key)
+            figures = evaluate_policy(run, actor, state, held_out, eval_key)
         run.results(
             steps=total,
             episodes=total * episodes,
@@ -355,7 +368,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             tokens_per_sec=log.mean_tokens_per_sec(),
             **{name.removeprefix("eval/"): value for name, value in figures.items()},
         )
-        run.complete(state_lib.digest(state.policy.params))
+        run.complete(state_lib.digest(lora.merge(state.policy.params)))
 
 
 def check(config: ConfigDict) -> None:
@@ -452,11 +465,13 @@ def restore(
 
 
 def evaluate_policy(
-    run: artifact.Run, actor: Actor, policy: Any, held_out: PromptBatches, key: jax.Array
+    run: artifact.Run, actor: Actor, state: PPOState, held_out: PromptBatches, key: jax.Array
 ) -> dict[str, float]:
     """The held-out figures, named eval/validation/..."""
     with run.goodput.measure("eval"):
-        figures = actor.held_out(policy, held_out, run.config.eval_batches, key)
+        figures = actor.held_out(
+            state.policy.params, state.critic.params, held_out, run.config.eval_batches, key
+        )
     return {f"eval/validation/{name}": value for name, value in figures.items()}
 
 

@@ -34,6 +34,7 @@ from gptlab.data.batches import ComparisonBatch, ComparisonBatches
 from gptlab.data.records import Comparison
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evals import preference, reward_figures
+from gptlab.model import lora
 from gptlab.model.heads import ScalarModel, scalar_from_language
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.people import labellers
@@ -123,6 +124,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     architecture = checkpoint.load_model_config(config.inputs.init)
     model_config = ModelConfig.build(architecture, config.compute.to_dict())
     check_fits(model_config, tokenizer, config.data.seq_len)
+    lora.check(config.lora, model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
     mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
@@ -138,11 +140,13 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     # (4) Model and state: the SFT model's backbone, a fresh head.
     model = ScalarModel(model_config)
     tx, schedule = make_optimizer(config.optimizer, total)
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
+    init_key, step_key, lora_key = jax.random.split(jax.random.key(config.seed), 3)
+    flops_per_token = lora.flops_per_token(config.lora, model_config, config.data.seq_len)
+    log = StepLog(run, config, batch_tokens, flops_per_token)
     scorer = Scorer(model, mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         params = params_from_language(model, config.inputs.init, mesh, init_key)
+        params = lora.add(params, config.lora, lora_key)
         state, shardings = state_lib.state_from_params(params, tx, mesh)
         train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 

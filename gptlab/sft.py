@@ -27,7 +27,7 @@ from gptlab.data import batches, chat, mixtures
 from gptlab.data.batches import TokenBatch
 from gptlab.data.records import Message
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.model import transformer
+from gptlab.model import lora, transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact, profile, program
 from gptlab.run.errors import Interrupted, UserError
@@ -138,6 +138,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     architecture = load_model_config(config.inputs.init)
     model_config = ModelConfig.build(architecture, config.compute.to_dict())
     check_fits(model_config, tokenizer, config.data.seq_len)
+    lora.check(config.lora, model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
     mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
@@ -164,11 +165,12 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     def validation() -> Any:
         return batches.eval_batches(held_out_source, config.batch_size, config.eval_batches, *block)
 
-    # (4) Model and state: the pretrained parameters, a fresh optimiser.
+    # (4) Model and state: the pretrained parameters, adapters if asked for, a fresh optimiser.
     model = LanguageModel(model_config)
     tx, schedule = make_optimizer(config.optimizer, total)
-    step_key, sample_key = jax.random.split(jax.random.key(config.seed))
-    log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
+    step_key, sample_key, lora_key = jax.random.split(jax.random.key(config.seed), 3)
+    flops_per_token = lora.flops_per_token(config.lora, model_config, config.data.seq_len)
+    log = StepLog(run, config, batch_tokens, flops_per_token)
     held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
     prompts = [
         chat.encode_prompt(tokenizer, [Message("user", text)], config.data.seq_len)
@@ -183,6 +185,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         params = load_params(
             config.inputs.init, mesh, lambda key: transformer.init_params(model, key)
         )
+        params = lora.add(params, config.lora, lora_key)
         state, shardings = state_lib.state_from_params(params, tx, mesh)
         train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 

@@ -163,10 +163,11 @@ def networks(config):
     policy = ppo.checkpoint.load_params(
         config.inputs.init, mesh, functools.partial(ppo.init_params, model)
     )
-    scalar, critic, paid = ppo.rewards.load_critic(
+    scalar, critic = ppo.rewards.load_critic(
         config.inputs.reward if config.reward.kind == "model" else None,
         config.inputs.init, model_config, mesh, config.compute.to_dict(),
     )  # fmt: skip
+    paid = critic if config.reward.kind == "model" else None
     actor = ppo.Actor(config, model, scalar, policy, paid, tokenizer, mesh)
     data = ppo.prompts_lib.read_prompts(config, tokenizer, "train", config.batch_size, mesh)
     return actor, model, scalar, policy, critic, data, mesh

@@ -149,12 +149,18 @@ class ModelConfig:
         """Width of all key heads together."""
         return self.num_kv_heads * self.head_dim
 
+    def kernel_shapes(self) -> dict[str, tuple[int, int]]:
+        """(I, O) of each kernel of a layer, by its name."""
+        d, a, kv, f = self.d_model, self.d_attn, self.d_kv, self.d_ff
+        shapes = {"query": (d, a), "key": (d, kv), "value": (d, kv), "out": (a, d), "up": (d, f)}
+        return shapes | ({"gate": (d, f)} if self.activation == "swiglu" else {}) | {"down": (f, d)}
+
     def num_params(self) -> int:
         """Exact number of parameters of either family: 124,439,808 for GPT-2 small."""
         d, f, a, kv = self.d_model, self.d_ff, self.d_attn, self.d_kv
         norm = d * (2 if self.norm == "layernorm" and self.use_bias else 1)
-        layer = d * a + 2 * d * kv + a * d + (a + 2 * kv) * self.qkv_bias + d * self.use_bias
-        layer += 3 * d * f if self.activation == "swiglu" else 2 * d * f
+        layer = sum(inputs * outputs for inputs, outputs in self.kernel_shapes().values())
+        layer += (a + 2 * kv) * self.qkv_bias + d * self.use_bias
         if self.use_bias:
             layer += d + (2 * f if self.activation == "swiglu" else f)
         layer += 2 * norm + (2 * self.head_dim if self.qk_norm != "none" else 0)
@@ -205,13 +211,25 @@ class Dense(nn.Module):
         """[..., I] -> [..., O] in `dtype`."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype), self.dtype)
+        x = x.astype(self.dtype)
+        y = product(x, kernel.astype(self.dtype), self.dtype)
+        if self.has_variable("params", "lora_a"):  # put there by model/lora.py
+            y += self._adapter(x)
         y = checkpoint_name(y, "product")
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32)
             y += _last(bias.astype(self.dtype), y)
         return y
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        """(alpha / r) (x A) B."""
+        a, b, scale = (
+            self.get_variable("params", name).astype(self.dtype)
+            for name in ("lora_a", "lora_b", "lora_scale")
+        )
+        narrow = checkpoint_name(product(x, a, self.dtype), "product")  # [..., r]
+        return scale * product(narrow, b, self.dtype)
 
 
 class Norm(nn.Module):

@@ -160,7 +160,7 @@ def _backward(layout: _Layout, temperature: float, saved: Any, cotangents: Any) 
     specs = (layout.hidden, layout.table, *(tokens,) * 4)
     args = (hidden, table, targets, log_z, *cotangents[:2])
     d_hidden, d_table = layout.run(local, specs, (layout.hidden, layout.table), *args)
-    return d_hidden, d_table, None
+    return d_hidden, d_table.astype(table.dtype), None  # frozen ones may be bfloat16
 
 
 _stats.defvjp(_forward, _backward)

@@ -18,6 +18,7 @@ from gptlab.data import chat
 from gptlab.data.batches import PromptBatches
 from gptlab.data.records import Prompt
 from gptlab.data.tokenizer import Tokenizer
+from gptlab.model import lora
 from gptlab.model.decode import Sampling
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel
@@ -76,14 +77,25 @@ class Actor:
         tokenizer: Tokenizer,
         mesh: Mesh,
     ):
-        """reward_params have the normalisation folded in; None with reward.kind='scorer'."""
+        """Compiles nothing yet.
+
+        Args:
+          config: of the stage.
+          model: policy and reference.
+          scalar_model: critic and reward model.
+          reference: its parameters; None where it is the policy with its adapters off.
+          reward_params: with the normalisation folded in; only the head where the trunk is the
+            critic's with its adapters off; None with reward.kind='scorer'.
+          tokenizer: of all of them.
+          mesh: of all of them.
+        """
         sampling = Sampling(
             **config.sampling.to_dict(),
             stop_tokens=chat.stop_tokens(tokenizer),
             halt_tokens=rollout.halt_tokens(tokenizer, model.config.vocab_size),
         )
         rollout.check_sampling(sampling)
-        self.reference, self._reward_params = reference, reward_params
+        self._reference, self._reward_params = reference, reward_params
         self._tokenizer, self._mesh = tokenizer, mesh
         self._text_scorer = None
         if config.reward.kind == "scorer":
@@ -100,10 +112,17 @@ class Actor:
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
-    def scores(self, samples: Samples, prompts: Sequence[Prompt]) -> jax.Array:
+    def reference(self, policy: Any) -> Any:
+        """Parameters of the reference, beside a policy."""
+        return lora.off(policy) if self._reference is None else self._reference
+
+    def scores(self, critic: Any, samples: Samples, prompts: Sequence[Prompt]) -> jax.Array:
         """float32 [B] of whole replies; `prompts` are those of this process's rows."""
         if self._text_scorer is None:
-            return self._at_last(self.scalars(self._reward_params, samples), samples)
+            paid_by = self._reward_params
+            if lora.adapted(critic):
+                paid_by = {**lora.off(critic), "head": paid_by["head"]}
+            return self._at_last(self.scalars(paid_by, samples), samples)
         scores = self._text_scorer(prompts, self.texts(samples))
         return mesh_lib.put_batch(np.asarray(scores, np.float32), self._mesh)
 
@@ -120,9 +139,9 @@ class Actor:
     ) -> Rollout:
         """The rollout of samples that `policy` drew."""
         old_logprobs, entropy = self.logprobs(policy, samples)
-        ref_logprobs, _ = self.logprobs(self.reference, samples)
+        ref_logprobs, _ = self.logprobs(self.reference(policy), samples)
         values = self._at_response(self.scalars(critic, samples), samples)
-        scores = self.scores(samples, prompts)
+        scores = self.scores(critic, samples, prompts)
         return Rollout(samples, old_logprobs, entropy, ref_logprobs, values, scores)
 
     def examples(
@@ -140,7 +159,12 @@ class Actor:
         ]
 
     def held_out(
-        self, policy: Any, prompts: PromptBatches, max_batches: int | None, key: jax.Array
+        self,
+        policy: Any,
+        critic: Any,
+        prompts: PromptBatches,
+        max_batches: int | None,
+        key: jax.Array,
     ) -> dict[str, float]:
         """Means over held-out prompts, one reply each, drawn with the same keys every time.
 
@@ -153,8 +177,8 @@ class Actor:
             batch = mesh_lib.put_batch(batch, self._mesh)
             samples = self.sample(policy, batch, jax.random.fold_in(key, i))
             logprobs, _ = self.logprobs(policy, samples)
-            ref_logprobs, _ = self.logprobs(self.reference, samples)
-            scores = self.scores(samples, asked)
+            ref_logprobs, _ = self.logprobs(self.reference(policy), samples)
+            scores = self.scores(critic, samples, asked)
             sums = self._held_out_sums(batch.index, samples, logprobs, ref_logprobs, scores)
             for name, value in jax.device_get(sums).items():
                 total[name] = total.get(name, 0.0) + float(value)

@@ -170,11 +170,12 @@ def load_critic(
     policy_config: ModelConfig,
     mesh: Mesh,
     compute: Mapping[str, Any],
-) -> tuple[ScalarModel, Any, Any | None]:
-    """The critic as PPO starts it, and the reward model that pays.
+) -> tuple[ScalarModel, Any]:
+    """The critic as PPO starts it.
 
-    With a reward model, the critic is a copy of it, normalisation included. Without one (a program
-    pays), it is the policy's trunk under a zero head: its first values are 0 and no noise.
+    With a reward model, it is that one, normalisation included: what pays has the same parameters.
+    Without one (a program pays), it is the policy's trunk under a zero head: its first values are 0
+    and no noise.
 
     Args:
       workdir: of the reward model, or None.
@@ -184,7 +185,7 @@ def load_critic(
       compute: `config.compute`.
 
     Returns:
-      (model of both, critic's parameters, reward's parameters or None).
+      (model, parameters).
 
     Raises:
       UserError: reward model and policy have different vocabularies.
@@ -196,11 +197,10 @@ def load_critic(
                 f"config.inputs.reward has a vocabulary of {model.config.vocab_size}, "
                 f"config.inputs.init of {policy_config.vocab_size}: they don't belong together"
             )
-        params = jax.jit(fold_normalisation)(params, gain, bias)
-        return model, jax.tree.map(jnp.copy, params), params
+        return model, jax.jit(fold_normalisation)(params, gain, bias)
     model = ScalarModel(policy_config, "zero")
     language = functools.partial(init_params, LanguageModel(policy_config))
     trunk = checkpoint.load_params(policy_workdir, mesh, language)
     _, shardings = state_lib.param_shardings(functools.partial(init_params, model), mesh)
     head = {"kernel": jnp.zeros((policy_config.d_model, 1)), "bias": jnp.zeros((1,))}
-    return model, scalar_from_language(trunk, jax.device_put(head, shardings["head"])), None
+    return model, scalar_from_language(trunk, jax.device_put(head, shardings["head"]))

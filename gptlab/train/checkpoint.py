@@ -19,6 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gptlab.model import lora
 from gptlab.run import artifact, files, processes
 from gptlab.run.errors import UserError
 from gptlab.train import state as state_lib
@@ -357,6 +358,8 @@ def load_params(
 ) -> Any:
     """The parameters of a finished stage, laid out on this stage's mesh. Nothing else is read.
 
+    Adapters (config.lora) are merged into what they adapt: whoever reads a model gets a whole one.
+
     Args:
         workdir: of the run that trained them.
         mesh: any mesh; not necessarily the one they were trained on.
@@ -391,11 +394,15 @@ def _load(
         held = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise Damaged(workdir, step, f"it holds no {item!r}; it holds {', '.join(held)}")
     read_meta(workdir, step)
-    abstract = state_lib.abstract(*state_lib.param_shardings(init_fn, mesh))
+    params, shardings = state_lib.param_shardings(init_fn, mesh)
+    if adapters := _read_config(workdir).get("lora"):
+        params, shardings = lora.extend(params, shardings, ConfigDict(adapters))
+    abstract = state_lib.abstract(params, shardings)
     handler = ocp.StandardCheckpointHandler()
     try:
         _check_shapes(handler.metadata(path / item).tree, abstract, path / item)
-        return handler.restore(path / item, args=ocp.args.StandardRestore(abstract))
+        restored = handler.restore(path / item, args=ocp.args.StandardRestore(abstract))
+        return lora.merge(restored)
     except UserError:
         raise
     except Exception as error:

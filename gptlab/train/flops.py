@@ -9,7 +9,10 @@ work), and what runs inside of kernels, which `kernels` counts apart.
 `ways` are the sizes of the mesh's axes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from gptlab.model import context, kernels, vocabulary
 from gptlab.model.transformer import ModelConfig
@@ -17,14 +20,32 @@ from gptlab.model.transformer import ModelConfig
 Ways = Mapping[str, int]
 
 
+class Adapters(NamedTuple):
+    """What of `config.lora` counts."""
+
+    rank: int = 0
+    targets: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Adapters":
+        """Of a stage's config: pretraining has none."""
+        lora = config.get("lora")
+        return cls(lora.rank, lora.targets) if lora and lora.rank else cls()
+
+
+NO_ADAPTERS = Adapters()
+
+
 def weights(config: ModelConfig, tokens: int) -> dict[str, int]:
     """FLOPs of each product with a weight matrix in one layer's forward pass."""
-    d, a, kv, f = config.d_model, config.d_attn, config.d_kv, config.d_ff
-    widths = {"query": d * a, "key": d * kv, "value": d * kv, "out": a * d, "up": d * f}
-    if config.activation == "swiglu":
-        widths["gate"] = d * f
-    widths["down"] = f * d
-    return {name: 2 * tokens * size for name, size in widths.items()}
+    return {name: 2 * tokens * i * o for name, (i, o) in config.kernel_shapes().items()}
+
+
+def adapters(config: ModelConfig, lora: Adapters, tokens: int) -> tuple[dict[str, int], ...]:
+    """The same of each adapted kernel's x A, and of its (x A) B."""
+    sides = {name: config.kernel_shapes()[name] for name in lora.targets}
+    each = 2 * tokens * lora.rank
+    return {n: each * i for n, (i, _) in sides.items()}, {n: each * o for n, (_, o) in sides.items()}
 
 
 def attention(config: ModelConfig, rows: int, pairs: int) -> int:
@@ -35,7 +56,14 @@ def attention(config: ModelConfig, rows: int, pairs: int) -> int:
     return 2 * rows * config.d_attn * pairs
 
 
-def forward(config: ModelConfig, rows: int, length: int, predicted: int, ways: Ways) -> int:
+def forward(
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    predicted: int,
+    ways: Ways,
+    lora: Adapters = NO_ADAPTERS,
+) -> int:
     """FLOPs of one forward pass over rows of `length` tokens.
 
     Args:
@@ -44,55 +72,75 @@ def forward(config: ModelConfig, rows: int, length: int, predicted: int, ways: W
       length: T.
       predicted: tokens whose logits are computed; 0 for a scalar model.
       ways: of the mesh.
+      lora: adapters, which are not merged.
     """
-    layer = sum(weights(config, rows * length).values()) + 2 * _scores(config, rows, length, ways)
+    layer = _layer(config, lora, rows * length) + 2 * _scores(config, rows, length, ways)
     chunks, rows_each = _chunks(config, ways)
     return config.num_layers * layer + _unembedding(config, predicted, chunks * rows_each)
 
 
-def train(config: ModelConfig, rows: int, length: int, predicted: int, ways: Ways) -> int:
+def train(
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    predicted: int,
+    ways: Ways,
+    lora: Adapters = NO_ADAPTERS,
+) -> int:
     """FLOPs of forward, backward and recomputation; arguments as for `forward`.
 
-    The backward pass has two products for each of the forward's. Those of a layer run again as
-    `remat` says; a sequence that is split computes its scores once more in any case, and so does
+    The backward pass has two products for each of the forward's, and one where the weights stand
+    because adapters are trained (every layer's, as in a loop over layers; without one, that is with
+    `unroll` of all of them, the first layer has fewer). Those of a layer run again as `remat` says; a sequence that is split computes its scores once more in any case, and so does
     a loss that goes through the vocabulary in chunks with its logits.
     """
     products, scores = weights(config, rows * length), _scores(config, rows, length, ways)
+    inner, outer = adapters(config, lora, rows * length)
+    passes = 2 if lora.rank else 3
     split = context.cuts(length, ways["context"])
     # An output that was kept spares weights x values, unless what the softmax was divided by, which
     # nothing keeps, is needed too.
     again, scores_again = {
-        "none": (0, 0),
-        "dots": (0, 2),
+        "none": ([], 0),
+        "dots": ([], 2),
         # No gradient reads a layer's last product.
-        "full": (sum(products.values()) - products["down"], 2),
-        "minimal": (_beside_attention(config, products), 2 if split else 1),
-        "offload": (_beside_attention(config, products), 2 if split else 1),
+        "full": (products.keys() - {"down"}, 2),
+        "minimal": (_beside_attention(config), 2 if split else 1),
+        "offload": (_beside_attention(config), 2 if split else 1),
     }[config.remat]
-    layer = 3 * sum(products.values()) + again + (6 + split + scores_again) * scores
+    layer = passes * sum(products.values()) + (6 + split + scores_again) * scores
+    layer += 3 * (sum(inner.values()) + sum(outer.values()))
+    layer += sum(products[name] + outer.get(name, 0) for name in again)
+    layer += sum(inner.values()) if again else 0  # the gradient of B reads them all
     chunks, rows_each = _chunks(config, ways)
     # A loop of one trip is none, and what the compiler then sees twice it computes once.
-    out = (4 if chunks > 1 else 3) * _unembedding(config, predicted, chunks * rows_each)
+    out = (passes + (chunks > 1)) * _unembedding(config, predicted, chunks * rows_each)
     return config.num_layers * layer + out
 
 
-def generate(config: ModelConfig, rows: int, prompt: int, new_tokens: int) -> int:
+def generate(
+    config: ModelConfig, rows: int, prompt: int, new_tokens: int, lora: Adapters = NO_ADAPTERS
+) -> int:
     """FLOPs of a prefill and of decoding until the last slot: as if no reply ended early."""
     slots = prompt + new_tokens
 
     def step(queries: int, keys: int) -> int:
-        layer = sum(weights(config, rows * queries).values())
+        layer = _layer(config, lora, rows * queries)
         layer += 2 * attention(config, rows, queries * keys)
         return config.num_layers * layer + _unembedding(config, rows, config.vocab_size)
 
     return step(prompt, prompt) + (new_tokens - 1) * step(1, slots)
 
 
-def causal_train(config: ModelConfig, rows: int, length: int, predicted: int) -> int:
+def causal_train(
+    config: ModelConfig, rows: int, length: int, predicted: int, lora: Adapters = NO_ADAPTERS
+) -> int:
     """FLOPs that training needs, for MFU: nothing twice, and half of the attention's square."""
-    layer = sum(weights(config, rows * length).values())
-    layer += attention(config, rows, length * length)  # two halves
-    return 3 * (config.num_layers * layer + _unembedding(config, predicted, config.vocab_size))
+    stands = sum(weights(config, rows * length).values())
+    learns = _layer(config, lora, rows * length) - stands
+    learns += attention(config, rows, length * length)  # two halves
+    standing = config.num_layers * stands + _unembedding(config, predicted, config.vocab_size)
+    return 3 * config.num_layers * learns + (2 if lora.rank else 3) * standing
 
 
 def splash(config: ModelConfig, rows: int, length: int, *, backward: bool) -> int:
@@ -108,19 +156,27 @@ def splash(config: ModelConfig, rows: int, length: int, *, backward: bool) -> in
     return config.num_layers * products * attention(config, rows, kernels.splash_pairs(length))
 
 
-def muon(config: ModelConfig) -> int:
-    """FLOPs of Muon's five Newton-Schulz iterations on every matrix of every layer.
+def muon(config: ModelConfig, lora: Adapters = NO_ADAPTERS) -> int:
+    """FLOPs of Muon's five Newton-Schulz iterations on every matrix of every layer that is trained.
 
     An iteration on m x n (m <= n) is X X^T, the square of that, and their product with X.
     """
-    d, a, kv, f = config.d_model, config.d_attn, config.d_kv, config.d_ff
-    shapes = [(d, a), (d, kv), (d, kv), (a, d), (d, f), (f, d)]
-    shapes += [(d, f)] if config.activation == "swiglu" else []
+    shapes = list(config.kernel_shapes().values())
+    if lora.rank:
+        sides = [side for name in lora.targets for side in config.kernel_shapes()[name]]
+        shapes = [(lora.rank, side) for side in sides]
     total = 0
     for shape in shapes:
         m, n = sorted(shape)
         total += 5 * 2 * (2 * m * m * n + m**3)
     return config.num_layers * total
+
+
+def _layer(config: ModelConfig, lora: Adapters, tokens: int) -> int:
+    """Of a layer's products with weights and adapters, forward."""
+    inner, outer = adapters(config, lora, tokens)
+    parts = weights(config, tokens), inner, outer
+    return sum(size for part in parts for size in part.values())
 
 
 def _scores(config: ModelConfig, rows: int, length: int, ways: Ways) -> int:
@@ -130,12 +186,12 @@ def _scores(config: ModelConfig, rows: int, length: int, ways: Ways) -> int:
     return attention(config, rows, context.pairs(length, ways["context"]))
 
 
-def _beside_attention(config: ModelConfig, products: Mapping[str, int]) -> int:
+def _beside_attention(config: ModelConfig) -> list[str]:
     """What runs again where all is kept that attention reads and gives, a layer's last excepted."""
-    names = ["out", "up"] + ["gate"] * ("gate" in products)
+    names = ["out", "up"] + ["gate"] * ("gate" in config.kernel_shapes())
     if config.qk_norm != "none":  # its gradient reads what was normalised
         names += ["query", "key"]
-    return sum(products[name] for name in names)
+    return names
 
 
 def _unembedding(config: ModelConfig, tokens: int, rows: int) -> int:

@@ -1,5 +1,6 @@
 """The training state, sharded from birth: no device ever holds a full copy of a large model."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptlab.model import sharding, weights
+from gptlab.model import lora, sharding, weights
 
 _GATHERED_BYTES = 64 << 20
 
@@ -22,8 +23,8 @@ class TrainState:
     """Everything that an optimiser step changes."""
 
     step: Any  # int32 [], finished optimiser steps
-    params: Any  # float32 pytree
-    opt_state: Any
+    params: Any  # all of the model's, with those that stand (model/lora.py)
+    opt_state: Any  # of those that are trained
 
 
 def param_shardings(init_fn: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[Any, Any]:
@@ -32,6 +33,10 @@ def param_shardings(init_fn: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[An
     shardings = sharding.logical_to_sharding(mesh, jax.eval_shape(init_fn, key))
     abstract = jax.eval_shape(lambda key: nn.unbox(init_fn(key)), key)
     return abstract, shardings
+
+
+def _init_opt(tx: optax.GradientTransformation, params: Any) -> Any:
+    return tx.init(lora.split(params)[0])
 
 
 def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -50,7 +55,8 @@ def opt_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any,
                 return placed[path[start:]]
         return replicated
 
-    return jax.tree_util.tree_map_with_path(lie, jax.eval_shape(tx.init, params))
+    abstract = jax.eval_shape(functools.partial(init_opt, tx), params)
+    return jax.tree_util.tree_map_with_path(lie, abstract)
 
 
 def init_state(
@@ -77,7 +83,7 @@ def init_state(
 
     def create(key: jax.Array) -> TrainState:
         params = nn.unbox(init_fn(key))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, init_opt(tx, params))
 
     return jax.jit(create, out_shardings=shardings)(key), shardings
 
@@ -90,7 +96,8 @@ def state_from_params(
     shardings = TrainState(
         NamedSharding(mesh, PartitionSpec()), shardings, opt_shardings(tx, params, shardings, mesh)
     )
-    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
+    start = functools.partial(init_opt, tx)
+    opt_state = jax.jit(start, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     return TrainState(step, params, opt_state), shardings
 
@@ -103,7 +110,7 @@ def abstract_state(
         NamedSharding(mesh, PartitionSpec()), shardings, opt_shardings(tx, params, shardings, mesh)
     )
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(count, params, jax.eval_shape(tx.init, params))
+    state = TrainState(count, params, jax.eval_shape(functools.partial(init_opt, tx), params))
     return abstract(state, placed), placed
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gptlab.model import lora
 from gptlab.train.state import TrainState
 
 # (params, microbatch, rng) -> (loss sum, (weight, sums of metrics))
@@ -32,17 +33,21 @@ def accumulate(
     Args:
       loss_fn: gives sums and their weight; a metric is divided by the same weight as the loss, but
         for the LARGEST.
-      params: any pytree of float32 arrays.
+      params: float32 arrays, with adapters or without (model/lora.py).
       batch: pytree of arrays [B, ...]; B must be a multiple of accumulation_steps.
       accumulation_steps: number of microbatches.
       rng: key; microbatch i gets fold_in(rng, i).
 
     Returns:
-      (gradients like params, loss, metrics).
+      (gradients of what is trained of the parameters, loss, metrics).
     """
+    trained, frozen = lora.split(params)
 
     def sums(microbatch: Any, key: jax.Array) -> Any:
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, microbatch, key)
+        def loss_of(trained: Any) -> Any:
+            return loss_fn(lora.join(trained, frozen), microbatch, key)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
         return grads, loss, *aux
 
     if accumulation_steps == 1:
@@ -91,28 +96,30 @@ def apply_updates(
 
     Args:
       state: the state before the step.
-      grads: like state.params.
+      grads: like what is trained of state.params.
       tx: the optimiser.
       on_nonfinite: 'skip' leaves parameters and optimiser as they were when a gradient is not
         finite (the step still counts); 'stop' applies it: the loop then stops by the loss.
 
     Returns:
-      (state, {train/grad_norm, train/param_norm, and with 'skip' train/skipped_steps, all so far}).
+      (state, {train/grad_norm, train/param_norm (of what is trained), and with 'skip'
+      train/skipped_steps, all so far}).
     """
+    trained, frozen = lora.split(state.params)
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates)
     metrics = {"train/grad_norm": grad_norm}
     if on_nonfinite == "skip":
         finite = jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
-            (state.params, state.opt_state),
+            (trained, state.opt_state),
         )
         metrics["train/skipped_steps"] = state.step + 1 - applied_updates(opt_state)
     metrics["train/param_norm"] = optax.tree.norm(params)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, lora.join(params, frozen), opt_state), metrics
 
 
 def applied_updates(opt_state: Any) -> jax.Array:
