@@ -11,8 +11,8 @@ import functools
 import importlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,7 +33,7 @@ from configs import reward as reward_config
 from configs import sft as sft_config
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
-from gptlab.run import artifact, metrics
+from gptlab.run import artifact, metrics, storage
 from gptlab.run.errors import Interrupted
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
@@ -523,35 +523,81 @@ def test_a_finished_run_is_not_run_again(loop, eight_devices, capsys):
     assert (eight_devices.workdir / "metrics.jsonl").read_bytes() == before
 
 
-def two_processes(loop, config, workdir):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    line = command(loop, config, workdir)
-    started = [
-        subprocess.Popen(
-            line,
-            env=environment(
-                GPTLAB_COORDINATOR=f"127.0.0.1:{port}",
-                GPTLAB_NUM_PROCESSES="2",
-                GPTLAB_PROCESS_ID=str(number),
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [p.returncode for p in started] == [0, 0], "\n".join(outputs)
+@one_loop("pretrain")
+@pytest.mark.parametrize("kind", ["step", pytest.param("save", marks=pytest.mark.slow)])
+def test_in_a_bucket_a_killed_run_resumes_to_what_it_is_on_a_disk(
+    loop, config, kind, one_device, bucket, tiny
+):
+    config = config.copy_and_resolve_references()
+    for name, path in config.inputs.items():
+        if path is not None:
+            config.inputs[name] = f"gs://lab/{Path(path).name}"
+            storage.upload(path, config.inputs[name])
+    workdir = f"gs://lab/{loop.stage}-{kind}"
+    line = command(loop, config, tiny.root / f"{loop.stage}-bucket-{kind}", "never")
+    line[-2:] = [workdir, f"{kind}:{2 * CADENCE + (kind == 'step')}"]
+    killed = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert set(checkpoint.checkpoint_steps(workdir)) <= {CADENCE, 2 * CADENCE}
+    line[-1] = "never"
+    resumed = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, one_device)
+    names = [name.removeprefix(f"lab/{loop.stage}-{kind}/") for name in bucket.names(workdir[5:])]
+    assert {"manifest.json", "config.json", "metrics.jsonl"} <= set(names)
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert ".lock" not in names and not any(name.endswith(".tmp") for name in names)
+
+
+def launched(loop, config, workdir, moment="never"):
+    """Runs it as two processes of one device each, by launch/local.sh."""
+    program = ["tests.loop_driver", *command(loop, config, workdir, moment)[2:]]
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / "local.sh"), "--processes=2", *program],
+        env=environment(
+            GPTLAB_VENV="none", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        ),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_processes(loop, config, tiny):
+    """The workdir of an uninterrupted run of two processes."""
+    workdir = tiny.root / f"{loop.stage}-two-processes"
+    done = launched(loop, config, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
 
 
 @one_loop("pretrain")
-def test_two_processes_compute_what_one_does(loop, config, one_device, tiny):
-    workdir = tiny.root / f"{loop.stage}-two-processes"
-    two_processes(loop, config, workdir)
-    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == 2
-    assert_close(loop, workdir, one_device, rtol=1e-3)
-    assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS
+def test_two_processes_compute_what_one_does(loop, two_processes, one_device):
+    assert artifact.read_manifest(two_processes)["starts"][-1]["processes"] == 2
+    assert_close(loop, two_processes, one_device, rtol=1e-3)
+    assert json.loads((two_processes / "config.json").read_text())["total_steps"] == STEPS
+
+
+@one_loop("pretrain")
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_lost_is_named_by_the_others_and_the_run_goes_on(
+    loop, config, killed, two_processes, tiny
+):
+    workdir = tiny.root / f"{loop.stage}-lost-process-{killed}"
+    stopped = launched(loop, config, workdir, f"step:{CADENCE + 2}@{killed}")
+    assert stopped.returncode == 75, stopped.stderr
+    assert time.time() - Path(f"{workdir}.died").stat().st_mtime < 60
+    # The launcher, the lost process's own witness, and the other process; or that one's witness, if
+    # the service that it needs was lost as well.
+    lost = rf"process {killed} of 2 \(.*\) was"
+    stops = rf", process {1 - killed} stops" if killed else ""
+    for line in (
+        rf"launch/local.sh: process {killed} of 2 was killed by SIGKILL",
+        rf"gptlab {loop.stage}: {lost} killed in phase '\w+'",
+        rf"gptlab {loop.stage}: .*{lost} lost.*{stops} in phase '\w+'",
+    ):
+        assert re.search(line, stopped.stderr), (line, stopped.stderr)
+    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
+    assert manifest["status"] == "running"
+    resumed = launched(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, two_processes)
