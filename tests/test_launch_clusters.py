@@ -83,7 +83,7 @@ def launch(tmp_path):
         }
         done = subprocess.run(
             ["bash", f"launch/{script}", *arguments],
-            cwd=tmp_path, env=environment | more, text=True, capture_output=True, timeout=120,
+            cwd=tmp_path, env=environment | more, text=True, capture_output=True, timeout=250,
         )  # fmt: skip
         lines = calls.read_text().splitlines() if calls.exists() else []
         lines = [re.sub(r"GPTLAB_COMMIT=[0-9a-f]{40}\S*", "GPTLAB_COMMIT=COMMIT", x) for x in lines]

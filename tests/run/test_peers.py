@@ -46,7 +46,7 @@ def two():
     yield SimpleNamespace(service=service, now=now, first=both[0], second=both[1])
     for each in both:
         each._dismiss_witness()
-        each._witness.wait(timeout=60)
+        each._witness.wait()
 
 
 def test_while_all_beat_nothing_happens(two, capfd):
@@ -132,7 +132,7 @@ def test_without_its_service_process_0_is_lost(two, capfd):
 def test_the_witness_speaks_for_a_process_that_is_gone(index, last, said):
     done = subprocess.run(
         [sys.executable, "-SEc", peers._WITNESS, "127.0.0.1:1", index, "2"],
-        input=f"an earlier line\n{last}\n", text=True, capture_output=True, timeout=60,
+        input=f"an earlier line\n{last}\n", text=True, capture_output=True, timeout=250,
     )  # fmt: skip
     assert (said is None and done.stderr == "") or said in done.stderr
     assert len(done.stderr.splitlines()) == (said is not None)
