@@ -66,7 +66,7 @@ def children(launcher):
 
 def wait_for_steps(process, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 280
     while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
