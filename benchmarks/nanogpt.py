@@ -122,8 +122,14 @@ class Trainer:
         )
 
         def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-            logits: Any = model.apply({"params": params}, batch.tokens, batch.positions)
-            return losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)[:2]
+            stats: Any = model.apply(
+                {"params": params},
+                batch.tokens,
+                batch.targets,
+                batch.positions,
+                method=model.score,
+            )
+            return losses.cross_entropy_sums(stats, batch.loss_mask, 0.0)[:2]
 
         self._sums = jax.jit(sums)
         self._products = jax.jit(jax.grad(linear_network, (0, 1)))

@@ -15,11 +15,24 @@ def model(name: str, **overrides: Any) -> ConfigDict:
 
 
 def compute(
-    dtype: str = "float32", remat: str = "none", unroll: int = 1, dropout: float = 0.0
+    dtype: str = "float32",
+    *,
+    remat: str = "none",
+    unroll: int = 1,
+    dropout: float = 0.0,
+    attention: str = "xla",
+    loss_chunk: int = 0,
 ) -> ConfigDict:
-    """How the network is evaluated: compute dtype, rematerialisation, layers unrolled."""
+    """How the network is evaluated; see ModelConfig in model/transformer.py for each key."""
     return ConfigDict(
-        {"dtype": dtype, "remat": remat, "unroll": unroll, "dropout": dropout, "attention": "xla"}
+        {
+            "dtype": dtype,
+            "remat": remat,
+            "unroll": unroll,
+            "dropout": dropout,
+            "attention": attention,
+            "loss_chunk": loss_chunk,
+        }
     )
 
 
@@ -36,6 +49,7 @@ def adamw(
     final_fraction: float | None = None,
     decay_fraction: float | None = None,
     betas: Sequence[float] = (0.9, 0.95),
+    mu_dtype: str = "float32",
     eps: float = 1e-8,
     adam_eps_style: str = "torch",
     weight_decay: float = 0.1,
@@ -50,6 +64,7 @@ def adamw(
             "name": "adamw",
             "lr": lr,
             "betas": tuple(betas),
+            "mu_dtype": mu_dtype,  # of the first moment
             "eps": eps,
             "adam_eps_style": adam_eps_style,
             "weight_decay": weight_decay,
@@ -70,7 +85,7 @@ def adamw(
 def muon(lr: float, *, adam_lr: float, momentum: float = 0.95, **given: Any) -> ConfigDict:
     """Muon for the layers' matrices, Adam with adam_lr for the rest; `given` as for adamw."""
     config = adamw(lr, **{"weight_decay": 0.0, **given})
-    del config.adam_eps_style
+    del config.adam_eps_style, config.mu_dtype
     config.update(name="muon", adam_lr=adam_lr, momentum=momentum)
     return config
 

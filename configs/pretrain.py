@@ -39,3 +39,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = common.checkpoint(2000)
     config.profile = common.profile()
     return config
+
+
+def hardware(arg: str | None = None) -> dict:
+    """What it is planned for."""
+    return {"topology": "v5e:4x8" if arg in (None, "gpt2_124m") else "v5p:2x4x4"}

@@ -109,8 +109,15 @@ def make_ptx_loss(model: LanguageModel) -> step_lib.LossFn:
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
         del rng
-        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids)
-        loss, weight, _ = losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)
+        stats: Any = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.targets,
+            batch.positions,
+            batch.segment_ids,
+            method=model.score,
+        )
+        loss, weight, _ = losses.cross_entropy_sums(stats, batch.loss_mask, 0.0)
         return loss, (weight, {"ptx_loss": loss})
 
     return loss_fn
@@ -193,6 +200,22 @@ def make_update(
     return update
 
 
+def jit_update(
+    model: LanguageModel,
+    scalar_model: ScalarModel,
+    transforms: tuple[optax.GradientTransformation, optax.GradientTransformation],
+    schedule: Callable[[Any], Any],
+    controller: kl_lib.FixedKL | kl_lib.AdaptiveKL,
+    config: ConfigDict,
+    shardings: PPOState,
+    mesh: Mesh,
+) -> Any:
+    """The update as the loop runs it, and as gptlab.plan compiles it for other hardware."""
+    grads, value_loss = make_policy_grads(model, config), make_value_loss(scalar_model, config)
+    update = make_update(grads, value_loss, transforms, schedule, controller, config)
+    return step_lib.jit_step(update, shardings, mesh)
+
+
 def _split_rows(x: jax.Array) -> jax.Array:
     """Rows over the data axes again: a gather by permuted indices leaves them on every device."""
     return constrain(x, "batch", *[None] * (x.ndim - 1))
@@ -232,12 +255,11 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     mesh = mesh_lib.make_mesh(config.mesh)
     episodes = config.batch_size  # B
     num_prompts = episodes // config.samples_per_prompt
-    mesh_lib.check_batch_size("batch_size / samples_per_prompt", num_prompts, mesh)
-    size = episodes // config.minibatches
-    mesh_lib.check_batch_size("batch_size / minibatches", size, mesh, config.accumulation_steps)
+    check_batches(config, mesh)
     total = total_steps(config)
     updates = config.epochs * config.minibatches
     length = config.data.prompt_len + config.sampling.max_new_tokens  # T
+    mesh_lib.check_length("data.prompt_len + sampling.max_new_tokens", length, mesh)
     controller = kl_lib.make_controller(config.kl)
 
     # (2) Data: prompts of the training and the held-out split, pretraining rows for ptx.
@@ -267,17 +289,9 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         shardings: Any = PPOState(policy_sh, critic_sh, whole)  # type: ignore[arg-type]
         state = PPOState(policy, critic, jax.device_put(controller.initial(), whole))
         actor = Actor(config, model, scalar_model, reference, reward_params, tokenizer, mesh)
-        update = jax.jit(
-            make_update(
-                make_policy_grads(model, config),
-                make_value_loss(scalar_model, config),
-                (policy_tx, critic_tx),
-                schedule,
-                controller,
-                config,
-            ),
-            out_shardings=(shardings, whole),
-            donate_argnums=0,
+        transforms = (policy_tx, critic_tx)
+        update = jit_update(
+            model, scalar_model, transforms, schedule, controller, config, shardings, mesh
         )
         sample_key, update_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
 
@@ -383,6 +397,19 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """UserError unless the mesh divides every batch of a step."""
+    num_prompts = config.batch_size // config.samples_per_prompt
+    mesh_lib.check_batch_size("batch_size / samples_per_prompt", num_prompts, mesh)
+    for name, size in (
+        ("batch_size / minibatches", config.batch_size // config.minibatches),
+        *([("ptx.batch_size", config.ptx.batch_size)] if config.ptx.coef else []),
+    ):
+        mesh_lib.check_batch_size(name, size, mesh, config.accumulation_steps)
+    if config.ptx.coef:
+        mesh_lib.check_length("ptx.seq_len", config.ptx.seq_len, mesh)
+
+
 def total_steps(config: ConfigDict) -> int:
     """Steps of batch_size episodes; exactly one of total_steps and total_episodes is set."""
     steps, episodes = config.total_steps, config.total_episodes
@@ -398,9 +425,6 @@ def read_ptx(config: ConfigDict, updates: int, mesh: Mesh) -> batches.TrainBatch
     """Pretraining rows, ptx.batch_size for each optimiser step; None when the coefficient is 0."""
     if not config.ptx.coef:
         return None
-    mesh_lib.check_batch_size(
-        "ptx.batch_size", config.ptx.batch_size, mesh, config.accumulation_steps
-    )
     source = mixtures.packed(
         config.inputs.tokens, config.ptx.name, "train", config.ptx.seq_len, key="config.ptx.name"
     )

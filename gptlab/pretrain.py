@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gptlab.data import batches, mixtures, records
@@ -46,17 +46,17 @@ def make_loss_fn(model: LanguageModel, z_loss: float) -> step_lib.LossFn:
     """The loss of a microbatch: sums and their weight, so that accumulation stays exact."""
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
-        logits: Any = model.apply(
+        stats: Any = model.apply(
             {"params": params},
             batch.tokens,
+            batch.targets,
             batch.positions,
             batch.segment_ids,
             deterministic=model.config.dropout == 0,
             rngs={"dropout": rng},
-        )  # [B, T, V]
-        loss, weight, sums = losses.cross_entropy_sums(
-            logits, batch.targets, batch.loss_mask, z_loss
-        )
+            method=model.score,
+        )  # of [B, T]
+        loss, weight, sums = losses.cross_entropy_sums(stats, batch.loss_mask, z_loss)
         return loss, (weight, sums)
 
     return loss_fn
@@ -81,6 +81,19 @@ def make_train_step(
         return state, {"train/loss": loss, **figures, **norms, "train/lr": lr}
 
     return train_step
+
+
+def jit_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The step as the loop runs it, and as gptlab.plan compiles it for hardware that isn't here."""
+    step = make_train_step(make_loss_fn(model, config.z_loss), tx, schedule, config)
+    return step_lib.jit_step(step, shardings, mesh)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -108,6 +121,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_declared_model(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
 
     # (3) Data: this process's block of rows of each batch.
     data, held_out_source = make_batches(config, mesh)
@@ -133,11 +147,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         state, shardings = state_lib.init_state(
             lambda key: transformer.init_params(model, key), tx, mesh, init_key
         )
-        train_step = jax.jit(
-            make_train_step(make_loss_fn(model, config.z_loss), tx, schedule, config),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
+        train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
         # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
         state, _ = checkpoints.restore_state(state, shardings)

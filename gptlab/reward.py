@@ -86,6 +86,19 @@ def make_train_step(
     return train_step
 
 
+def jit_step(
+    model: ScalarModel,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The step as the loop runs it, and as gptlab.plan compiles it for hardware that isn't here."""
+    step = make_train_step(make_loss_fn(model), tx, schedule, config)
+    return step_lib.jit_step(step, shardings, mesh)
+
+
 def run(config: ConfigDict, workdir: str) -> None:
     """Trains until the configured duration is over, or goes on where `workdir` stands.
 
@@ -112,6 +125,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_fits(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
 
     # (3) Data: the comparisons of all rounds, split by prompt long before they came here.
     data = make_batches(config, tokenizer, read_comparisons(config, "train"), mesh)
@@ -130,11 +144,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         params = params_from_language(model, config.inputs.init, mesh, init_key)
         state, shardings = state_lib.state_from_params(params, tx, mesh)
-        train_step = jax.jit(
-            make_train_step(make_loss_fn(model), tx, schedule, config),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
+        train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
         # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
         checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))

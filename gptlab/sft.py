@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gptlab.data import batches, chat, mixtures
@@ -56,18 +56,20 @@ def make_loss_fn(model: LanguageModel, loss_on: str) -> step_lib.LossFn:
         raise UserError(f"config.loss_on={loss_on!r} is unknown: use 'assistant' or 'all'")
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
-        logits: Any = model.apply(
+        stats: Any = model.apply(
             {"params": params},
             batch.tokens,
+            batch.targets,
             batch.positions,
             batch.segment_ids,
             deterministic=model.config.dropout == 0,
             rngs={"dropout": rng},
-        )  # [B, T, V]
+            method=model.score,
+        )  # of [B, T]
         mask = batch.loss_mask  # [B, T]
         if loss_on == "all":
             mask = (batch.segment_ids > 0).astype(jnp.float32)
-        loss, weight, sums = losses.cross_entropy_sums(logits, batch.targets, mask, 0.0)
+        loss, weight, sums = losses.cross_entropy_sums(stats, mask, 0.0)
         return loss, (weight, sums)
 
     return loss_fn
@@ -92,6 +94,19 @@ def make_train_step(
         return state, {"train/loss": loss, **figures, **norms, "train/lr": lr}
 
     return train_step
+
+
+def jit_step(
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    config: ConfigDict,
+    shardings: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The step as the loop runs it, and as gptlab.plan compiles it for hardware that isn't here."""
+    step = make_train_step(make_loss_fn(model, config.loss_on), tx, schedule, config)
+    return step_lib.jit_step(step, shardings, mesh)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -125,6 +140,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     check_fits(model_config, tokenizer, config.data.seq_len)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
+    mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
 
     # (3) Data: this process's block of rows of each batch. config.data.name is a task or a mixture;
     # an overlong dialogue is left out or split, as config.data.overlong says. Replies of more than
@@ -168,11 +184,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             config.inputs.init, mesh, lambda key: transformer.init_params(model, key)
         )
         state, shardings = state_lib.state_from_params(params, tx, mesh)
-        train_step = jax.jit(
-            make_train_step(make_loss_fn(model, config.loss_on), tx, schedule, config),
-            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
-            donate_argnums=0,
-        )
+        train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
         # (5) The newest checkpoint, if there is one; else first of all, what pretraining reached.
         state, meta = checkpoints.restore_state(state, shardings)

@@ -111,3 +111,12 @@ def test_compiles_are_counted():
         "f(y); print(counter.count)\n"
     )
     assert run("-c", code).split() == ["0", "1"]
+
+
+@pytest.mark.slow
+def test_weak_scaling_is_measured_with_and_without_talking():
+    tiny = "--preset=tiny --batch_size=4 --seq_len=16 --steps=3 --rounds=1".split()
+    figures = figures_of("-m", "benchmarks.weak_scaling", *tiny)
+    for way in ("one", "two_apart", "two_together"):
+        assert set(figures["step_ms"][way]) == SPREAD and figures["step_ms"][way]["median"] > 0
+    assert {"sharing_overhead", "communication_overhead", "weak_scaling_efficiency"} <= set(figures)

@@ -1,6 +1,8 @@
 """Every config, with every argument it declares, builds; its models take shape; none is stale."""
 
 import importlib
+import math
+import re
 from pathlib import Path
 
 import jax
@@ -8,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, quickstart
-from gptlab import rounds
+from gptlab import plan, rounds
 from gptlab.model import transformer
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig
@@ -39,6 +41,10 @@ OWN = {
 def load(name, arg=None):
     module = importlib.import_module(f"configs.{name}")
     return module.get_config() if arg is None else module.get_config(arg)
+
+
+def module_of(name):
+    return importlib.import_module(f"configs.{name}")
 
 
 def cases():
@@ -81,6 +87,19 @@ def test_builds_and_its_model_takes_shape(name, arg):
             assert jax.tree.leaves(shapes)
         if "data" in tree:
             assert tree.data.seq_len <= model_config.max_len
+
+
+@pytest.mark.parametrize("name, arg", [c for c in cases() if hasattr(module_of(c[0]), "hardware")])
+def test_hardware_says_what_can_be_planned(name, arg):
+    named = module_of(name).hardware(*[arg] if arg else [])
+    assert set(named) <= {"topology", "model", "reward_model"}
+    assert re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", named["topology"])
+    chips = math.prod(int(n) for n in named["topology"].split(":")[1].split("x"))
+    config = load(name, arg)
+    job = plan.make_job(config, None, named)
+    assert job.stage in name and job.model.num_params() > 1e8
+    mesh = {axis: size for axis, size in config.mesh.items() if size != -1}
+    assert chips % math.prod(mesh.values()) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,6 +49,7 @@ def test_the_parameters_come_back_bit_for_bit(old):
 
 def test_the_whole_state_comes_back_and_training_could_go_on(old):
     manifest, config = artifact.read_manifest(old), config_of(old)
+    config.optimizer.mu_dtype = "float32"  # a key of later configs; this is what was before
     with jax.set_mesh(mesh_lib.make_mesh(config.mesh)):
         fresh, shardings = write_checkpoint.fresh_state(config)
         with checkpoint.Checkpoints(old, config.checkpoint) as checkpoints:

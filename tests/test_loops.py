@@ -381,6 +381,34 @@ def test_eight_devices_compute_what_one_does(loop, eight_devices, one_device):
     assert_close(loop, eight_devices.workdir, one_device, rtol=1e-3)
 
 
+OTHER_MESHES = {
+    "data8": common.mesh(data=8),
+    "fsdp8": common.mesh(),
+    "context2": common.mesh(data=4, context=2),
+    "replica2_tensor2": common.mesh(replica=2, data=2, tensor=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_MESHES)
+def test_every_other_mesh_computes_what_one_device_does(loop, config, one_device, tiny, name):
+    config = config.copy_and_resolve_references()
+    config.mesh = OTHER_MESHES[name]
+    workdir = tiny.root / f"{loop.stage}-{name}"
+    run_here(loop, config, workdir)
+    assert_close(loop, workdir, one_device, rtol=1e-3)
+
+
+@one_loop("sft")
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(loop, config, one_device, tiny):
+    workdir = tiny.root / f"{loop.stage}-two-meshes"
+    stop_at(loop, config, workdir, 6)  # fsdp 8
+    config = config.copy_and_resolve_references()
+    config.mesh = common.mesh(data=2, fsdp=2, tensor=2)
+    run_here(loop, config, workdir)
+    assert_close(loop, workdir, one_device, rtol=1e-3)
+
+
 def kill_seeds():
     """One seed in every test run; with `-m slow`, those of KILL_SEEDS."""
     slow = os.environ.get("GPTLAB_KILL_SEEDS", "1,2,3,4").split(",")
@@ -549,11 +577,11 @@ def test_in_a_bucket_a_killed_run_resumes_to_what_it_is_on_a_disk(
     assert ".lock" not in names and not any(name.endswith(".tmp") for name in names)
 
 
-def launched(loop, config, workdir, moment="never"):
-    """Runs it as two processes of one device each, by launch/local.sh."""
+def launched(loop, config, workdir, moment="never", count=2):
+    """Runs it as `count` processes of one device each, by launch/local.sh."""
     program = ["tests.loop_driver", *command(loop, config, workdir, moment)[2:]]
     return subprocess.run(
-        ["bash", str(ROOT / "launch" / "local.sh"), "--processes=2", *program],
+        ["bash", str(ROOT / "launch" / "local.sh"), f"--processes={count}", *program],
         env=environment(
             GPTLAB_VENV="none", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         ),
@@ -575,6 +603,16 @@ def test_two_processes_compute_what_one_does(loop, two_processes, one_device):
     assert artifact.read_manifest(two_processes)["starts"][-1]["processes"] == 2
     assert_close(loop, two_processes, one_device, rtol=1e-3)
     assert json.loads((two_processes / "config.json").read_text())["total_steps"] == STEPS
+
+
+@pytest.mark.slow
+@one_loop("pretrain")
+def test_four_processes_compute_what_one_does(loop, config, one_device, tiny):
+    workdir = tiny.root / f"{loop.stage}-four-processes"
+    done = launched(loop, config, workdir, count=4)
+    assert done.returncode == 0, done.stderr
+    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == 4
+    assert_close(loop, workdir, one_device, rtol=1e-3)
 
 
 @one_loop("pretrain")

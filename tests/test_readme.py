@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from gptlab import plan
 from gptlab.run import artifact
 
 ROOT = Path(__file__).parents[1]
@@ -175,14 +176,20 @@ def test_what_a_command_names_is_there(command):
     if config is None:
         check_options(command.module, command.arguments)
         return
-    assert command.value("workdir")
     given = [w for w in command.arguments if not w.startswith(("--config=", "--workdir="))]
-    check_config(config, given)
+    own = [w for w in given if not w.startswith("--config.")]
+    if command.module == "gptlab.plan":  # it makes no artifact and has flags beside the config
+        assert {w.partition("=")[0].removeprefix("--") for w in own} <= set(plan.FLAGS)
+    else:
+        assert command.value("workdir") and not own
+    check_config(config, [w for w in given if w not in own])
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_docstrings_name_the_workdirs_of_the_readme(command):
-    if command.value("config"):
+    if command.module == "gptlab.plan":
+        assert not command.places  # nothing is read, nothing has to be kept
+    elif command.value("config"):
         known = [c.places for c in COMMANDS if c.stage == command.stage]
         assert command.places in known
     else:  # chat takes any workdir with a language model

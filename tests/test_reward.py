@@ -364,7 +364,7 @@ def test_a_missing_input_is_named(config, tmp_path):
 
 def test_an_artifact_of_another_stage_is_no_reward_model(policy, config):
     mesh = mesh_lib.make_mesh(config.mesh)
-    with pytest.raises(UserError, match="not of reward"):
+    with pytest.raises(UserError, match="not a reward model"):
         rewards.load_reward_model(policy, mesh, config.compute)
 
 

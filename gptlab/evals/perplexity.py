@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,11 +27,15 @@ def make_nll(model: LanguageModel, mesh: Mesh) -> RowNll:
     """
 
     def nll(params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        variables = {"params": params}
-        logits: Any = model.apply(variables, batch.tokens, batch.positions, batch.segment_ids)
-        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)  # [B, T, V]
-        chosen = jnp.take_along_axis(logprobs, batch.targets[..., None], axis=-1)[..., 0]  # [B, T]
-        return -(chosen * batch.loss_mask).sum(-1), batch.loss_mask.sum(-1)
+        stats: Any = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.targets,
+            batch.positions,
+            batch.segment_ids,
+            method=model.score,
+        )
+        return -(stats.logprob * batch.loss_mask).sum(-1), batch.loss_mask.sum(-1)
 
     return jax.jit(nll, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

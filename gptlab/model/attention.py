@@ -1,17 +1,52 @@
 """Attention and rotary position embeddings, as pure functions.
 
 Training and decoding call the same `attention`: only the mask and the length of the keys differ.
+Where training does without a mask of the whole square, `self_attention` chooses by the config.
 """
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+
+from gptlab.model import context, kernels
 
 # Finite, so that a query with nothing to attend to (padding) gives numbers, not NaN.
 _MASKED = -1e30
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch RoPE to a longer window (arXiv 2407.21783, section 3.4.2).
+
+    Wavelengths above original_max_len / low_freq_factor are multiplied by `factor`, those below
+    original_max_len / high_freq_factor stay, and between the two the change is gradual.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int  # the window before it was stretched
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """Radians a position, float32 [K/2]: theta^(-2i/K), stretched as `scaling` says."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_len * frequencies / (2 * math.pi)  # within the original window
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
 def rope_tables(
-    positions: jax.Array, max_len: int, head_dim: int, theta: float
+    positions: jax.Array,
+    max_len: int,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation angles.
 
@@ -20,11 +55,12 @@ def rope_tables(
         max_len: the context window.
         head_dim: K, even.
         theta: the base of the geometric sequence of wavelengths.
+        scaling: of a stretched window, or None.
 
     Returns:
         Two float32 arrays [B, T, K/2]. (Su et al. 2021, arXiv 2104.09864, eq. 15.)
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = rope_frequencies(head_dim, theta, scaling)
     if positions.size <= max_len:
         angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]
         return jnp.cos(angles), jnp.sin(angles)
@@ -58,6 +94,46 @@ def causal_mask(segment_ids: jax.Array | None, length: int) -> jax.Array:
         return causal
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return causal & same & (segment_ids > 0)[:, None, :]
+
+
+def visibility(segment_ids: jax.Array | None, x: jax.Array, implementation: str) -> jax.Array:
+    """What `self_attention` has to know of packed rows.
+
+    Args:
+        segment_ids: int [B, T], 0 on padding; None when rows hold one unpadded sequence each.
+        x: [B, T, D], what the first layer reads.
+        implementation: 'xla', 'splash' or 'cudnn'.
+
+    Returns:
+        A mask bool [B or 1, T, T], query by key; or, where nothing as large may exist, which is in
+        the kernels and when the sequence is split over `context`, the segment ids int32 [B, T].
+    """
+    if implementation == "xla" and not context.splits(x):
+        return causal_mask(segment_ids, x.shape[1])
+    return jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+
+
+def self_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, implementation: str
+) -> jax.Array:
+    """`attention` of rows to themselves, by the implementation that the config names.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, Hkv, T, K].
+        v: [B, Hkv, T, K].
+        visible: from `visibility`.
+        implementation: 'xla', which splits the sequence where the mesh has a `context` axis;
+            'splash' (TPU) or 'cudnn' (GPU). All agree but for the output on padding.
+
+    Returns:
+        [B, T, H, K] in q's dtype.
+    """
+    if visible.ndim == 3:
+        return attention(q, k, v, visible)
+    if implementation == "xla":
+        return context.attention(q, k, v, visible)
+    return kernels.attention(q, k, v, visible, implementation)
 
 
 def cache_mask(positions: jax.Array, slots: int) -> jax.Array:

@@ -78,6 +78,35 @@ def _checked_spec(
     return PartitionSpec(*entries)
 
 
+def mesh_sizes() -> dict[str, int]:
+    """Size of each axis of the mesh in use (`jax.set_mesh`); empty without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def platform() -> str:
+    """What compiles and runs this: 'cpu', 'gpu' or 'tpu', of the mesh in use or else of JAX."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def splits(x: jax.Array) -> bool:
+    """Whether x is to be split: there is a mesh of several devices, and we are inside jit.
+
+    Outside, arrays already live somewhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and isinstance(x, jax.core.Tracer)
+
+
+def activation_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:
+    """How RULES splits an activation over the mesh in use; rows that do not divide stay whole.
+
+    Raises:
+        UserError: heads, ff or vocabulary are not divisible by the tensor axis.
+    """
+    return _checked_spec(shape, axes, mesh_sizes(), "activation")
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Splits an activation as RULES says over the mesh in use (`jax.set_mesh`).
 
@@ -86,11 +115,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Raises:
         UserError: heads, ff or vocabulary are not divisible by the tensor axis.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not isinstance(x, jax.core.Tracer):
+    if not splits(x):
         return x
-    spec = _checked_spec(x.shape, axes, mesh.shape, "activation")
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes))
 
 
 def logical_to_sharding(mesh: Mesh, abstract_tree: Any) -> Any:

@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from gptlab.model import attention as attn
+from gptlab.model import kernels, vocabulary
 from gptlab.model.product import product
 from gptlab.model.sharding import constrain
+from gptlab.model.vocabulary import TokenStats
 from gptlab.run.errors import UserError
 
 _CHOICES = {
@@ -27,18 +30,29 @@ _CHOICES = {
     "activation": ("gelu_tanh", "gelu", "swiglu"),
     "qk_norm": ("none", "before_rope", "after_rope"),
     "dtype": ("float32", "bfloat16", "float16"),
-    "remat": ("none", "full", "dots"),
-    "attention": ("xla",),
+    "remat": ("none", "full", "dots", "minimal", "offload"),
+    "attention": ("xla", "splash", "cudnn"),
 }
+# What two of the policies keep of a layer: what attention reads and what it gives. Its weights, its
+# output projection and the feed-forward layer are computed again.
+_ATTENTION = ("query", "key", "value", "attended")
 _REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name: policies that look for products don't see into those with a gradient of their own.
+    "dots": jax.checkpoint_policies.save_only_these_names("product"),
+    "minimal": jax.checkpoint_policies.save_only_these_names(*_ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=_ATTENTION,
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 INIT_STD = 0.02  # GPT-2: embeddings and linears; residual projections are divided by sqrt(2L)
 POSITION_STD = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything that defines the network; hashable, so it can be static under jit."""
 
@@ -60,12 +74,17 @@ class ModelConfig:
     qkv_bias: bool
     tie_embeddings: bool
     qk_norm: str  # none | before_rope (Qwen3) | after_rope (nanochat)
+    # Of a stretched window (Llama 3.1 and later). Configs from before this key was there lack it.
+    rope_scaling: attn.RopeScaling | None = None
     # Compute: how it is evaluated.
     dtype: str
-    remat: str  # none | full (keep nothing) | dots (keep the products of weights)
+    # none | full (keep nothing) | dots (the products of weights) | minimal (what attention reads
+    # and gives) | offload (that, in the host's memory)
+    remat: str
     unroll: int  # layers per iteration of the scan
     dropout: float  # of embeddings and of each residual branch
-    attention: str  # xla
+    attention: str  # xla | splash (TPU) | cudnn (GPU); when training: decoding is always xla
+    loss_chunk: int = 0  # rows of the vocabulary that a device's loss takes at once; 0: all
 
     @classmethod
     def build(cls, architecture: Mapping[str, Any], compute: Mapping[str, Any]) -> "ModelConfig":
@@ -75,6 +94,7 @@ class ModelConfig:
             UserError: a key is unknown or missing, or a value is not one of the choices.
         """
         fields = [f.name for f in dataclasses.fields(cls)]
+        optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
         names = {
             "model": fields[: fields.index("dtype")],
             "compute": fields[fields.index("dtype") :],
@@ -85,10 +105,13 @@ class ModelConfig:
                     near = difflib.get_close_matches(key, names[part], 1)
                     hint = f"; did you mean {near[0]!r}?" if near else f": one of {names[part]}"
                     raise UserError(f"unknown key config.{part}.{key}{hint}")
-            missing = [name for name in names[part] if name not in given]
+            missing = [n for n in names[part] if n not in given and n not in optional]
             if missing:
                 raise UserError(f"config.{part} lacks {', '.join(missing)}")
-        config = cls(**dict(architecture), **dict(compute))
+        architecture = dict(architecture)
+        if (scaling := architecture.get("rope_scaling")) is not None:
+            architecture["rope_scaling"] = _rope_scaling(scaling)
+        config = cls(**architecture, **dict(compute))
         config.check()
         return config
 
@@ -109,6 +132,10 @@ class ModelConfig:
             )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} must be even with position='rope'")
+        if self.loss_chunk < 0:
+            raise UserError(f"loss_chunk={self.loss_chunk} must not be negative (0: all at once)")
+        if self.rope_scaling is not None and self.position != "rope":
+            raise UserError(f"rope_scaling needs position='rope', not {self.position!r}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be in [0, 1)")
 
@@ -146,6 +173,20 @@ class ModelConfig:
         return 6 * params + 12 * self.num_layers * self.d_attn * seq_len
 
 
+def _rope_scaling(given: Mapping[str, Any]) -> attn.RopeScaling:
+    names = {f.name for f in dataclasses.fields(attn.RopeScaling)}
+    if set(given) != names:
+        raise UserError(
+            f"config.model.rope_scaling has the keys {sorted(given)}; it needs {sorted(names)}"
+        )
+    scaling = attn.RopeScaling(**given)
+    if not scaling.factor > 0 or not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise UserError(
+            f"{scaling}: factor must be positive, low_freq_factor in (0, high_freq_factor)"
+        )
+    return scaling
+
+
 class Dense(nn.Module):
     """x [..., I] @ kernel [I, O] (+ bias [O]).
 
@@ -165,6 +206,7 @@ class Dense(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         y = product(x.astype(self.dtype), kernel.astype(self.dtype), self.dtype)
+        y = checkpoint_name(y, "product")
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,), jnp.float32)
@@ -207,7 +249,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, rope, cache=None, start=None):
-        """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], cache with T more slots filled)."""
+        """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], cache with T more slots filled).
+
+        Without a cache, the mask is what `attention.visibility` gives.
+        """
         c = self.config
         q = self._heads(x, "query", c.num_heads, "heads")  # [B, T, H, K]
         k = self._heads(x, "key", c.num_kv_heads, "kv_heads")  # [B, T, Hkv, K]
@@ -222,10 +267,13 @@ class Attention(nn.Module):
         if cache is not None:
             cache = attn.write_cache(cache, k, v, start)
             k, v = cache
+        keys = "kv_length" if mask.ndim == 3 else "length"
         q = constrain(q, "batch", "length", "act_heads", None)
-        k = constrain(k, "batch", "act_heads", "kv_length", None)
-        v = constrain(v, "batch", "act_heads", "kv_length", None)
-        out = attn.attention(q, k, v, mask)  # [B, T, H, K]
+        k = constrain(k, "batch", "act_heads", keys, None)
+        v = constrain(v, "batch", "act_heads", keys, None)
+        q, k, v = (checkpoint_name(x, n) for x, n in zip((q, k, v), _ATTENTION[:3], strict=True))
+        out = attn.self_attention(q, k, v, mask, c.attention)  # [B, T, H, K]
+        out = checkpoint_name(out, _ATTENTION[3])
         out = out.reshape(*x.shape[:2], c.d_attn)
         std = INIT_STD * (2 * c.num_layers) ** -0.5
         out = Dense(c.d_model, ("heads", "embed"), std, c.use_bias, c.dtype, name="out")(out)
@@ -313,9 +361,19 @@ class Backbone(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         x, rope = self.embed(tokens, positions)
         x = nn.Dropout(self.config.dropout, deterministic=deterministic)(x)
-        mask = attn.causal_mask(segment_ids, length)
+        mask = self._visibility(segment_ids, x)
         x, _ = self._layers(deterministic)(x, mask, rope)
         return self.final_norm(x)
+
+    def _visibility(self, segment_ids: jax.Array | None, x: jax.Array) -> jax.Array:
+        """What the layers' attention is given, in a form that suits its implementation."""
+        c = self.config
+        made = c.attention  # parameters are made by a call with one token, which needs no kernel
+        if made in kernels.PLATFORMS:
+            length = None if self.is_initializing() else x.shape[1]
+            kernels.check(made, c.dtype, c.head_dim, length)
+            made = "xla" if length is None else made
+        return attn.visibility(segment_ids, x, made)
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         """Int32 [B, T] twice -> what the first layer reads: x [B, T, D] and RoPE tables or None."""
@@ -328,15 +386,18 @@ class Backbone(nn.Module):
         if c.position == "learned":
             x = x + jnp.take(self.positions.astype(c.dtype), positions, axis=0)
         else:
-            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta)
+            rope = attn.rope_tables(positions, c.max_len, c.head_dim, c.rope_theta, c.rope_scaling)
         return constrain(x, "batch", "length", "act_embed"), rope
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-norm output [B, T, D] -> float32 [B, T, V]."""
         c = self.config
-        table = self.embedding if c.tie_embeddings else self.unembedding  # [V, D]
-        logits = product(hidden.astype(c.dtype), table.astype(c.dtype).T, "float32")
+        logits = product(hidden.astype(c.dtype), self.table().astype(c.dtype).T, "float32")
         return constrain(logits, "batch", "length", "act_vocab")
+
+    def table(self) -> jax.Array:
+        """The unembedding, float32 [V, D]."""
+        return self.embedding if self.config.tie_embeddings else self.unembedding
 
     def normalize(self, x: jax.Array) -> jax.Array:
         """The final norm: output of the last layer [B, T, D] -> [B, T, D]."""
@@ -404,6 +465,30 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Unembedding: [B, T, D] -> float32 [B, T, V]."""
         return self.backbone.logits(hidden)
+
+    def score(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> TokenStats:
+        """What the model says of `targets` int32 [B, T], the next ones; else as `__call__`.
+
+        With config.loss_chunk, float32 [B, T, V] never exists.
+        """
+        return self.token_stats(self.hidden(tokens, positions, segment_ids, deterministic), targets)
+
+    def token_stats(
+        self, hidden: jax.Array, targets: jax.Array, temperature: float = 1.0
+    ) -> TokenStats:
+        """The same from `hidden` [B, T, D], of softmax(logits / temperature)."""
+        c = self.config
+        if not c.loss_chunk:
+            return vocabulary.of_logits(self.logits(hidden) / temperature, targets)
+        table, hidden = self.backbone.table(), hidden.astype(c.dtype)
+        return vocabulary.of_hidden(hidden, table, targets, c.loss_chunk, temperature)
 
 
 def init_params(model: nn.Module, key: jax.Array) -> dict[str, Any]:

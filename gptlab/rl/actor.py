@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -24,6 +25,38 @@ from gptlab.rl import kl, rewards, rollout
 from gptlab.rl.rollout import Rollout, Samples
 from gptlab.scorers import registry
 from gptlab.train import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+    """What a rollout is made with, compiled: the same for the loop and for gptlab.plan."""
+
+    sample: Any  # (policy, PromptBatch, key) -> Samples
+    logprobs: Any  # (policy or reference, Samples) -> log-probs and entropy, [B, R] each
+    scalars: Any  # (critic or reward model, Samples) -> [B, T]
+
+
+def jit_functions(
+    model: LanguageModel, scalar_model: ScalarModel, sampling: Sampling, pad_id: int
+) -> Functions:
+    """Jits the functions; `sampling` says where replies end."""
+    return Functions(
+        sample=jax.jit(
+            lambda params, batch, key: rollout.sample(
+                model, params, batch.tokens, batch.lengths, key, sampling, pad_id
+            )
+        ),
+        logprobs=jax.jit(
+            lambda params, samples: rollout.response_logprobs(
+                model, params, samples, sampling.temperature
+            )
+        ),
+        scalars=jax.jit(
+            lambda params, samples: rollout.token_scalars(
+                scalar_model, params, samples.tokens, samples.lengths
+            )
+        ),
+    )
 
 
 class Actor:
@@ -50,25 +83,14 @@ class Actor:
             halt_tokens=rollout.halt_tokens(tokenizer, model.config.vocab_size),
         )
         rollout.check_sampling(sampling)
-        temperature, pad_id = sampling.temperature, tokenizer.pad_id
         self.reference, self._reward_params = reference, reward_params
         self._tokenizer, self._mesh = tokenizer, mesh
         self._text_scorer = None
         if config.reward.kind == "scorer":
             self._text_scorer = registry.make(config.reward.scorer, config.inputs)
-        self.sample = jax.jit(
-            lambda params, batch, key: rollout.sample(
-                model, params, batch.tokens, batch.lengths, key, sampling, pad_id
-            )
-        )
-        self.logprobs = jax.jit(
-            lambda params, samples: rollout.response_logprobs(model, params, samples, temperature)
-        )
-        self.scalars = jax.jit(
-            lambda params, samples: rollout.token_scalars(
-                scalar_model, params, samples.tokens, samples.lengths
-            )
-        )
+        functions = jit_functions(model, scalar_model, sampling, tokenizer.pad_id)
+        self.sample, self.logprobs = functions.sample, functions.logprobs
+        self.scalars = functions.scalars
         self._at_response = jax.jit(
             lambda x, s: rollout.at_response(x, s.prompt_lengths, s.response.shape[1])
         )

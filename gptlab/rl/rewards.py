@@ -127,10 +127,10 @@ def candidate_rewards(
 def load_reward_model(
     workdir: str | os.PathLike[str], mesh: Mesh, compute: Mapping[str, Any]
 ) -> tuple[ScalarModel, Any, float, float]:
-    """The reward model that `reward` trained, and the normalisation that it froze.
+    """The reward model that `reward` trained or `convert` imported, and its frozen normalisation.
 
     Args:
-      workdir: a finished run of `reward`.
+      workdir: a finished run of one of the two.
       mesh: where the parameters go.
       compute: `config.compute` of the stage that reads it.
 
@@ -139,11 +139,11 @@ def load_reward_model(
       `fold_normalisation` puts the two into the parameters.
 
     Raises:
-      UserError: it is not a finished run of `reward`.
+      UserError: it is not finished, or holds no reward model.
     """
     manifest = artifact.read_manifest(workdir)
-    if manifest["stage"] != "reward":
-        raise UserError(f"{workdir} holds a run of {manifest['stage']}, not of reward")
+    if "normalisation" not in manifest["results"]:
+        raise UserError(f"{workdir} holds a run of {manifest['stage']}, not a reward model")
     model = ScalarModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
     params = checkpoint.load_params(workdir, mesh, functools.partial(init_params, model))
     normalisation = manifest["results"]["normalisation"]

@@ -167,18 +167,11 @@ def response_logprobs(
         {"params": params}, samples.tokens, positions, segment_ids, method=model.hidden
     )
     hidden = at_response(hidden, samples.prompt_lengths, samples.response.shape[1])  # [B, R, D]
-    logits = model.apply({"params": params}, hidden, method=model.logits)  # [B, R, V]
-    logits = logits.astype(jnp.float32) / temperature
-    log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, R]
-    # A comparison instead of a gather: its gradient is no scatter, and the vocabulary may be
-    # sharded.
-    hit = samples.response[..., None] == jnp.arange(logits.shape[-1])[None, None, :]
-    chosen = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)  # [B, R]
-    still = jax.lax.stop_gradient(logits)
-    mean_logit = jnp.sum(jnp.exp(still - jax.lax.stop_gradient(log_z)[..., None]) * still, axis=-1)
-    entropy = jax.lax.stop_gradient(log_z) - mean_logit
+    stats: Any = model.apply(
+        {"params": params}, hidden, samples.response, temperature, method=model.token_stats
+    )  # of [B, R]
     mask = samples.response_mask
-    return (chosen - log_z) * mask, entropy * mask
+    return stats.logprob * mask, stats.entropy * mask
 
 
 def token_scalars(

@@ -452,7 +452,7 @@ def _new_manifest(
     start = {
         "time": _now(),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "versions": _versions(),
         "host": socket.gethostname(),
         "processes": processes.count(),
@@ -473,7 +473,7 @@ def _new_manifest(
     }
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The code's commit, with '+changes' if the checkout differs from it.
 
     Outside of git it is what $GPTLAB_COMMIT says: launch/tpu.sh copies files without their history.

@@ -14,9 +14,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -34,23 +34,40 @@ KEPT_MEMORY = {
 }
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # device files of TPUs and GPUs
 
-RunFn = Callable[[ConfigDict, str], object]
+RunFn = Callable[..., object]
 
 
-def main(run_fn: RunFn, stage: str) -> NoReturn:
-    """Parses the command line and calls `run_fn(config, workdir)`.
+def main(
+    run_fn: RunFn,
+    stage: str,
+    own_flags: Mapping[str, tuple[bool | None, str]] | None = None,
+    needs_workdir: bool = True,
+) -> NoReturn:
+    """Parses the command line and calls `run_fn(config, workdir, **own flags)`.
 
     Flags: --config=FILE.py[:arg], --config.KEY=VALUE (a key that the file doesn't have is an
     error), --workdir=DIR. The compilation cache is in $GPTLAB_CACHE (~/.cache/gptlab/xla).
+
+    Args:
+      run_fn: what the program does.
+      stage: its name.
+      own_flags: flags of this program alone: (False for a switch, None for a text; help).
+      needs_workdir: without --workdir `run_fn` gets None, where that is allowed.
     """
     config = config_flags.DEFINE_config_file(
         "config", None, "The experiment: FILE.py or FILE.py:argument.", lock_config=True
     )
     workdir = flags.DEFINE_string("workdir", None, "Where everything the run makes goes.")
+    own: dict[str, flags.FlagHolder[Any]] = {}
+    for name, (default, text) in (own_flags or {}).items():
+        if default is None:
+            own[name] = flags.DEFINE_string(name, None, text)
+        else:
+            own[name] = flags.DEFINE_bool(name, default, text)
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         with _exit_codes(stage):
-            return _parse(argv)
+            return _parse(argv, ("config", "workdir", *own), needs_workdir)
 
     def start(argv: Sequence[str]) -> None:
         with _exit_codes(stage):
@@ -60,8 +77,7 @@ def main(run_fn: RunFn, stage: str) -> NoReturn:
             keep_freed_memory()
             enable_compilation_cache()
             processes.initialize(stage)
-            assert workdir.value is not None  # `_parse` has seen to it
-            run_fn(config.value, workdir.value)
+            run_fn(config.value, workdir.value, **{name: flag.value for name, flag in own.items()})
             processes.leave(0)
 
     app.run(start, flags_parser=parse)
@@ -130,6 +146,16 @@ def load_config(path: str) -> ConfigDict:
 
     Raises UserError naming the line in the file, if loading it fails.
     """
+    config = call_config(path, "get_config")
+    config.lock()
+    return config
+
+
+def call_config(path: str, function: str, *otherwise: Callable[..., Any]) -> Any:
+    """What a function of the config file 'FILE.py:argument' (or `otherwise`) makes of the argument.
+
+    Raises UserError naming the line in the file, if it fails or there is none.
+    """
     name, *argument = path.split(":", 1)
     file = Path(name)
     if not file.is_file():
@@ -141,7 +167,7 @@ def load_config(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*argument)
+        return getattr(module, function, *otherwise)(*argument)
     except Exception as error:
         frames = [
             frame
@@ -152,11 +178,16 @@ def load_config(path: str) -> ConfigDict:
         raise UserError(
             f"--config={path}: {file}{line}: {type(error).__name__}: {error}"
         ) from error
-    config.lock()
-    return config
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def config_path() -> str:
+    """What this program's --config says: FILE.py or FILE.py:argument."""
+    path = _flag_value(sys.argv, "config")
+    assert path is not None  # `_parse` has seen to it
+    return path
+
+
+def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool) -> Sequence[str]:
     """Parses the command line into absl's FLAGS; every mistake is a UserError."""
     if any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv[1:]):
         return flags.FLAGS(argv)
@@ -172,14 +203,15 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        near = _nearest(error.flagname, ("config", "workdir", "help"))
-        hint = f". Did you mean --{near}?" if near else "; there are --config and --workdir"
+        near = _nearest(error.flagname, (*known_flags, "help"))
+        listed = f"--{', --'.join(known_flags[:-1])} and --{known_flags[-1]}"
+        hint = f". Did you mean --{near}?" if near else f"; there are {listed}"
         raise UserError(f"there is no flag --{error.flagname}{hint}") from error
     except (flags.Error, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(str(error)) from error
     if rest[1:]:
         raise UserError(f"{rest[1]!r} is no flag; write --config.KEY=VALUE or --workdir=DIR")
-    if not flags.FLAGS["workdir"].value:
+    if needs_workdir and not flags.FLAGS["workdir"].value:
         raise UserError("--workdir is missing; give --workdir=DIR, where the run puts everything")
     return rest
 

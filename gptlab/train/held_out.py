@@ -36,10 +36,15 @@ def make_held_out(model: LanguageModel, mesh: Mesh, token_bytes: np.ndarray, nam
     table = jax.device_put(table, replicated) if jax.process_count() == 1 else table
 
     def count(params: Any, batch: Any, table: jax.Array) -> dict[str, jax.Array]:
-        logits: Any = model.apply(
-            {"params": params}, batch.tokens, batch.positions, batch.segment_ids
+        stats: Any = model.apply(
+            {"params": params},
+            batch.tokens,
+            batch.targets,
+            batch.positions,
+            batch.segment_ids,
+            method=model.score,
         )
-        _, weight, figures = losses.cross_entropy_sums(logits, batch.targets, batch.loss_mask, 0.0)
+        _, weight, figures = losses.cross_entropy_sums(stats, batch.loss_mask, 0.0)
         num_bytes = jnp.sum(jnp.take(table, batch.targets, axis=0) * batch.loss_mask)
         return {**figures, "tokens": weight, "bytes": num_bytes}
 

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptlab.model.vocabulary import TokenStats
+
 Scalar = Float[Array, ""]
 Metrics = dict[str, Float[Array, ""]]
 
 
 def cross_entropy_sums(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
-    mask: Float[Array, "B T"],
-    z_loss: float,
+    stats: TokenStats, mask: Float[Array, "B T"], z_loss: float
 ) -> tuple[Scalar, Scalar, Metrics]:
     """Next-token cross-entropy, summed over the tokens that the mask selects.
 
@@ -25,19 +24,19 @@ def cross_entropy_sums(
     (arXiv 2204.02311, section 5; 1e-4 there) keeps log Z near 0; its gradient adds
     2 z_loss log Z softmax.
 
+    Args:
+      stats: of the targets, from `LanguageModel.score`.
+      mask: weight of each token.
+      z_loss: weight of the z term.
+
     Returns:
       (loss sum, weight = sum of the mask, sums of: nll (without the z term), accuracy).
     """
-    _check(logits, 3, jnp.float32)
+    _check(stats.log_z, 2, jnp.float32)
     _check(mask, 2, jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, T]
-    # A comparison with an iota fuses into the reduction, forward and backward, and stays local when
-    # the vocabulary is sharded; a gather's gradient is a scatter into [B, T, V].
-    hit = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
-    target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)  # [B, T]
-    nll = mask * (log_z - target_logit)
-    loss = jnp.sum(nll) + z_loss * jnp.sum(mask * jnp.square(log_z))
-    correct = target_logit >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+    nll = mask * (stats.log_z - stats.logit)
+    loss = jnp.sum(nll) + z_loss * jnp.sum(mask * jnp.square(stats.log_z))
+    correct = stats.logit >= stats.max_logit
     return loss, jnp.sum(mask), {"nll": jnp.sum(nll), "accuracy": jnp.sum(mask * correct)}
 
 

@@ -6,11 +6,12 @@ three data axes; the parameters' layout is model/sharding.py's business.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptlab.model.sharding import MESH_AXES as AXES
@@ -20,29 +21,52 @@ from gptlab.run.errors import UserError
 DATA_AXES = tuple(RULES["batch"] or ())
 
 
-def make_mesh(config: Mapping[str, int]) -> Mesh:
+def make_mesh(config: Mapping[str, int], chosen: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices of all processes.
 
     Args:
       config: size of each of the five axes; one of them may be -1, to be inferred.
+      chosen: other devices than all of this run: those of a TPU that is only planned, say.
 
     Raises:
-      UserError: an axis is no positive number, or the sizes do not multiply to the device count.
+      UserError: an axis is no positive number, the sizes do not multiply to the device count, or
+        `replica` does not match the slices of a multi-slice job.
     """
     sizes = [int(config[axis]) for axis in AXES]
-    devices = jax.device_count()
+    devices = list(jax.devices() if chosen is None else chosen)
     shape = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"config.mesh ({shape}): sizes are positive, and at most one may be -1")
     known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices:
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
         raise UserError(
             f"config.mesh ({shape}) asks for {known} devices or a multiple of them, but "
-            f"there are {devices}: set one axis to -1 or change a size"
+            f"there are {len(devices)}: set one axis to -1 or change a size"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    types = (AxisType.Auto,) * len(AXES)
+    if len(slices) == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=chosen)
+    return Mesh(_over_slices(sizes, len(slices), devices), AXES, axis_types=types)
+
+
+def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices: `replica` alone crosses the slow network between them.
+
+    Raises:
+      UserError: `replica` is no multiple of the slices.
+    """
+    replicas = sizes[AXES.index("replica")]
+    if replicas % slices:
+        raise UserError(
+            f"config.mesh.replica={replicas}, but the devices are {slices} slices, which a slow "
+            f"network joins: set config.mesh.replica={slices} or a multiple of it"
+        )
+    inner = [replicas // slices, *sizes[1:]]
+    outer = [slices] + [1] * len(sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
 
 
 def data_size(mesh: Mesh) -> int:
@@ -58,6 +82,16 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation_steps:
             f"config.{name}={batch_size} does not divide into {accumulation_steps} "
             f"microbatches over {data_size(mesh)} data-parallel parts of the mesh: "
             f"use a multiple of {parts}"
+        )
+
+
+def check_length(name: str, length: int, mesh: Mesh) -> None:
+    """Raises UserError unless sequences divide over the `context` axis, in two chunks a device."""
+    ways = mesh.shape["context"]
+    if ways > 1 and length % (2 * ways):
+        raise UserError(
+            f"config.{name} makes sequences of {length} tokens, which config.mesh.context={ways} "
+            f"does not split into two equal chunks a device: use a multiple of {2 * ways}"
         )
 
 
@@ -94,6 +128,14 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     if len(shape) == 2 and shape[1] % mesh.shape["context"]:  # [B, N] candidates, say
         return NamedSharding(mesh, PartitionSpec(DATA_AXES))
     return NamedSharding(mesh, batch_spec(len(shape)))
+
+
+def abstract_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global shapes and dtypes, with the shardings that `put_batch` gives such arrays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape)),
+        batch,
+    )
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

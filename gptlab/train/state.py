@@ -1,7 +1,7 @@
 """The training state, sharded from birth: no device ever holds a full copy of a large model."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptlab.model import sharding
+from gptlab.model import sharding, weights
+
+_GATHERED_BYTES = 64 << 20
 
 
 @flax.struct.dataclass
@@ -94,6 +95,18 @@ def state_from_params(
     return TrainState(step, params, opt_state), shardings
 
 
+def abstract_state(
+    params: Any, shardings: Any, tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """(shapes of a state, its shardings), from what `param_shardings` gives; computes nothing."""
+    placed = TrainState(
+        NamedSharding(mesh, PartitionSpec()), shardings, opt_shardings(tx, params, shardings, mesh)
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(count, params, jax.eval_shape(tx.init, params))
+    return abstract(state, placed), placed
+
+
 def abstract(state: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of a state or a part of it: what a restore has to produce."""
     return jax.tree.map(
@@ -105,7 +118,18 @@ def digest(tree: Any) -> str:
     """Hash (16 hex digits) of the names and values of all arrays of a tree, wherever they lie."""
     total = hashlib.sha256()
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        whole = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
         total.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
-        total.update(np.ascontiguousarray(whole).tobytes())
+        for part in _parts(x):
+            total.update(np.ascontiguousarray(part).view(np.uint8).data)
     return total.hexdigest()[:16]
+
+
+def _parts(x: jax.Array) -> Iterator[np.ndarray]:
+    """An array as NumPy arrays of some rows each: a large one is never gathered as a whole."""
+    row = x.nbytes // x.shape[0] if x.ndim and x.size else 0
+    rows = max(1, _GATHERED_BYTES // row) if row else 0
+    if not rows or rows >= x.shape[0]:
+        yield np.atleast_1d(weights.whole(x))
+        return
+    for start in range(0, x.shape[0], rows):
+        yield weights.whole(x[start : start + rows])

@@ -6,12 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.train.state import TrainState
 
 # (params, microbatch, rng) -> (loss sum, (weight, sums of metrics))
 LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
 LARGEST = "_max"  # how metrics end that are no sums: of microbatches, the largest counts. Never < 0
+
+
+def jit_step(step: Callable[..., Any], shardings: Any, mesh: Mesh) -> Any:
+    """A step (state, ...) -> (state, metrics), compiled: state in place, metrics replicated."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, out_shardings=(shardings, whole), donate_argnums=0)
 
 
 def accumulate(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gptlab.evals import perplexity
+from gptlab.model import vocabulary
 from gptlab.train import mesh as mesh_lib
 
 VOCAB = 7
@@ -18,8 +19,11 @@ class FixedModel:
     def __init__(self):
         self.table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
 
-    def apply(self, variables, tokens, positions, segment_ids):
-        return variables["params"]["table"][tokens]
+    def apply(self, variables, tokens, targets, positions, segment_ids, method):
+        return method(variables["params"]["table"][tokens], targets)
+
+    def score(self, logits, targets):
+        return vocabulary.of_logits(logits, targets)
 
     def log_probability(self, line, start):
         """Sum of log p(line[i] | line[i-1]) for i >= start, in plain Python."""

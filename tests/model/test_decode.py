@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gptlab.model import decode
+from gptlab.model.attention import RopeScaling
 from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.run.errors import UserError
@@ -70,6 +71,24 @@ def test_cached_decoding_equals_the_training_forward(name):
         np.testing.assert_allclose(out.logprobs[b], expected, atol=1e-5)
         forgotten = jax.nn.log_softmax(logits)[np.arange(NEW), reply]
         assert np.abs(forgotten - expected).max() > 1e-3  # the temperature matters
+
+
+def test_a_stretched_window_is_decoded_as_it_is_trained():
+    scaling = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=16
+    )
+    model, params = build(rope_scaling=scaling)
+    plain, _ = build()
+    out = generate(model, params, GREEDY)
+    for b, length in enumerate(LENGTHS):
+        reply = np.asarray(out.tokens[b])
+        expected, other = (
+            jax.nn.log_softmax(forward_logits(m, params, prompts()[b, :length], reply))
+            for m in (model, plain)
+        )
+        chosen = np.arange(NEW), reply
+        np.testing.assert_allclose(out.logprobs[b], expected[chosen], atol=1e-5)
+        assert np.abs(expected[chosen] - other[chosen]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", TINY)

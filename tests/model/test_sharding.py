@@ -11,10 +11,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gptlab.model import decode, sharding
+from gptlab.model import decode, sharding, transformer
 from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.run.errors import UserError
+from tests import hlo
 
 COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
 # 8 heads and 8 key heads: divisible by every axis below.
@@ -172,3 +173,29 @@ def test_every_parameter_of_every_option_has_a_rule():
         boxes = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
         assert all(isinstance(box, nn.Partitioned) for box in boxes)
         assert all(name in sharding.RULES for box in boxes for name in box.names if name)
+
+
+@pytest.mark.parametrize("name", sorted(MESHES))
+def test_the_products_own_gradient_talks_no_more_than_jaxs(name, monkeypatch):
+    """model/product.py turns a product round for a CPU's sake: on a mesh nothing may come of it."""
+    model, tokens, _ = on_one_device()
+    mesh, found = make_mesh(MESHES[name]), []
+    params = create(model, mesh)
+
+    def plain(x, kernel, dtype):
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+    for fn in (transformer.product, plain):
+        monkeypatch.setattr(transformer, "product", fn)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(tokens, NamedSharding(mesh, sharding.batch_spec(2)))
+            shardings = jax.tree.map(lambda x: x.sharding, params)
+            step = jax.jit(
+                jax.grad(lambda p, x: jnp.square(model.apply({"params": p}, x)).mean()),
+                out_shardings=shardings,
+            )
+            text = step.lower(params, placed).compile().as_text()
+        found.append(text)
+    for kind in hlo.COLLECTIVES:
+        own, jaxs = (hlo.results(text, kind) for text in found)
+        assert len(own) <= len(jaxs) and sum(own) <= sum(jaxs), kind

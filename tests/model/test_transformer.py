@@ -54,6 +54,15 @@ def test_published_counts():
     assert config("gpt2_1.5b").num_params() == 1_557_611_200
     assert config("llama3_8b").num_params() == 8_030_261_248
     assert config("llama3_70b").num_params() == 70_553_706_496
+    assert config("llama3.1_8b").num_params() == 8_030_261_248
+    assert config("llama3.1_70b").num_params() == 70_553_706_496
+    assert config("llama3.2_1b").num_params() == 1_235_814_400
+    assert config("llama3.2_3b").num_params() == 3_212_749_824
+    assert config("mistral_7b").num_params() == 7_241_732_096
+    assert config("smollm2_135m").num_params() == 134_515_008
+    assert config("qwen2_0.5b").num_params() == 494_032_768
+    assert config("qwen2_7b").num_params() == 7_615_616_512
+    assert config("qwen3_0.6b").num_params() == 596_049_920
 
 
 def test_counts_of_every_option():
@@ -188,6 +197,44 @@ def test_rope_depends_on_distance_only():
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
+def test_stretched_frequencies_are_those_of_llama_3():
+    """Frequency by frequency, as Meta's reference code decides (llama-models, apply_scaling)."""
+    scaling = attn.RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_len=8192
+    )
+    plain, stretched = (np.asarray(attn.rope_frequencies(128, 5e5, s)) for s in (None, scaling))
+    kinds = []
+    for frequency, found in zip(plain.astype(float), stretched, strict=True):
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            kind, wanted = "kept", frequency
+        elif wavelength > 8192:
+            kind, wanted = "divided", frequency / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            kind, wanted = "between", (1 - smooth) * frequency / 8 + smooth * frequency
+        kinds.append(kind)
+        assert found == pytest.approx(wanted, rel=1e-6)
+    assert kinds == sorted(kinds, key=["kept", "between", "divided"].index)
+    assert min(kinds.count(k) for k in ("kept", "between", "divided")) >= 5
+
+
+def test_rope_scaling_is_checked_and_may_be_absent():
+    scaling = dict(PRESETS["llama3.1_8b"]["rope_scaling"])
+    tiny = dict(PRESETS["tiny"])
+    assert "rope_scaling" not in tiny and build()[0].config.rope_scaling is None
+    config = ModelConfig.build({**tiny, "rope_scaling": scaling}, COMPUTE)
+    assert config.rope_scaling.factor == 8.0 and hash(config) != hash(build()[0].config)
+    for change, message in (
+        ({"rope_scaling": {**scaling, "beta": 1.0}}, "has the keys .*beta"),
+        ({"rope_scaling": {"factor": 8.0}}, "it needs .*high_freq_factor"),
+        ({"rope_scaling": {**scaling, "high_freq_factor": 1.0}}, "low_freq_factor in"),
+        ({"rope_scaling": scaling, "position": "learned"}, "rope_scaling needs position='rope'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelConfig.build({**tiny, **change}, COMPUTE)
+
+
 def test_rope_angles_looked_up_are_those_computed():
     positions = jnp.arange(24).reshape(2, 12) % 16  # more of them than tokens in the window
     looked_up = attn.rope_tables(positions, 16, 8, 1e4)
@@ -195,7 +242,11 @@ def test_rope_angles_looked_up_are_those_computed():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"unroll": 2}, {"remat": "full"}, {"remat": "dots"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"unroll": 2}, *({"remat": name} for name in ("full", "dots", "minimal", "offload"))],
+    ids=str,
+)
 def test_compute_options_keep_loss_and_gradients(change):
     model, params = build()
     x = tokens_of((2, 8))
@@ -254,6 +305,7 @@ def test_bfloat16_keeps_parameters_and_logits_float32():
         ({"d_ff": 0}, {}, "d_ff=0"),
         ({}, {"attention": "flash"}, "attention='flash'"),
         ({}, {"remat": "some"}, "remat='some'"),
+        ({}, {"loss_chunk": -1}, "loss_chunk=-1"),
         ({}, {"dropout": 1.0}, "dropout=1.0"),
     ],
 )

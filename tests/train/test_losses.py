@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptlab.model import vocabulary
 from gptlab.train import losses
 from tests.signatures import checked
 
@@ -41,10 +42,10 @@ def test_cross_entropy(z_loss):
     args = jnp.array(targets), jnp.array(mask, jnp.float32), z_loss
 
     def loss(x):
-        return checked(losses.cross_entropy_sums)(x, *args)[0]
+        return checked(losses.cross_entropy_sums)(vocabulary.of_logits(x, args[0]), *args[1:])[0]
 
     x = jnp.array(logits, jnp.float32)
-    total, weight, sums = losses.cross_entropy_sums(x, *args)
+    total, weight, sums = losses.cross_entropy_sums(vocabulary.of_logits(x, args[0]), *args[1:])
     want = slow_cross_entropy(logits, targets, mask, z_loss)
     np.testing.assert_allclose(total, want, rtol=1e-5)
     assert weight == 4
@@ -57,7 +58,8 @@ def test_cross_entropy(z_loss):
 
 def test_cross_entropy_of_large_logits_is_finite():
     logits = jnp.full((1, 1, 4), 1e4, jnp.float32).at[0, 0, 1].set(2e4)
-    loss, _, _ = losses.cross_entropy_sums(logits, jnp.array([[1]]), jnp.ones((1, 1)), 0.0)
+    stats = vocabulary.of_logits(logits, jnp.array([[1]]))
+    loss, _, _ = losses.cross_entropy_sums(stats, jnp.ones((1, 1)), 0.0)
     assert loss == 0
 
 
@@ -207,8 +209,7 @@ def test_padding_cannot_change_ppo_losses_or_their_gradients(fn):
 
 def test_low_precision_and_wrong_ranks_are_refused():
     with pytest.raises(TypeError, match="float32"):
-        losses.cross_entropy_sums(
-            jnp.zeros((1, 2, 3), jnp.bfloat16), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2)), 0.0
-        )
+        stats = vocabulary.of_logits(jnp.zeros((1, 2, 3), jnp.bfloat16), jnp.zeros((1, 2), int))
+        losses.cross_entropy_sums(stats, jnp.ones((1, 2)), 0.0)
     with pytest.raises(TypeError, match="rank 2"):
         losses.ranking_loss_sums(jnp.zeros((3,)), jnp.zeros((3,), jnp.int32), jnp.ones((1,)))

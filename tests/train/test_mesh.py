@@ -1,5 +1,7 @@
 """Meshes from a config, and batches laid out on them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -55,3 +57,45 @@ def test_rows_are_split_over_the_data_axes_and_tokens_over_context():
 
 def test_a_single_process_reads_every_row():
     assert mesh_lib.process_block(mesh_lib.make_mesh(common.mesh(tensor=2))) == (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made from, of a device that is not there."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def chips(slices, each):
+    """As JAX may list them: not slice by slice."""
+    made = [Chip(i, i // each, i // each) for i in range(slices * each)]
+    return made[::2] + made[1::2]
+
+
+@pytest.mark.parametrize("replica", [2, 4])
+def test_only_the_replica_axis_crosses_slices(replica):
+    sizes = [replica, 8 // replica, 1, 1, 1]
+    made = mesh_lib._over_slices(sizes, 2, chips(2, 4))
+    assert made.shape == tuple(sizes) and len({chip.id for chip in made.flat}) == 8
+    for number, one in enumerate(made):
+        assert {chip.slice_index for chip in one.flat} == {number // (replica // 2)}
+
+
+def test_a_replica_across_slices_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: chips(2, 4))
+    with pytest.raises(UserError, match="config.mesh.replica=1.* 2 slices.*replica=2"):
+        mesh_lib.make_mesh(common.mesh())
+    with pytest.raises(UserError, match="config.mesh.replica=3"):
+        mesh_lib._over_slices([3, 1, 1, 1, 1], 2, chips(2, 4))
+
+
+def test_sequences_must_divide_into_two_chunks_a_device():
+    mesh = mesh_lib.make_mesh(common.mesh(context=4))
+    mesh_lib.check_length("data.seq_len", 64, mesh)
+    with pytest.raises(UserError, match="config.data.seq_len makes .* 60 tokens.* multiple of 8"):
+        mesh_lib.check_length("data.seq_len", 60, mesh)
+    mesh_lib.check_length("data.seq_len", 61, mesh_lib.make_mesh(common.mesh()))

@@ -52,6 +52,24 @@ def test_adam_by_hand_with_an_epsilon_that_matters(style):
         np.testing.assert_allclose(params["kernel"], [x], rtol=1e-5)
 
 
+@pytest.mark.parametrize("style", ["torch", "tensorflow"])
+def test_a_first_moment_in_bfloat16_moves_the_parameters_nearly_alike(style):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+    grads = [{"kernel": jax.random.normal(jax.random.key(i), (8, 4))} for i in range(1, 6)]
+    rounded = config(adam_eps_style=style, mu_dtype="bfloat16")
+    exact = updates(config(adam_eps_style=style), params, grads)[-1]["kernel"]
+    near = updates(rounded, params, grads)[-1]["kernel"]
+    moved = np.abs(exact - params["kernel"]).mean()
+    assert 0 < np.abs(near - exact).max() < 0.02 * moved
+    state = optimizer.make_optimizer(rounded, 10)[0].init(params)
+    tx, _ = optimizer.make_optimizer(rounded, 10)
+    _, after = tx.update(grads[0], state, params)
+    for each in (state, after):
+        (moments,) = [x for x in each if hasattr(x, "mu")]
+        assert moments.mu["kernel"].dtype == jnp.bfloat16
+        assert moments.nu["kernel"].dtype == jnp.float32
+
+
 def test_clipping_scales_all_gradients_by_one_factor():
     # Adam forgets the scale of a constant gradient, so look at the second of two unequal ones.
     params = {"kernel": jnp.zeros((2,))}
@@ -119,6 +137,7 @@ def test_schedules_between_their_ends():
     [
         ({"schedule": "cosin"}, "schedule='cosin' is unknown"),
         ({"adam_eps_style": "jax"}, "adam_eps_style='jax' is unknown"),
+        ({"mu_dtype": "float16"}, "mu_dtype='float16' is unknown"),
         ({"schedule": "constant", "final_fraction": 0.1}, "final_fraction=0.1 has no meaning"),
         ({"schedule": "wsd"}, "decay_fraction belongs to schedule 'wsd'"),
         ({"schedule": "cosine", "decay_fraction": 0.5}, "decay_fraction belongs to"),

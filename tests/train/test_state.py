@@ -61,6 +61,18 @@ def test_a_state_around_given_parameters_is_the_same():
     assert shardings == again_shardings
 
 
+def test_the_digest_of_a_large_array_is_taken_part_by_part(monkeypatch):
+    tree = {"a": jnp.arange(70.0).reshape(7, 10), "b": jnp.float32(3), "c": jnp.zeros((0, 2))}
+    whole, gathered = state_lib.digest(tree), []
+    monkeypatch.setattr(state_lib, "_GATHERED_BYTES", 100)  # two rows and a half
+    original = state_lib.weights.whole
+    monkeypatch.setattr(
+        state_lib.weights, "whole", lambda x: gathered.append(x.shape) or original(x)
+    )
+    assert state_lib.digest(tree) == whole
+    assert gathered == [(2, 10), (2, 10), (2, 10), (1, 10), (), (0, 2)]
+
+
 def test_the_digest_sees_values_and_names_but_not_the_layout():
     _, _, state, _ = make_state()
     host = jax.tree.map(lambda x: jnp.array(np.asarray(x)), state.params)

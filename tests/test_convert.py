@@ -1,0 +1,294 @@
+"""Models in and out: what import makes, what export writes, and that one undoes the other."""
+
+import filecmp
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from configs import common
+from configs import convert as convert_config
+from gptlab import convert
+from gptlab.model.heads import ScalarModel
+from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.rl import rewards
+from gptlab.run import artifact
+from gptlab.run.errors import Interrupted, UserError
+from gptlab.train import checkpoint
+from gptlab.train import mesh as mesh_lib
+from tests.rl import artifacts
+
+FIXTURES = Path(__file__).parent / "hf_fixtures"
+COMPUTE = common.compute().to_dict()
+
+
+def mesh():
+    return mesh_lib.make_mesh(common.mesh())
+
+
+def run_import(source, workdir, **changes):
+    config = convert_config.get_config()
+    config.source = str(source)
+    config.update(changes)
+    convert.run(config.lock(), str(workdir))
+    return workdir
+
+
+def run_export(model, workdir, vocabulary=None, **changes):
+    config = convert_config.get_config("export")
+    config.inputs.update(model=str(model), vocabulary=vocabulary and str(vocabulary))
+    config.update(changes)
+    convert.run(config.lock(), str(workdir))
+    return Path(workdir) / "hf"
+
+
+def load(workdir, kind=LanguageModel):
+    model = kind(ModelConfig.build(checkpoint.load_model_config(workdir), COMPUTE))
+    init_fn = functools.partial(init_params, model)
+    return model, checkpoint.load_params(workdir, mesh(), init_fn)
+
+
+def assert_same(a, b):
+    a, b = jax.device_get((a, b))
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """llama3's fixture with a tokenizer's files beside it, imported."""
+    folder = shutil.copytree(FIXTURES / "llama3", tmp_path_factory.mktemp("llama") / "source")
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"added_tokens": [{"id": 7, "content": "<pad>"}, {"id": 8, "content": "<s>"}]})
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"pad_token": "<pad>", "bos_token": {"content": "<s>"}, "eos_token": "<s>"})
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
+    (folder / "README.md").write_text("not a tokenizer's")
+    return run_import(folder, folder.parent / "imported")
+
+
+def test_an_import_is_an_artifact_like_pretraining(llama):
+    manifest = artifact.read_manifest(llama)
+    assert manifest["stage"] == "convert" and manifest["digest"]
+    source = manifest["files"]["source"]
+    assert [Path(p).name for p in source["paths"]] == [
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "generation_config.json",
+    ]  # fmt: skip
+    assert manifest["results"]["parameters"] == load(llama)[0].config.num_params()
+    assert sorted(p.name for p in (llama / "tokenizer").iterdir()) == [
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert checkpoint.find_step(llama, "best") == 0
+    model, params = load(llama)
+    assert model.config.rope_scaling.factor == 8.0
+    with np.load(FIXTURES / "llama3" / "expected.npz") as expected:
+        logits = jax.jit(model.apply)({"params": params}, expected["tokens"])
+        np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
+
+
+def test_the_same_files_elsewhere_are_the_same_artifact(llama, capsys):
+    moved = shutil.copytree(llama.parent / "source", llama.parent / "moved")
+    run_import(moved, llama)
+    assert "already imported" in capsys.readouterr().out
+    with pytest.raises(UserError, match="config.model.max_len: 64 -> 32"):
+        run_import(moved, llama, max_len=32)
+
+
+def test_a_stop_leaves_nothing_that_passes_for_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact.Run, "stop_requested", lambda self: True)
+    with pytest.raises(Interrupted):
+        run_import(FIXTURES / "qwen2", tmp_path / "run")
+    assert artifact.read_manifest(tmp_path / "run", True)["status"] == "interrupted"
+    monkeypatch.undo()
+    run_import(FIXTURES / "qwen2", tmp_path / "run")
+    assert artifact.read_manifest(tmp_path / "run")["status"] == "done"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])
+def test_import_of_an_export_is_the_same_bit_for_bit(tmp_path, name):
+    first = run_import(FIXTURES / name, tmp_path / "first")
+    folder = run_export(first, tmp_path / "exported", max_file_bytes=30_000)
+    assert (folder / "model.safetensors.index.json").exists()
+    again = run_import(folder, tmp_path / "again")
+    assert load(again)[0] == load(first)[0]
+    assert_same(load(again)[1], load(first)[1])
+    digests = [artifact.read_manifest(w)["digest"] for w in (first, again)]
+    assert digests[0] == digests[1]
+    # What transformers reads: the tensors of the fixture, which it wrote.
+    exported = {}
+    for path in folder.glob("*.safetensors"):
+        exported |= safetensors.numpy.load_file(path)
+    original = safetensors.numpy.load_file(FIXTURES / name / "model.safetensors")
+    assert exported.keys() == original.keys()
+    for key, value in original.items():
+        np.testing.assert_array_equal(exported[key], value)
+
+
+def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
+    folder = run_export(llama, tmp_path / "exported", llama)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert filecmp.cmp(folder / name, llama / "tokenizer" / name, shallow=False)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+        8,
+        [8, 9],
+        7,
+    )
+    assert config["rope_scaling"]["rope_type"] == "llama3"
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [8, 9]
+    bare = run_export(llama, tmp_path / "bare")
+    assert sorted(p.name for p in bare.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_own_model_goes_out_and_comes_back(
+    tmp_path, tiny_model, tiny_vocabulary, tiny_tokenizer
+):
+    policy = artifacts.write_policy(tmp_path / "policy", tiny_model)
+    folder = run_export(policy, tmp_path / "exported", tiny_vocabulary)
+    ids = json.loads((folder / "generation_config.json").read_text())
+    assert ids["eos_token_id"] == [tiny_tokenizer.eos_id, tiny_tokenizer.end_id]
+    imported = run_import(folder, tmp_path / "imported")
+    assert_same(load(imported)[1], load(policy)[1])
+    # What is trained from it finds the model, and goes out again.
+    inputs = {"init": str(imported)}
+    later = ConfigDict({"inputs": inputs, "checkpoint": common.checkpoint(1, best_metric=None)})
+    with artifact.open_run(later, tmp_path / "sft", "sft") as run:
+        trained = jax.tree.map(lambda x: x + 1, load(imported)[1])
+        with checkpoint.Checkpoints(run.workdir, later.checkpoint) as checkpoints:
+            checkpoints.save(5, {"params": trained}, {})
+        run.complete()
+    again = run_export(tmp_path / "sft", tmp_path / "trained")
+    assert_same(load(run_import(again, tmp_path / "back"))[1], trained)
+
+
+def test_a_reward_model_becomes_a_classifier_and_a_reward_model_again(
+    tmp_path, tiny_model, tiny_vocabulary, capsys
+):
+    trained = artifacts.write_reward(tmp_path / "reward", tiny_model, gain=2.5, bias=-0.75)
+    folder = run_export(trained, tmp_path / "exported", tiny_vocabulary)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["reward_offset"] == -0.75 and "reward = logit -0.75" in capsys.readouterr().out
+    assert config["pad_token_id"] == 0 and len(config["id2label"]) == 1
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    raw = load(trained, ScalarModel)[1]
+    np.testing.assert_array_equal(stored["score.weight"], np.asarray(raw["head"]["kernel"]).T * 2.5)
+    assert "lm_head.weight" not in stored
+
+    imported = run_import(folder, tmp_path / "imported")
+    model, params, gain, bias = rewards.load_reward_model(imported, mesh(), COMPUTE)
+    assert (gain, bias) == (1.0, 0.0)
+    assert_same(params, rewards.fold_normalisation(raw, 2.5, -0.75))
+    assert_same(params["backbone"], raw["backbone"])
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    scores, plain = (model.apply({"params": p}, tokens) for p in (params, raw))
+    np.testing.assert_allclose(scores, 2.5 * plain - 0.75, rtol=1e-5)
+    # Once the normalisation is within, going out and in again changes nothing at all.
+    second = run_export(imported, tmp_path / "second", tiny_vocabulary)
+    for name in ("model.safetensors", "config.json"):
+        assert filecmp.cmp(folder / name, second / name, shallow=False)
+
+
+def test_a_language_model_is_no_reward_model(llama):
+    with pytest.raises(UserError, match="holds a run of convert, not a reward model"):
+        rewards.load_reward_model(llama, mesh(), COMPUTE)
+
+
+def test_mistakes_are_told_before_anything_is_read(tmp_path, tiny_model):
+    with pytest.raises(UserError, match="config.source is not set"):
+        convert.run(convert_config.get_config(), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="neither a folder nor a .gguf file"):
+        run_import(tmp_path / "nowhere", tmp_path / "run")
+    with pytest.raises(UserError, match="'import' or 'export'"):
+        convert.run(_mode("both"), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="config.inputs.model is not set"):
+        convert.run(convert_config.get_config("export"), str(tmp_path / "run"))
+    inexpressible = artifacts.write_policy(
+        tmp_path / "policy", {**tiny_model, "qk_norm": "after_rope"}
+    )
+    with pytest.raises(UserError, match="no Hugging Face architecture has qk_norm='after_rope'"):
+        run_export(inexpressible, tmp_path / "run")
+    exported = run_export(artifacts.write_policy(tmp_path / "other", tiny_model), tmp_path / "out")
+    with pytest.raises(UserError, match="holds no model"):
+        run_export(exported.parent, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def _mode(mode):
+    config = convert_config.get_config()
+    config.mode = mode
+    return config
+
+
+# Loads each folder with transformers and prints the largest difference of its logits.
+_TRANSFORMERS = """
+import json, pathlib, sys
+import numpy as np, torch, transformers
+found = {}
+for place in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    arrays = dict(np.load(place / "x.npz"))
+    kind = getattr(transformers, "AutoModelFor" + str(arrays["kind"]))
+    model, info = kind.from_pretrained(place / "out" / "hf", output_loading_info=True)
+    assert model.dtype == torch.float32
+    assert not any(info.values()), info
+    mask = torch.from_numpy(arrays["mask"])
+    with torch.no_grad():
+        out = model(torch.from_numpy(arrays["tokens"]), attention_mask=mask).logits.numpy()
+    real = arrays["mask"].astype(bool) if out.ndim == 3 else slice(None)
+    found[place.name] = float(np.abs(out[real] - arrays["logits"][real]).max())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow  # with PyTorch, by TRANSFORMERS_PYTHON=torchenv/bin/python if not here
+@pytest.mark.timeout(1800)
+def test_transformers_loads_exports_with_equal_logits(tmp_path, tiny_model):
+    python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
+        pytest.skip("transformers and PyTorch are not installed, and need not be")
+    fixtures = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+    lengths = np.array([20, 13])
+    mask = (np.arange(20)[None] < lengths[:, None]).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(1, 96, (2, 20), dtype=np.int32) * mask
+    for name in (*fixtures, "tiny", "reward"):
+        place = tmp_path / "models" / name
+        if name == "reward":
+            source = artifacts.write_reward(place / "in", tiny_model, 2.0, 0.5, contrast=8.0)
+        elif name == "tiny":
+            source = artifacts.write_policy(place / "in", tiny_model, contrast=8.0)
+        else:
+            source = run_import(FIXTURES / name, place / "in")
+        folder = run_export(source, place / "out", max_file_bytes=50_000)
+        if "normalisation" in artifact.read_manifest(source)["results"]:
+            model, params, gain, bias = rewards.load_reward_model(source, mesh(), COMPUTE)
+            scores = jax.jit(model.apply)({"params": params}, tokens, None, mask)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
+            logits = np.asarray(gain * scores + bias)[np.arange(2), lengths - 1, None]
+            logits, kind = logits - config["reward_offset"], "SequenceClassification"
+        else:
+            model, params = load(source)
+            logits = jax.jit(model.apply)({"params": params}, tokens, None, mask)
+            kind = "CausalLM"
+        np.savez(place / "x.npz", tokens=tokens, mask=mask, logits=np.asarray(logits), kind=kind)
+    done = subprocess.run(
+        [python, "-c", _TRANSFORMERS, str(tmp_path / "models")],
+        capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert len(found) == len(fixtures) + 2 and max(found.values()) < 1e-4
