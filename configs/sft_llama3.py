@@ -4,8 +4,8 @@
 
 Rows of 2,048 tokens, 64 of them a step, learning rate 1e-5 (arXiv 2407.21783, section 4.1.3, where
 SFT of the largest model has that rate and 8.5k to 9k steps). Starts from an imported checkpoint and
-is trained as configs/sft.py says; it was never run. '8b_lora' and '70b_lora' train adapters of rank 16
-beside every kernel (model/lora.py) at ten times that rate.
+is trained as configs/sft.py says; it was never run. '8b_lora' and '70b_lora' train adapters of rank
+16 beside every kernel (model/lora.py) at ten times that rate.
 """
 
 from ml_collections import ConfigDict

@@ -16,12 +16,12 @@ import codecs
 import functools
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import AxisType
 
 from gptlab.data import chat
@@ -158,25 +158,25 @@ class Session:
         return None
 
 
-def policy_workdir(workdir: str | Path) -> Path:
+def policy_workdir(workdir: epath.PathLike) -> epath.Path:
     """The artifact to talk to: of a rounds workdir its promoted policy, else the workdir itself."""
     manifest = artifact.read_manifest(workdir, allow_unfinished=True)
     if manifest["stage"] != "rounds":
-        return Path(workdir)
+        return epath.Path(workdir)
     policy = manifest.get("results", {}).get("policy")
     if policy is None:
         raise UserError(
             f"{workdir}: no round has finished yet; give the workdir of a stage under "
-            f"{Path(workdir) / 'artifacts'}"
+            f"{epath.Path(workdir) / 'artifacts'}"
         )
     # The whole tree may have been moved since.
-    for path in (Path(policy), Path(workdir) / "artifacts" / Path(policy).name):
+    for path in (epath.Path(policy), epath.Path(workdir) / "artifacts" / epath.Path(policy).name):
         if path.exists():
             return path
     raise UserError(f"{workdir}: its policy {policy} is gone")
 
 
-def load_policy(workdir: str | Path, dtype: str) -> Policy:
+def load_policy(workdir: epath.PathLike, dtype: str) -> Policy:
     """Loads a stage's best checkpoint on this process's first device.
 
     Raises:
@@ -193,7 +193,7 @@ def load_policy(workdir: str | Path, dtype: str) -> Policy:
     return Policy(model, params, tokenizer)
 
 
-def _find_vocabulary(tree: Mapping[str, Any], workdir: str | Path) -> str:
+def _find_vocabulary(tree: Mapping[str, Any], workdir: epath.PathLike) -> str:
     """The nearest artifact with a vocabulary among what an artifact was made from, and itself."""
     level = [tree]
     while level:

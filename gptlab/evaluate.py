@@ -21,11 +21,11 @@ Writes report.md, report.json, samples.jsonl (replies side by side), gold.png an
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -145,7 +145,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         own.metrics.rewind(-1)
         own.metrics.write(0, dict(suite.flatten(plain, "eval")))
         if processes.is_first():
-            write_files(Path(own.workdir), config, prompts, systems, figures, failures)
+            write_files(own.workdir, config, prompts, systems, figures, failures)
+        processes.barrier("evaluation is written")
         own.results(**plain, passed=not failures, failures=failures)
         own.complete(digest=files.digest_files([own.workdir / "samples.jsonl"]))
 
@@ -190,7 +191,7 @@ def load_prompts(config: ConfigDict) -> list[Prompt]:
     the intervals take them to be.
     """
     reader = RecordReader(
-        Path(config.inputs.prompts) / "records", "prompts", config.data.split, Prompt
+        epath.Path(config.inputs.prompts) / "records", "prompts", config.data.split, Prompt
     )
     order = np.random.default_rng(config.seed).permutation(len(reader))
     prompts: dict[str, Prompt] = {}
@@ -457,7 +458,7 @@ def _draws(
 
 
 def write_files(
-    workdir: Path,
+    workdir: epath.Path,
     config: ConfigDict,
     prompts: list[Prompt],
     systems: Mapping[str, Replies],
@@ -515,7 +516,7 @@ def _sample(prompt: Prompt, i: int, systems: Mapping[str, Replies]) -> dict[str,
     }
 
 
-def plot_gold_against_kl(path: Path, figures: Mapping[str, Any]) -> None:
+def plot_gold_against_kl(path: epath.Path, figures: Mapping[str, Any]) -> None:
     """What each system gained at which KL, beside what choosing from n replies of SFT does."""
     curves = {}
     if "best_of_n" in figures:

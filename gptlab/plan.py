@@ -6,7 +6,8 @@ Compiles the very functions that the stage would run (the training step; for PPO
 scoring and the whole update) from shapes alone: no data, no checkpoint, no TPU. Says whether the
 config fits the chips and by how much, what fills their memory, how many FLOPs a step takes, what
 the chips send each other, and an estimated range for the time of a step. Where it does not fit, the
-knobs that could help are turned and compiled too (`--noknobs`: they are not); `--search` tries meshes and batch sizes.
+knobs that could help are turned and compiled too (not with `--noknobs`). `--search` tries meshes
+and batch sizes.
 
 What a config's `inputs.init` will be, and the topology it is meant for, stand in the `hardware`
 function at its foot. `--model=PRESET` and `--topology=v5p:4x4x8` (chips, not the cores that Google
@@ -277,9 +278,7 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "score",
         functions.logprobs,
         (policy.params, samples),
-        counted_flops=flops.forward(
-            job.model, rows, length, rows * new, mesh.shape, adapters
-        ),
+        counted_flops=flops.forward(job.model, rows, length, rows * new, mesh.shape, adapters),
         kernel_flops=flops.splash(job.model, rows, length, backward=False),
         beside_bytes=kept - memory["params"],
         calls=2,  # policy and reference

@@ -351,6 +351,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 run.metrics.write(done, figures)
             if save:
                 with run.goodput.measure("save"):
+                    run.metrics.flush()
                     checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
             if stop:
                 checkpoints.wait()

@@ -353,7 +353,7 @@ def write_shard(
 
 def _directory(settings: Cleaning | Tokenizing) -> str:
     """Of the records."""
-    return os.path.join(settings.workdir, "records")
+    return f"{settings.workdir}/records"
 
 
 def _fill_empty_shards(directory: str, num_shards: int) -> None:

@@ -13,11 +13,11 @@ split, `best/validation/*` on the config.eval_batches that chose it.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -189,6 +189,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                     run.metrics.write_sample({"step": done, **entry})
             if save:
                 with run.goodput.measure("save"):
+                    run.metrics.flush()
                     checkpoints.save_state(state, {}, figures if evaluate else None)
             if stop:
                 checkpoints.wait()
@@ -239,7 +240,7 @@ def make_batches(
 def ngram_baselines(config: ConfigDict, run: artifact.Run, tokenizer: Tokenizer) -> dict[str, Any]:
     """Held-out bits a byte of n-gram models fitted on all training tokens, as `ngram/<name>`."""
     (task,) = mixtures.members(config.inputs.tokens, config.data.name)
-    directory = Path(config.inputs.tokens) / "records"
+    directory = epath.Path(config.inputs.tokens) / "records"
     train, held_out = (
         records.RecordReader(directory, task, split, records.TokenExample)
         for split in ("train", "validation")

@@ -183,6 +183,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 run.metrics.write(done, chosen_by)
             if save:
                 with run.goodput.measure("save"):
+                    run.metrics.flush()
                     checkpoints.save_state(state, {}, chosen_by if evaluate else None)
             if stop:
                 checkpoints.wait()

@@ -22,17 +22,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from gptlab import collect, evaluate, ppo, pretrain, rank, reward, sft, train_tokenizer
 from gptlab.data import raw as raw_inputs
 from gptlab.data import readers, records
 from gptlab.evals import rounds_report
-from gptlab.run import artifact, files, program, signals
+from gptlab.run import artifact, files, program, signals, storage
 from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
 
 # Stages by their name in config.stages: the program that runs them. Two may share a program.
@@ -78,7 +78,7 @@ class Step:
     config: ConfigDict
     inputs: Mapping[str, str]  # input's name -> its identity
     identity: str
-    workdir: Path
+    workdir: epath.Path
 
     @property
     def program(self) -> str:
@@ -101,9 +101,9 @@ class Step:
 class Planner:
     """Turns stages of the config into steps, whose identities are known before anything runs."""
 
-    def __init__(self, config: ConfigDict, root: Path):
+    def __init__(self, config: ConfigDict, root: epath.Path):
         self._config = config
-        self._root = root.resolve()
+        self._root = storage.resolve(root)
 
     def step(self, name: str, round_number: int, **inputs: Step | None) -> Step:
         """The step of a stage whose inputs are other steps; one that is None stays empty."""
@@ -133,7 +133,7 @@ def raw_files(config: ConfigDict) -> raw_inputs.Files:
 class Runner:
     """Runs steps, each at most once, and says where the whole stands."""
 
-    def __init__(self, config: ConfigDict, root: Path, stop: Callable[[], bool]):
+    def __init__(self, config: ConfigDict, root: epath.Path, stop: Callable[[], bool]):
         self._config = config
         self._root = root
         self._stop_requested = stop
@@ -200,7 +200,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def write_config(step: Step, directory: Path) -> Path:
+def write_config(step: Step, directory: epath.Path) -> epath.Path:
     """Writes a step's exact config as a file that its program takes; returns the path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{step.workdir.name}.py"
@@ -212,16 +212,16 @@ def write_config(step: Step, directory: Path) -> Path:
         f"CONFIG = {json.dumps(step.config.to_json(indent=1))}\n\n\n"
         "def get_config(arg=None):\n    return ConfigDict(json.loads(CONFIG))\n",
     )
-    return path
+    return epath.Path(storage.local_copy(path))  # a config is read from a disk
 
 
-def command_line(step: Step, config_file: Path) -> list[str]:
+def command_line(step: Step, config_file: epath.Path) -> list[str]:
     """The command that runs a step on its own."""
     module = f"gptlab.{step.program}"
     return ["python", "-m", module, f"--config={config_file}", f"--workdir={step.workdir}"]
 
 
-def run_subprocess(step: Step, config_file: Path, stop_requested: Callable[[], bool]) -> None:
+def run_subprocess(step: Step, config_file: epath.Path, stop_requested: Callable[[], bool]) -> None:
     """Runs a step in a process of its own, and hands a requested stop on to it.
 
     Raises as the step itself would: Interrupted for exit code 75, UserError for 2 (its own line is
@@ -382,7 +382,7 @@ def seconds_of(manifest: Mapping[str, Any]) -> float:
 def run(config: ConfigDict, workdir: str) -> None:
     """Runs everything that is not done yet. Errors and interruption are those of the stages."""
     check(config)
-    root = Path(workdir)
+    root = storage.resolve(workdir)
     raw = raw_files(config.stages.clean) | raw_files(config.stages.tokenize)
     supersede(config, root, raw)
     with artifact.open_run(config, workdir, "rounds", files=raw) as own:
@@ -420,7 +420,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"Report  {shown}/report.md")
     print(f"Plots   {', '.join(f'{shown}/{plot.name}' for plot in plots)}")
     # By this interpreter: a fresh machine has no `python` outside the environment.
-    print(f"Chat    {display(Path(sys.executable))} -m gptlab.chat --workdir={shown}")
+    print(f"Chat    {display(epath.Path(sys.executable))} -m gptlab.chat --workdir={shown}")
 
 
 def check(config: ConfigDict) -> None:
@@ -437,7 +437,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{group} lacks {', '.join(missing)}")
 
 
-def supersede(config: ConfigDict, root: Path, raw: raw_inputs.Files) -> None:
+def supersede(config: ConfigDict, root: epath.Path, raw: raw_inputs.Files) -> None:
     """Makes room for a changed config: artifacts are kept by identity, so nothing is lost.
 
     An ordinary run refuses a workdir of another config, as that would mix two runs. Here every
@@ -451,23 +451,26 @@ def supersede(config: ConfigDict, root: Path, raw: raw_inputs.Files) -> None:
         manifest = artifact.read_manifest(root, allow_unfinished=True)
         if manifest["stage"] == "rounds" and manifest["identity"] != own:
             kept = _made(root / "rounds") / f"manifest-{manifest['identity']}.json"
-            (root / artifact.MANIFEST_FILE).replace(kept)
+            files.atomic_write(kept, (root / artifact.MANIFEST_FILE).read_bytes())
+            (root / artifact.MANIFEST_FILE).unlink()
 
 
-def forget_rounds(root: Path, after: int) -> None:
+def forget_rounds(root: epath.Path, after: int) -> None:
     """Deletes the records of rounds that the config no longer has; their artifacts stay."""
     for path in (root / "rounds").glob("*.json"):
         if path.stem.isdigit() and int(path.stem) > after:
             path.unlink()
 
 
-def display(path: Path) -> str:
+def display(path: epath.Path) -> str:
     """A path as one would type it here: relative, unless it is elsewhere."""
+    if storage.in_bucket(path):
+        return str(path)
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
-def _made(directory: Path) -> Path:
+def _made(directory: epath.Path) -> epath.Path:
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 

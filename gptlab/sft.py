@@ -233,6 +233,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                     run.metrics.write_sample({"step": done, **entry})
             if save:
                 with run.goodput.measure("save"):
+                    run.metrics.flush()
                     kept = {"pretrained": meta["pretrained"]}
                     checkpoints.save_state(state, kept, figures if evaluate else None)
             if stop:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import fsspec
 import hypothesis
 import numpy as np
 import pytest
@@ -39,6 +41,7 @@ from gptlab.data.records import (
 from gptlab.people import labellers
 from gptlab.run import artifact
 from gptlab.scorers import registry
+from tests import bucket_server
 
 # A busy machine is no defect: property tests have no deadline for a single example.
 hypothesis.settings.register_profile("gptlab", deadline=None)
@@ -93,6 +96,21 @@ def disk_full_after(shards: int) -> Iterator[None]:
 def read_records(workdir: Path, name: str, split: str, cls: type) -> list:
     """All records of a set, as a list."""
     return list(records.RecordReader(workdir / "records", name, split, cls))
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bucket_server.BucketServer]:
+    """A stand-in for Cloud Storage; the real clients of this process and its children use it."""
+    if importlib.util.find_spec("gcsfs") is None:  # not yet imported: it reads its environment then
+        pytest.skip("buckets need gcsfs: the extra 'cloud'")
+    with pytest.MonkeyPatch.context() as patch:
+        server = bucket_server.BucketServer()
+        for name, value in server.environment(tmp_path_factory.mktemp("cache")).items():
+            patch.setenv(name, value)
+        for name in ("gcs", "gs"):  # read from the environment when fsspec is imported
+            patch.setitem(fsspec.config.conf[name], "token", "anon")
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@
 
 MOMENT is 'never'; 'start:N': SIGKILL right after step N was dispatched; 'step:N': the same, once a
 checkpoint exists; 'save:N': SIGKILL while checkpoint N is on its way to the disk; or 'full:N': no
-kill, but a disk that is full from checkpoint N on. It is the real program; nothing of it knows.
+kill, but a disk that is full from checkpoint N on. 'step:N@1' hits process 1 of several only. It is
+the real program; nothing of it knows.
 """
 
 import errno
@@ -15,6 +16,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+from etils import epath
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,6 +37,8 @@ def kill_at_step(number: int, workdir: str, saved: bool = True) -> None:
         if step == number:
             while saved and not checkpoint_steps(workdir):  # one is on its way, in the background
                 time.sleep(0.01)
+            if "://" not in workdir:
+                Path(f"{workdir}.died").touch()
             die()
 
     StepLog.push = pushed
@@ -47,10 +52,14 @@ def kill_in_save(number: int, workdir: str) -> None:
     def saving(self, step, items, meta, metrics=None):
         save(self, step, items, meta, metrics)
         if step == number:
-            directory = Path(workdir) / checkpoint.DIRECTORY
+            directory = epath.Path(workdir) / checkpoint.DIRECTORY
+            # In a bucket it has its name from the beginning, and a mark at the end.
+            begun, ended = f"{number}.*/*", directory / str(number)
+            if "://" in workdir:
+                begun, ended = f"{number}/*", ended / "commit_success.txt"
             # Saving goes on in the background: wait until some of it is there, and not all of it.
-            while not list(directory.glob(f"{number}.*/*")):
-                if (directory / str(number)).exists():
+            while not list(directory.glob(begun)):
+                if ended.exists():
                     print("the save was over too soon", file=sys.stderr)
                     break
             die()
@@ -73,8 +82,9 @@ def fill_disk(number: int, workdir: str) -> None:
 
 if __name__ == "__main__":
     stage, config, workdir, moment = sys.argv[1:]
+    moment, _, process = moment.partition("@")
     kind, _, number = moment.partition(":")
-    if kind != "never":
+    if kind != "never" and process in ("", os.environ.get("GPTLAB_PROCESS_ID")):
         kill_early = functools.partial(kill_at_step, saved=False)
         hits = {"start": kill_early, "step": kill_at_step, "save": kill_in_save, "full": fill_disk}
         hits[kind](int(number), workdir)

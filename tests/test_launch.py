@@ -35,7 +35,7 @@ def checkout(tmp_path):
     python = tmp_path / "bin" / "python3.11"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if k != "GPTLAB_VENV"} | {
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GPTLAB_")} | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "CALLS": str(tmp_path / "calls"),
     }
@@ -74,6 +74,26 @@ def test_changed_constraints_install_again(checkout, tmp_path):
     assert any("pip install" in call for call in calls)
 
 
+def test_other_extras_are_installed_once_and_beside_the_first(checkout):
+    checkout("quickstart.sh")
+    _, calls, _ = checkout("quickstart.sh", GPTLAB_EXTRAS="tpu,cloud")
+    assert calls[1:] == [
+        "python -m pip install --quiet -c constraints.txt -e .[tpu,cloud]",
+        "python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart",
+    ]
+    for extras in ("tpu,cloud", ""):
+        _, calls, _ = checkout("quickstart.sh", GPTLAB_EXTRAS=extras)
+        assert len(calls) == 1
+
+
+def test_with_an_environment_of_ones_own_nothing_is_installed(checkout, tmp_path):
+    shutil.copy(tmp_path / "bin" / "python3.11", tmp_path / "bin" / "python")
+    _, calls, _ = checkout("quickstart.sh", GPTLAB_VENV="none")
+    assert calls == [
+        "python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart"
+    ]
+
+
 def test_the_variant_and_further_flags_are_passed_on(checkout):
     checkout("quickstart.sh")
     _, calls, _ = checkout("quickstart.sh", "smoke", "--config.seed=3")
@@ -102,6 +122,17 @@ def test_no_python_3_11_is_said_plainly(checkout):
 def test_test_sh_with_arguments_runs_pytest_alone(checkout):
     _, calls, _ = checkout("test.sh", "tests/run", "-k", "manifest")
     assert calls[-1] == "python -m pytest tests/run -k manifest"
+
+
+def test_shellcheck_has_nothing_to_say():
+    checker = Path(sys.executable).parent / "shellcheck"
+    if not checker.exists():
+        pytest.skip("shellcheck is not installed (the extra 'dev')")
+    done = subprocess.run(
+        [checker, *SCRIPTS, ROOT / ".ci" / "run"],
+        cwd=ROOT, text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -11,8 +11,8 @@ import functools
 import importlib
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,9 +31,10 @@ from configs import ppo as ppo_config
 from configs import pretrain as pretrain_config
 from configs import reward as reward_config
 from configs import sft as sft_config
+from gptlab.model import lora
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
-from gptlab.run import artifact, metrics
+from gptlab.run import artifact, metrics, storage
 from gptlab.run.errors import Interrupted
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
@@ -56,6 +57,11 @@ class Loop:
     stage: str
     config: Callable[[SimpleNamespace], ConfigDict]
     falls_by: float  # nats of train/loss, first to last logged step
+    variant: str = ""
+
+    @property
+    def name(self):
+        return self.stage + self.variant
 
 
 def pretrain(tiny: SimpleNamespace) -> ConfigDict:
@@ -109,11 +115,31 @@ def ppo(tiny: SimpleNamespace) -> ConfigDict:
     return config
 
 
+def with_lora(config_of):
+    """The same with adapters, whose rate is larger."""
+
+    def config(tiny):
+        changed = config_of(tiny)
+        changed.lora = common.lora(4, alpha=32.0, targets=("query", "value", "up", "down"))
+        for name in ("optimizer", "value_optimizer"):
+            if name in changed:
+                changed[name].lr *= 3
+        return changed
+
+    return config
+
+
 LOOPS = [
     Loop("pretrain", pretrain, falls_by=0.8),
     Loop("sft", sft, falls_by=0.8),
     Loop("reward", reward, falls_by=0.05),
     Loop("ppo", ppo, falls_by=0.2),  # the value loss: of half a reply the reward model knows little
+]
+# Policy and critic, reference and reward model: all that adapters touch. The others with -m slow.
+LOOPS += [Loop("ppo", with_lora(ppo), falls_by=0.1, variant="_lora")]
+SLOW_LOOPS = [
+    Loop("sft", with_lora(sft), falls_by=0.3, variant="_lora"),
+    Loop("reward", with_lora(reward), falls_by=0.05, variant="_lora"),
 ]
 # What each loop saves the parameters of, by their name in a checkpoint.
 MODELS = {
@@ -156,7 +182,11 @@ def tiny(tiny_clean, tiny_corpus, tiny_vocabulary, tiny_comparisons, tiny_model,
     )
 
 
-@pytest.fixture(scope="module", params=LOOPS, ids=lambda loop: loop.stage)
+@pytest.fixture(
+    scope="module",
+    params=[*LOOPS, *(pytest.param(loop, marks=pytest.mark.slow) for loop in SLOW_LOOPS)],
+    ids=lambda loop: loop.name,
+)
 def loop(request):
     return request.param
 
@@ -167,12 +197,12 @@ def config(loop, tiny):
     return with_cadence(loop.config(tiny))
 
 
-def one_loop(shown, of=tuple(loop.stage for loop in LOOPS)):
+def one_loop(shown, of=tuple(loop.name for loop in LOOPS)):
     """One loop shows it in every test run; the others take their time with `-m slow`."""
     rows = [
-        pytest.param(x, marks=[pytest.mark.slow] * (x.stage != shown), id=x.stage)
+        pytest.param(x, marks=[pytest.mark.slow] * (x.name != shown), id=x.name)
         for x in LOOPS
-        if x.stage in of
+        if x.name in of
     ]
     return pytest.mark.parametrize("loop", rows, indirect=True)
 
@@ -205,7 +235,7 @@ def run_alone(loop, config, workdir, moment="never"):
 @pytest.fixture(scope="module")
 def one_device(loop, config, tiny):
     """The workdir of an uninterrupted run in one process with one device: the reference."""
-    workdir = tiny.root / f"{loop.stage}-one-device"
+    workdir = tiny.root / f"{loop.name}-one-device"
     done = run_alone(loop, config, workdir)
     assert done.returncode == 0, done.stderr
     return workdir
@@ -216,7 +246,7 @@ def eight_devices(loop, tiny):
     """A run in this process on data 2 x fsdp 2 x tensor 2, watched."""
     config = with_cadence(loop.config(tiny))
     config.mesh = common.mesh(data=2, fsdp=2, tensor=2)
-    workdir = tiny.root / f"{loop.stage}-eight-devices"
+    workdir = tiny.root / f"{loop.name}-eight-devices"
     watch = SimpleNamespace(workdir=workdir, config=config, step=0, compiled=[], shards={})
 
     def compiled(event, seconds, **_):
@@ -334,10 +364,10 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor(loop, eight_devic
         assert layers["feed_forward"]["up"]["kernel"] == (2, 32 // 2, 64 // 2)
         assert layers["attention"]["out"]["kernel"] == (2, 32 // 2, 32 // 2)
         assert shards[params]["backbone"]["embedding"] == (320 // 2, 32 // 2)
-        # Adam's two moments of each parameter lie as the parameter does.
+        # Adam's two moments of each parameter that is trained lie as the parameter does.
         shapes, moments = (
-            collections.Counter(jax.tree.leaves(shards[name], is_leaf=is_shape))
-            for name in (params, opt_state)
+            collections.Counter(jax.tree.leaves(tree, is_leaf=is_shape))
+            for tree in (lora.split(shards[params])[0], shards[opt_state])
         )
         assert all(moments[shape] == 2 * count for shape, count in shapes.items())
 
@@ -351,7 +381,7 @@ def test_its_first_steps_are_the_golden_ones(loop, one_device):
     for (step, name), value in figures(one_device).items():
         if step <= CADENCE:
             got.setdefault(str(step), {})[name] = float(f"{value:.8g}")
-    path = GOLDEN / f"{loop.stage}.json"
+    path = GOLDEN / f"{loop.name}.json"
     if os.environ.get("GPTLAB_UPDATE_GOLDEN"):
         path.write_text(json.dumps(got, indent=1, sort_keys=True) + "\n")
     want = json.loads(path.read_text())
@@ -394,14 +424,14 @@ OTHER_MESHES = {
 def test_every_other_mesh_computes_what_one_device_does(loop, config, one_device, tiny, name):
     config = config.copy_and_resolve_references()
     config.mesh = OTHER_MESHES[name]
-    workdir = tiny.root / f"{loop.stage}-{name}"
+    workdir = tiny.root / f"{loop.name}-{name}"
     run_here(loop, config, workdir)
     assert_close(loop, workdir, one_device, rtol=1e-3)
 
 
 @one_loop("sft")
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(loop, config, one_device, tiny):
-    workdir = tiny.root / f"{loop.stage}-two-meshes"
+    workdir = tiny.root / f"{loop.name}-two-meshes"
     stop_at(loop, config, workdir, 6)  # fsdp 8
     config = config.copy_and_resolve_references()
     config.mesh = common.mesh(data=2, fsdp=2, tensor=2)
@@ -418,7 +448,8 @@ def kill_seeds():
 
 def drawn(seed, loop):
     """The generator of a loop's kills; what it draws is in the output of a test that fails."""
-    return np.random.default_rng([seed, [row.stage for row in LOOPS].index(loop.stage)])
+    names = [row.name for row in (*LOOPS, *SLOW_LOOPS)]
+    return np.random.default_rng([seed, names.index(loop.name)])
 
 
 @kill_seeds()
@@ -433,7 +464,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(loop, config, one_device, ki
         kind = "step" if number > CADENCE else "start"
         saved = range(CADENCE, number, CADENCE)  # the last of them may still be on its way
     print(f"seed {seed}: {loop.stage} is killed at {kind} {number}")
-    workdir = tiny.root / f"{loop.stage}-killed-{kind}-{number}-{seed}"
+    workdir = tiny.root / f"{loop.name}-killed-{kind}-{number}-{seed}"
     killed = run_alone(loop, config, workdir, f"{kind}:{number}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "too soon" not in killed.stderr
@@ -454,7 +485,7 @@ def test_killed_from_outside_at_any_time_a_run_ends_as_ever(loop, config, one_de
     )
     seconds = drawn(seed, loop).uniform(0, (end - begin).total_seconds() + 1)
     print(f"seed {seed}: {loop.stage} is killed {seconds} s after it began")
-    workdir = tiny.root / f"{loop.stage}-killed-anywhere-{seed}"
+    workdir = tiny.root / f"{loop.name}-killed-anywhere-{seed}"
     process = subprocess.Popen(command(loop, config, workdir), env=environment())
     try:
         deadline = time.monotonic() + 240
@@ -472,7 +503,7 @@ def test_killed_from_outside_at_any_time_a_run_ends_as_ever(loop, config, one_de
 def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     loop, config, one_device, tiny
 ):
-    workdir = tiny.root / f"{loop.stage}-damaged"
+    workdir = tiny.root / f"{loop.name}-damaged"
     killed = run_alone(loop, config, workdir, f"save:{3 * CADENCE}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.checkpoint_steps(workdir) == [CADENCE, 2 * CADENCE]
@@ -488,7 +519,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
 def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(
     loop, config, one_device, tiny
 ):
-    workdir = tiny.root / f"{loop.stage}-full-disk"
+    workdir = tiny.root / f"{loop.name}-full-disk"
     stopped = run_alone(loop, config, workdir, f"full:{2 * CADENCE}")
     assert stopped.returncode == 2, stopped.stderr
     assert "Traceback" not in stopped.stderr
@@ -502,7 +533,7 @@ def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(
 
 @one_loop("sft")  # it alone writes a line before its first step
 def test_killed_before_its_first_checkpoint_a_run_starts_anew(loop, config, one_device, tiny):
-    workdir = tiny.root / f"{loop.stage}-killed-early"
+    workdir = tiny.root / f"{loop.name}-killed-early"
     killed = run_alone(loop, config, workdir, f"start:{CADENCE - 1}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert checkpoint.checkpoint_steps(workdir) == [] and figures(workdir)
@@ -527,7 +558,7 @@ def stop_at(loop, config, workdir, at):
 
 
 def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devices, tiny):
-    workdir = tiny.root / f"{loop.stage}-stopped"
+    workdir = tiny.root / f"{loop.name}-stopped"
     stop_at(loop, eight_devices.config, workdir, 6)
     run_here(loop, eight_devices.config, workdir)
     assert_identical(workdir, eight_devices.workdir)
@@ -538,7 +569,7 @@ def test_stopped_at_a_checkpoint_it_evaluates_as_without_the_stop(loop, eight_de
     # Every due checkpoint is evaluated, so an evaluation half as often changes no figure.
     config = eight_devices.config.copy_and_resolve_references()
     config.eval_every_steps = 2 * CADENCE
-    workdir = tiny.root / f"{loop.stage}-stopped-when-due"
+    workdir = tiny.root / f"{loop.name}-stopped-when-due"
     stop_at(loop, config, workdir, CADENCE)
     run_here(loop, config, workdir)
     assert_identical(workdir, eight_devices.workdir)
@@ -551,36 +582,91 @@ def test_a_finished_run_is_not_run_again(loop, eight_devices, capsys):
     assert (eight_devices.workdir / "metrics.jsonl").read_bytes() == before
 
 
-def processes(loop, config, workdir, count):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    line = command(loop, config, workdir)
-    started = [
-        subprocess.Popen(
-            line,
-            env=environment(
-                GPTLAB_COORDINATOR=f"127.0.0.1:{port}",
-                GPTLAB_NUM_PROCESSES=str(count),
-                GPTLAB_PROCESS_ID=str(number),
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for number in range(count)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [p.returncode for p in started] == [0] * count, "\n".join(outputs)
+@one_loop("pretrain")
+@pytest.mark.parametrize("kind", ["step", pytest.param("save", marks=pytest.mark.slow)])
+def test_in_a_bucket_a_killed_run_resumes_to_what_it_is_on_a_disk(
+    loop, config, kind, one_device, bucket, tiny
+):
+    config = config.copy_and_resolve_references()
+    for name, path in config.inputs.items():
+        if path is not None:
+            config.inputs[name] = f"gs://lab/{Path(path).name}"
+            storage.upload(path, config.inputs[name])
+    workdir = f"gs://lab/{loop.stage}-{kind}"
+    line = command(loop, config, tiny.root / f"{loop.name}-bucket-{kind}", "never")
+    line[-2:] = [workdir, f"{kind}:{2 * CADENCE + (kind == 'step')}"]
+    killed = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert set(checkpoint.checkpoint_steps(workdir)) <= {CADENCE, 2 * CADENCE}
+    line[-1] = "never"
+    resumed = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, one_device)
+    names = [name.removeprefix(f"lab/{loop.stage}-{kind}/") for name in bucket.names(workdir[5:])]
+    assert {"manifest.json", "config.json", "metrics.jsonl"} <= set(names)
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert ".lock" not in names and not any(name.endswith(".tmp") for name in names)
+
+
+def launched(loop, config, workdir, moment="never", count=2):
+    """Runs it as `count` processes of one device each, by launch/local.sh."""
+    program = ["tests.loop_driver", *command(loop, config, workdir, moment)[2:]]
+    return subprocess.run(
+        ["bash", str(ROOT / "launch" / "local.sh"), f"--processes={count}", *program],
+        env=environment(
+            GPTLAB_VENV="none", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        ),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_processes(loop, config, tiny):
+    """The workdir of an uninterrupted run of two processes."""
+    workdir = tiny.root / f"{loop.name}-two-processes"
+    done = launched(loop, config, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
 
 
 @one_loop("pretrain")
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_compute_what_one_does(loop, config, one_device, tiny, count):
-    workdir = tiny.root / f"{loop.stage}-{count}-processes"
-    processes(loop, config, workdir, count)
-    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == count
+def test_two_processes_compute_what_one_does(loop, two_processes, one_device):
+    assert artifact.read_manifest(two_processes)["starts"][-1]["processes"] == 2
+    assert_close(loop, two_processes, one_device, rtol=1e-3)
+    assert json.loads((two_processes / "config.json").read_text())["total_steps"] == STEPS
+
+
+@pytest.mark.slow
+@one_loop("pretrain")
+def test_four_processes_compute_what_one_does(loop, config, one_device, tiny):
+    workdir = tiny.root / f"{loop.name}-four-processes"
+    done = launched(loop, config, workdir, count=4)
+    assert done.returncode == 0, done.stderr
+    assert artifact.read_manifest(workdir)["starts"][-1]["processes"] == 4
     assert_close(loop, workdir, one_device, rtol=1e-3)
-    assert json.loads((workdir / "config.json").read_text())["total_steps"] == STEPS
+
+
+@one_loop("pretrain")
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_is_lost_is_named_by_the_others_and_the_run_goes_on(
+    loop, config, killed, two_processes, tiny
+):
+    workdir = tiny.root / f"{loop.name}-lost-process-{killed}"
+    stopped = launched(loop, config, workdir, f"step:{CADENCE + 2}@{killed}")
+    assert stopped.returncode == 75, stopped.stderr
+    assert time.time() - Path(f"{workdir}.died").stat().st_mtime < 60
+    # The launcher, the lost process's own witness, and the other process; or that one's witness, if
+    # the service that it needs was lost as well.
+    lost = rf"process {killed} of 2 \(.*\) was"
+    stops = rf", process {1 - killed} stops" if killed else ""
+    for line in (
+        rf"launch/local.sh: process {killed} of 2 was killed by SIGKILL",
+        rf"gptlab {loop.stage}: {lost} killed in phase '\w+'",
+        rf"gptlab {loop.stage}: .*{lost} lost.*{stops} in phase '\w+'",
+    ):
+        assert re.search(line, stopped.stderr), (line, stopped.stderr)
+    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
+    assert manifest["status"] == "running"
+    resumed = launched(loop, config, workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(workdir, two_processes)

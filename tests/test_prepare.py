@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import common
 from configs import prepare as prepare_config
 from configs import pretrain as pretrain_config
 from configs import train_tokenizer as tokenizer_config
@@ -345,6 +346,41 @@ def test_an_imported_vocabulary_tokenizes_and_what_its_template_refuses_is_count
     assert counts["dialogues-train"]["refused"] == refused
     report = (tmp_path / "tokens" / "report.md").read_text()
     assert f"dialogues-train: {refused:,} conversations that the chat template refuses" in report
+
+
+@pytest.mark.slow  # half a minute, most of it TensorFlow's and the lease's
+def test_a_chain_of_stages_in_a_bucket_is_the_one_on_a_disk(
+    corpus, plain, vocabulary, bucket, tmp_path
+):
+    place = {name: f"gs://lab/chain/{name}" for name in ("clean", "vocabulary", "tokens", "model")}
+    with pytest.raises(UserError, match="raw files are read from a disk"):
+        prepare.run(clean_config("gs://lab/texts"), place["clean"])
+    prepare.run(clean_config(corpus.parent / "input"), place["clean"])
+    learn = tokenizer_config.get_config()
+    learn.inputs.corpus, learn.vocab_size = place["clean"], 320
+    train_tokenizer.run(learn, place["vocabulary"])
+    prepare.run(tokenize_config(place["clean"], place["vocabulary"]), place["tokens"])
+    on_disk = {"clean": corpus, "vocabulary": vocabulary, "tokens": plain}
+    for name, workdir in on_disk.items():
+        got, want = artifact.read_manifest(place[name]), artifact.read_manifest(workdir)
+        assert (got["digest"], got["identity"]) == (want["digest"], want["identity"])
+    digests = []
+    for inputs, workdir in ((place, place["model"]), (on_disk, str(tmp_path / "model"))):
+        config = pretrain_config.get_config("tiny")
+        config.inputs.update({k: str(inputs[k]) for k in ("tokens", "vocabulary")})
+        config.model.vocab_size = 320
+        config.compute, config.optimizer = common.compute(), common.adamw(1e-2)
+        config.data.seq_len, config.batch_size = 64, 8
+        config.update(total_steps=2, eval_every_steps=2, eval_batches=1, sample_every_steps=0)
+        config.profile.update(start_step=1, num_steps=1)
+        pretrain.run(config, workdir)
+        digests.append(artifact.read_manifest(workdir)["digest"])
+    assert digests[0] == digests[1]
+    names = bucket.names("lab/chain/")
+    assert any("/model/profile/" in name for name in names)
+    assert not any(name.rsplit("/", 1)[1].startswith(".") for name in names)
+    tree = artifact.lineage(place["model"])
+    assert tree["inputs"]["tokens"]["inputs"]["corpus"]["path"] == place["clean"]
 
 
 def trained_on(tokens, vocabulary, name):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from gptlab.data import records
-from gptlab.run import files, processes
+from gptlab.run import files, processes, storage
 from gptlab.run.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -90,7 +91,10 @@ class PackedSource:
         self.directory = epath.Path(directory)
         self.stats: dict[str, Any] = json.loads((self.directory / _STATS).read_text())
         self.seq_len: int = self.stats["seq_len"]
-        paths = [str(_row_path(self.directory, block)) for block in range(self.stats["blocks"])]
+        paths = [
+            str(storage.local_copy(_row_path(self.directory, block)))
+            for block in range(self.stats["blocks"])
+        ]
         try:
             self._rows = grain.ArrayRecordDataSource(paths)
         except (RuntimeError, ValueError, OSError) as error:
@@ -274,9 +278,13 @@ def _build(
     directory: epath.Path,
     key: dict[str, Any],
 ) -> None:
-    """Packs everything into a temporary directory and renames it: nobody sees half an artifact."""
+    """Packs everything into a temporary directory and renames it: nobody sees half an artifact.
+
+    For a bucket, that is a directory of this machine; what says what the rows are is copied last.
+    """
     seq_len = key["seq_len"]
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}.tmp"
+    parent = epath.Path(tempfile.gettempdir()) if storage.in_bucket(directory) else directory.parent
+    temporary = parent / f".{directory.name}.{uuid.uuid4().hex}.tmp"
     totals = dict.fromkeys(
         ("rows", "slots", "loss_tokens", "segments", "dropped_overlong", "dropped_without_loss"), 0
     )
@@ -310,6 +318,12 @@ def _build(
         )
         if _settings(directory) == key:
             return  # Another run was first, and may be reading: its rows are the same.
+        if storage.in_bucket(directory):
+            storage.remove(directory)
+            for block in range(blocks):
+                storage.upload(_row_path(temporary, block), _row_path(directory, block))
+            storage.upload(temporary / _STATS, directory / _STATS)
+            return
         if directory.exists():
             directory.rmtree()
         temporary.replace(directory)

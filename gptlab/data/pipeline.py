@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from ml_collections import ConfigDict
 
-from gptlab.run import artifact
+from gptlab.run import artifact, storage
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.run.progress import Progress
 
@@ -79,14 +78,15 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 def tick(workdir: str, kind: str) -> None:
     """Notes a unit of work: one byte more in a file, which every process can append to."""
-    if os.path.isdir(workdir):
-        with open(os.path.join(workdir, TICKS), "ab") as file:
+    directory = storage.local_directory(workdir, "prepare")
+    if directory.is_dir():
+        with open(directory / TICKS, "ab") as file:
             file.write(kind.encode())
 
 
 def stopping(workdir: str) -> bool:
     """Whether the run was asked to stop. Workers look between blocks, and then do no more."""
-    return os.path.exists(os.path.join(workdir, STOP))
+    return (storage.local_directory(workdir, "prepare") / STOP).exists()
 
 
 class watched:  # noqa: N801  (used as a function)
@@ -97,7 +97,9 @@ class watched:  # noqa: N801  (used as a function)
 
     def __init__(self, opened: artifact.Run, desc: str, phases: Sequence[Phase]):
         self._opened, self._desc = opened, desc
-        self._ticks, self._stop = (opened.workdir / name for name in (TICKS, STOP))
+        self._ticks, self._stop = (
+            storage.local_directory(opened.workdir, "prepare") / name for name in (TICKS, STOP)
+        )
         self._shown = Phases(opened.progress, phases)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from gptlab.data.records import Candidate, Comparison, Conversation, Document, Message, Prompt
-from gptlab.run import files
+from gptlab.run import files, storage
 from gptlab.run.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".html", ".htm", ".jsonl")
@@ -130,6 +130,11 @@ def read(source: Source, limits: Limits) -> Iterator[Item | Bad]:
 
 
 def _plan_files(documents: str) -> list[Source]:
+    if storage.in_bucket(documents):
+        raise UserError(
+            f"config.data.documents={documents}: raw files are read from a disk; copy them to one "
+            "(gcloud storage cp -r), the --workdir may be in the bucket"
+        )
     root = Path(documents).expanduser()
     if root.is_dir():
         if not os.access(root, os.R_OK | os.X_OK):

@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from gptlab.run import files
+from gptlab.run import files, storage
 from gptlab.run.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -301,7 +301,14 @@ def write_shard(path: epath.PathLike, items: Iterable[tuple[str, bytes]]) -> epa
 
 
 def write_ordered(path: epath.Path, payloads: Iterable[bytes]) -> epath.Path:
-    """Writes an ArrayRecord file of payloads in the order given; otherwise as `write_shard`."""
+    """Writes an ArrayRecord file of payloads in the order given; otherwise as `write_shard`.
+
+    One for a bucket is written on this machine, as ArrayRecord knows only files, and copied there.
+    """
+    if storage.in_bucket(path):
+        with storage.written_locally(path) as local:
+            write_ordered(epath.Path(local), payloads)
+        return path
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -471,7 +478,7 @@ def _files_of(directory: epath.PathLike, name: str, split: str) -> list[epath.Pa
 
 def _open(path: epath.Path) -> Any:
     try:
-        reader = array_record_module.ArrayRecordReader(str(path))
+        reader = array_record_module.ArrayRecordReader(str(storage.local_copy(path)))
         if not reader.ok():
             reader.close()  # Raises, and says what is wrong with the file.
     except (RuntimeError, OSError) as error:

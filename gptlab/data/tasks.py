@@ -29,13 +29,13 @@ import dataclasses
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 from absl import logging
+from etils import epath
 
 from gptlab.data import chat, chat_template, raw, records
 from gptlab.data.dedup import SPLITS
@@ -176,7 +176,7 @@ class RecordSource(seqio.DataSource):
         """A contiguous part of the record set; nothing if the corpus has no such set."""
         index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         name, cls = self._name, self._cls
-        directory = Path(str(_Now.corpus)) / "records"
+        directory = epath.Path(str(_Now.corpus)) / "records"
 
         def rows() -> Iterator[dict[str, Any]]:
             if f"{name}-{split}" not in records.record_sets(directory):

@@ -6,12 +6,13 @@ corpus that was prepared anew with another seed has the same names and other con
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from gptlab.data import mixtures, readers, records
 from gptlab.data.records import Comparison, Conversation, Document, Prompt
-from gptlab.run import artifact
+from gptlab.run import artifact, storage
 from gptlab.run.errors import UserError
 
 # The weights of a reward model depend on both: one trains it, the other chooses its checkpoint.
@@ -41,10 +42,12 @@ def check_disjoint(prompts: Iterable[Prompt], models: Iterable[str]) -> list[str
     """
     conversations = {prompt.id: prompt.conversation_id for prompt in prompts}
     unchecked: list[str] = []
-    checked: set[Path] = set()
-    looked_at: set[tuple[Path, str, str]] = set()  # many ancestors learn from the same records
+    checked: set[epath.Path] = set()
+    looked_at: set[tuple[epath.Path, str, str]] = (
+        set()
+    )  # many ancestors learn from the same records
     for model in models:
-        for directory, manifest in _ancestors(Path(model), checked, unchecked):
+        for directory, manifest in _ancestors(epath.Path(model), checked, unchecked):
             for source, kind, split in _learnt_from(directory, manifest, unchecked):
                 if (source, kind, split) in looked_at:
                     continue
@@ -61,10 +64,10 @@ def check_disjoint(prompts: Iterable[Prompt], models: Iterable[str]) -> list[str
 
 
 def _ancestors(
-    directory: Path, checked: set[Path], unchecked: list[str]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+    directory: epath.Path, checked: set[epath.Path], unchecked: list[str]
+) -> Iterator[tuple[epath.Path, dict[str, Any]]]:
     """An artifact and everything that it was made from, each once."""
-    directory = directory.resolve()
+    directory = storage.resolve(directory)
     if directory in checked:
         return
     checked.add(directory)
@@ -77,8 +80,8 @@ def _ancestors(
 
 
 def _learnt_from(
-    directory: Path, manifest: dict[str, Any], unchecked: list[str]
-) -> Iterator[tuple[Path, str, str]]:
+    directory: epath.Path, manifest: dict[str, Any], unchecked: list[str]
+) -> Iterator[tuple[epath.Path, str, str]]:
     """(artifact, records, split) that an artifact's own training used, where prompts may stand."""
     stage = manifest["stage"]
     for name in manifest["inputs"]:
@@ -97,8 +100,8 @@ def _learnt_from(
 
 
 def _tokenised(
-    directory: Path, stage: str, unchecked: list[str]
-) -> Iterator[tuple[Path, str, str]]:
+    directory: epath.Path, stage: str, unchecked: list[str]
+) -> Iterator[tuple[epath.Path, str, str]]:
     """The conversations and documents behind the tokens that a language model was trained on."""
     config = json.loads((directory / artifact.CONFIG_FILE).read_text())
     if stage == "ppo" and not config["ptx"]["coef"]:
@@ -121,7 +124,9 @@ def _tokenised(
             unchecked.append(f"{directory}: the conversations of task {task!r} are not known")
 
 
-def _seen(conversations: Mapping[str, str], directory: Path, kind: str, split: str) -> list[str]:
+def _seen(
+    conversations: Mapping[str, str], directory: epath.Path, kind: str, split: str
+) -> list[str]:
     """Those of the prompts {id: its conversation's id} that a record set has, sorted."""
     if f"{kind}-{split}" not in records.record_sets(directory):
         return []
@@ -132,7 +137,7 @@ def _seen(conversations: Mapping[str, str], directory: Path, kind: str, split: s
     return sorted(p for p, c in conversations.items() if (c if whole else p) in ids)
 
 
-def _ids(directory: Path, kind: str, split: str) -> set[str]:
+def _ids(directory: epath.Path, kind: str, split: str) -> set[str]:
     """Ids of a record set's prompts or conversations."""
     if kind == "comparisons":
         reader = records.RecordReader(directory, kind, split, Comparison)
@@ -141,7 +146,7 @@ def _ids(directory: Path, kind: str, split: str) -> set[str]:
     return {record.id for record in records.RecordReader(directory, kind, split, cls)}
 
 
-def _input(directory: Path, name: str, unchecked: list[str]) -> Path | None:
+def _input(directory: epath.Path, name: str, unchecked: list[str]) -> epath.Path | None:
     try:
         return artifact.input_workdir(directory, name)
     except UserError as error:

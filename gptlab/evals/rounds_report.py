@@ -1,10 +1,10 @@
 """The report of a whole run of rounds: what each stage shows, round by round, and four plots."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from gptlab.evals import best_of_n, preference, report, stage_figures, suite
 from gptlab.run import artifact, files
@@ -28,7 +28,9 @@ _WHAT_IS_ASKED = (
 )
 
 
-def write(root: Path, preparation: Record, rounds: Sequence[Record]) -> tuple[str, list[Path]]:
+def write(
+    root: epath.Path, preparation: Record, rounds: Sequence[Record]
+) -> tuple[str, list[epath.Path]]:
     """Writes report.md, report.json (the same for programs) and the plots into `root`.
 
     Args:
@@ -129,7 +131,9 @@ def stages_table(
     return ["stage", "artifact", "seconds"], rows
 
 
-def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> list[Path]:
+def write_plots(
+    root: epath.Path, preparation: Record, rounds: Sequence[Record]
+) -> list[epath.Path]:
     """Losses, reward against KL, gold score against KL, calibration; returns the paths."""
     report.plot_curves(
         root / "losses.png", losses(root, preparation),
@@ -165,7 +169,7 @@ def write_plots(root: Path, preparation: Record, rounds: Sequence[Record]) -> li
     return [root / f"{name}.png" for name in ("losses", "reward_kl", "gold_kl", "calibration")]
 
 
-def losses(root: Path, preparation: Record) -> dict[str, report.Curve]:
+def losses(root: epath.Path, preparation: Record) -> dict[str, report.Curve]:
     """Training and held-out loss of pretraining and SFT, by share of each stage's steps."""
     curves: dict[str, report.Curve] = {}
     for name in ("pretrain", "sft"):
@@ -182,7 +186,7 @@ def best_of_n_against_kl(record: Record) -> report.Curve:
     return best_of_n.curve(preference.from_json(record["figures"]["best_of_n"]))
 
 
-def reward_against_kl(ppo: Path) -> report.Curve:
+def reward_against_kl(ppo: epath.Path) -> report.Curve:
     """KL and score over a PPO run: means over tenths of its steps, as one rollout is noise.
 
     The score is the reward model's own, as it is of held-out replies: what unfinished replies were

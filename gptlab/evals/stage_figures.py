@@ -8,8 +8,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from gptlab.data.dedup import SPLITS
 from gptlab.evals import best_of_n, preference, report, suite
@@ -54,7 +55,7 @@ class Figure:
         return {**dataclasses.asdict(self), "value": value}
 
 
-def collect(root: Path, preparation: Record, rounds: Iterable[Record]) -> list[Figure]:
+def collect(root: epath.Path, preparation: Record, rounds: Iterable[Record]) -> list[Figure]:
     """The figures of all stages, in the order in which they ran.
 
     Args:
@@ -293,11 +294,11 @@ def short_table(figures: Iterable[Figure]) -> tuple[list[str], list[list[Any]]]:
     return ["", "value", "demand", "met"], rows
 
 
-def _results(root: Path, record: Record, name: str) -> Mapping[str, Any]:
+def _results(root: epath.Path, record: Record, name: str) -> Mapping[str, Any]:
     return artifact.read_manifest(root / record["steps"][name]["artifact"])["results"]
 
 
-def _reply_tokens(root: Path, rounds: list[Record]) -> int | None:
+def _reply_tokens(root: epath.Path, rounds: list[Record]) -> int | None:
     """The length that replies of the evaluation may have."""
     directory = root / rounds[0]["steps"]["evaluate"]["artifact"]
     config = json.loads((directory / artifact.CONFIG_FILE).read_text())

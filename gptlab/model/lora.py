@@ -9,7 +9,6 @@ need no copy of it: `off` is the model as it was before training, which is how a
 reference share one frozen base, and `merge` is the model after it, as an ordinary tree.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -143,8 +142,9 @@ def join(trained: Any, frozen: Any) -> Any:
 
 
 def adapted(params: Any) -> bool:
-    """Whether the tree holds adapters."""
-    return any(path[-1] == _SCALE for path in flatten_dict(params))
+    """Whether a tree, of any kind, holds adapters."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(params))
+    return any(path and getattr(path[-1], "key", None) == _SCALE for path in paths)
 
 
 def off(params: Any) -> Any:

@@ -119,7 +119,7 @@ class Actor:
     def scores(self, critic: Any, samples: Samples, prompts: Sequence[Prompt]) -> jax.Array:
         """float32 [B] of whole replies; `prompts` are those of this process's rows."""
         if self._text_scorer is None:
-            paid_by = self._reward_params
+            paid_by: Any = self._reward_params
             if lora.adapted(critic):
                 paid_by = {**lora.off(critic), "head": paid_by["head"]}
             return self._at_last(self.scalars(paid_by, samples), samples)

@@ -7,7 +7,6 @@ identities mean the same experiment, and one can walk from any artifact back to 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -26,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import gptlab
-from gptlab.run import files, processes, signals
+from gptlab.run import files, lock, processes, signals, storage
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.run.goodput import Goodput
 from gptlab.run.metrics import MetricWriter
@@ -35,7 +34,7 @@ from gptlab.run.progress import Progress
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
-LOCK_FILE = ".lock"
+LOCK_FILE = lock.LOCK_FILE
 
 # Keys ('a.b' is b within a) of how a run shows itself, and on how many workers it is made: none of
 # it changes the outcome, so it is no part of a run's identity and free to change at any time.
@@ -76,34 +75,36 @@ class Run:
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, stage: str, manifest: dict[str, Any],
-        finished: bool, lock: int | None,
+        self, config: ConfigDict, workdir: epath.Path, stage: str, manifest: dict[str, Any],
+        finished: bool, held: lock.FileLock | lock.Lease | None,
     ):  # fmt: skip
         self.config = config
-        self.workdir = epath.Path(workdir)
+        self.workdir = workdir
         self.stage = stage
         self.identity: str = manifest["identity"]
         self.finished = finished
         self.goodput = Goodput()
         self._manifest = manifest
-        self._lock = lock
+        self._lock = held
         self._stop = signals.StopRequest()
         self._writes = processes.is_first()
         self.metrics = MetricWriter(workdir, enabled=self._writes and not finished)
 
     def __enter__(self) -> "Run":
         self._stop.install()
+        processes.show_phase(self.goodput.phase)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, Interrupted | UserError):
+            processes.blame()  # a collective that fails is another process's end
         try:
-            if not self.finished:
+            if not self.finished and self._lost_to() is None:
                 self._record_end(error)
         finally:
             self._stop.uninstall()
             if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+                self._lock.close()
 
     def _record_end(self, error: BaseException | None) -> None:
         # The first failure is the one to report: a full disk makes these writes fail as well.
@@ -133,9 +134,15 @@ class Run:
         Every process must call it once per step, so that all of them stop at the same one. The
         caller then saves its state and raises `Interrupted`.
         """
+        if (owner := self._lost_to()) is not None:
+            raise UserError(f"{self.workdir} was taken over by another run ({owner})")
         if processes.count() > 1:
             return processes.stop_reached()
         return self._stop.signal is not None
+
+    def _lost_to(self) -> str | None:
+        """The run that has taken this workdir over, if one has (only in a bucket)."""
+        return None if self._lock is None else self._lock.lost_to
 
     def results(self, **figures: Any) -> None:
         """Merges figures (JSON values, NumPy and JAX scalars) into the manifest's `results`."""
@@ -154,7 +161,7 @@ class Run:
 
     def _write_manifest(self) -> None:
         if self._writes:
-            _write_json(Path(self.workdir) / MANIFEST_FILE, self._manifest)
+            _write_json(self.workdir / MANIFEST_FILE, self._manifest)
 
 
 def check_inputs(config: ConfigDict, names: Iterable[str] | None = None) -> None:
@@ -175,7 +182,7 @@ def open_run(
 
     Args:
       config: the stage's config. `config.inputs`, if present, names the artifacts it reads.
-      workdir: a local (or mounted) directory; made if missing.
+      workdir: a directory on a disk or in a bucket (gs://...); made if missing.
       stage: the program's name, 'pretrain' say.
       files: raw inputs by name, as paths or {name: path}; they count by content and name.
 
@@ -186,14 +193,14 @@ def open_run(
       UserError: an input is missing or unfinished; the workdir belongs to another run (with the
         keys that differ), or is in use by another process.
     """
-    directory = _local(workdir)
+    directory = storage.resolve(workdir)
     plain = _plain(config.to_dict(), "config")
     inputs = _inputs(plain, directory)
     raw = {name: _file_entry(paths) for name, paths in (files or {}).items()}
     identities = _identities(inputs, raw)
     if processes.is_first():
         _make_directory(directory)
-    lock = _lock(directory) if processes.is_first() else None
+    held = lock.take(directory) if processes.is_first() else None
     try:
         previous = _read_json(directory / MANIFEST_FILE)
         if previous is not None and _left_nothing(directory, previous):
@@ -215,10 +222,10 @@ def open_run(
                 _write_json(directory / CONFIG_FILE, plain)
                 _write_json(directory / MANIFEST_FILE, manifest)
         processes.barrier(f"open {own}")
-        return Run(config, directory, stage, manifest, finished, lock)
+        return Run(config, directory, stage, manifest, finished, held)
     except BaseException:
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            held.close()
         raise
 
 
@@ -248,11 +255,11 @@ def identity(
 @contextlib.contextmanager
 def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps runs out of a workdir that exists. Raises UserError if one is in it."""
-    lock = _lock(_local(workdir))
+    held = lock.take(storage.resolve(workdir))
     try:
         yield
     finally:
-        os.close(lock)
+        held.close()
 
 
 def read_manifest(
@@ -263,7 +270,7 @@ def read_manifest(
     Raises UserError if there is none, if a newer gptlab wrote it, or if the run isn't done (unless
     `allow_unfinished`).
     """
-    directory = _local(workdir)
+    directory = storage.resolve(workdir)
     manifest = _read_json(directory / MANIFEST_FILE)
     if manifest is None:
         raise UserError(
@@ -287,25 +294,26 @@ def lineage(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       UserError: an input is gone, or is no longer the artifact that was read.
     """
-    directory = _local(workdir)
+    directory = storage.resolve(workdir)
     manifest = read_manifest(directory, allow_unfinished=True)
     inputs = {name: lineage(input_workdir(directory, name)) for name in manifest["inputs"]}
     return {"path": str(directory), "manifest": manifest, "inputs": inputs}
 
 
-def input_workdir(workdir: str | os.PathLike[str], name: str) -> Path:
+def input_workdir(workdir: str | os.PathLike[str], name: str) -> epath.Path:
     """Where an artifact's input is now: a tree of artifacts may have been moved as a whole.
 
     Raises UserError if the input is gone, or is no longer the artifact that was read.
     """
-    directory = _local(workdir)
+    directory = storage.resolve(workdir)
     entry = read_manifest(directory, allow_unfinished=True)["inputs"][name]
     found = None
-    for path in (directory / entry["relative"], Path(entry["path"])):
+    for place in (storage.joined(directory, entry["relative"]), entry["path"]):
+        path = storage.resolve(place)
         manifest = _read_json(path / MANIFEST_FILE)
         if manifest is not None:
             if manifest["identity"] == entry["identity"]:
-                return path.resolve()
+                return path
             found = manifest["identity"]
     state = f"now holds {found}" if found else "is gone"
     raise UserError(
@@ -324,9 +332,10 @@ def _inputs(config: Mapping[str, Any], directory: Path) -> dict[str, dict[str, A
             manifest = read_manifest(path)
         except UserError as error:
             raise UserError(f"config.inputs.{name}: {error}") from error
+        place = storage.resolve(path)
         entries[name] = {
-            "path": str(Path(path).resolve()),
-            "relative": os.path.relpath(Path(path).resolve(), directory),
+            "path": str(place),
+            "relative": storage.relative(place, directory),
             "stage": manifest["stage"],
             "identity": manifest["identity"],
             "digest": manifest["digest"],
@@ -346,18 +355,18 @@ def _identities(inputs: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, 
     return artifacts | {f"files:{name}": entry["digest"] for name, entry in raw.items()}
 
 
-def _left_nothing(directory: Path, manifest: Mapping[str, Any]) -> bool:
+def _left_nothing(directory: epath.Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a run ended before it made anything, say because its batch didn't fit its mesh.
 
     Then another config may take its place: correcting a mistake needs no new workdir.
     """
     own = {directory / name for name in (MANIFEST_FILE, CONFIG_FILE, LOCK_FILE)}
-    made = (path for path in directory.rglob("*") if path.is_file() and path not in own)
+    made = (path for path in files.below(directory) if path not in own)
     return manifest["status"] != "done" and not manifest["results"] and not any(made)
 
 
 def _continued(
-    directory: Path,
+    directory: epath.Path,
     previous: Mapping[str, Any] | None,
     stage: str,
     config: Mapping[str, Any],
@@ -465,7 +474,10 @@ def _new_manifest(
 
 
 def git_commit() -> str | None:
-    """The code's commit, with '+changes' if the checkout differs from it; None outside of git."""
+    """The code's commit, with '+changes' if the checkout differs from it.
+
+    Outside of git it is what $GPTLAB_COMMIT says: launch/tpu.sh copies files without their history.
+    """
     root = Path(gptlab.__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -479,7 +491,7 @@ def git_commit() -> str | None:
         changes = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("GPTLAB_COMMIT")
 
 
 def _versions() -> dict[str, str]:
@@ -491,17 +503,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _local(workdir: str | os.PathLike[str]) -> Path:
-    text = os.fspath(workdir)
-    if "://" in text:
-        raise UserError(
-            f"{text}: workdirs are appended to, which object stores can't do; "
-            "mount the bucket (gcsfuse) and give the mounted path"
-        )
-    return Path(text).resolve()
-
-
-def _make_directory(directory: Path) -> None:
+def _make_directory(directory: epath.Path) -> None:
+    if storage.in_bucket(directory):
+        return  # there are only objects
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -510,28 +514,7 @@ def _make_directory(directory: Path) -> None:
         raise UserError(f"cannot make --workdir={directory}: {error.strerror}") from error
 
 
-def _lock(directory: Path) -> int:
-    """Keeps other processes out of `directory` until closed; the system drops it at a kill."""
-    with files.disk_errors(directory / LOCK_FILE):
-        lock = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(lock, 100, 0).decode(errors="replace").strip()
-        os.close(lock)
-        raise UserError(
-            f"{directory} is in use by another run ({owner}); "
-            "wait for it, stop it, or choose another --workdir"
-        ) from error
-    except OSError:
-        return lock  # some network file systems have no locks
-    with files.disk_errors(directory / LOCK_FILE):
-        os.truncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return lock
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: epath.Path) -> dict[str, Any] | None:
     """A JSON object written by this module, or None if there is no such file."""
     try:
         content = json.loads(path.read_text())
@@ -547,7 +530,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
     files.atomic_write(path, files.to_json(content, indent=2) + "\n")
 
 

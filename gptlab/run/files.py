@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gptlab.run import storage
 from gptlab.run.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -20,14 +21,19 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Replaces `path` by `data` (str as UTF-8) in one step, durably.
 
+    In a bucket that is how objects are written; elsewhere it is a temporary file and a rename.
     Raises UserError when the disk is full; what was there before is still there then.
     """
+    content = data.encode() if isinstance(data, str) else data
+    if storage.in_bucket(path):
+        storage.write(path, content)
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -89,7 +95,7 @@ def explain(error: BaseException, path: str | os.PathLike[str] | None = None) ->
 
 
 def _free_space(path: str | os.PathLike[str] | None) -> str:
-    if path is None:
+    if path is None or storage.in_bucket(path):
         return ""
     with contextlib.suppress(OSError):
         return f" ({shutil.disk_usage(Path(path).parent).free / 2**20:.0f} MiB left)"
@@ -103,7 +109,8 @@ def digest_files(
 
     A file counts by the name it is given in a mapping, or else by its place below the directory
     that all paths share, so the same files elsewhere, or in another order, have the same digest.
-    One that is there but can't be read counts as 'unreadable': who reads it says so.
+    One that is there but can't be read counts as 'unreadable': who reads it says so. A file in a
+    bucket is copied here first (run/storage.py).
 
     Raises UserError for a path that does not exist, and for a directory that can't be listed.
     """
@@ -126,8 +133,12 @@ def _named(
     paths: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
 ) -> dict[str, Path]:
     if isinstance(paths, Mapping):
-        return {name: Path(path) for name, path in paths.items()}
-    listed = [Path(os.path.abspath(path)) for path in paths]
+        return {name: storage.local_copy(path) for name, path in paths.items()}
+    given = list(paths)
+    if any(map(storage.in_bucket, given)):
+        common = os.path.commonpath([os.path.dirname(os.fspath(path)) for path in given])
+        return {os.path.relpath(path, common): storage.local_copy(path) for path in given}
+    listed = [Path(os.path.abspath(path)) for path in given]
     if not listed:
         return {}
     root = os.path.commonpath([p if p.is_dir() else p.parent for p in listed])
@@ -136,6 +147,9 @@ def _named(
 
 def below(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """All files below a directory; UserError for a part of it that can't be listed."""
+    if storage.in_bucket(directory):
+        yield from storage.below(directory)
+        return
     for place, _, names in os.walk(directory, onerror=_not_listable):
         yield from (path for name in names if is_file(path := Path(place, name)))
 

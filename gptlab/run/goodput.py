@@ -17,14 +17,19 @@ class Goodput:
         self._start = self._mark = clock()
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
+        self._failed: str | None = None  # the phase that an error came out of
 
     @contextlib.contextmanager
     def measure(self, phase: str) -> Iterator[None]:
         """Counts the time inside the with block for `phase`."""
         self._settle()
         self._open.append(phase)
+        self._failed = None
         try:
             yield
+        except BaseException:
+            self._failed = self._failed or phase
+            raise
         finally:
             self._settle()
             self._open.pop()
@@ -34,6 +39,11 @@ class Goodput:
         phase = self._open[-1] if self._open else "other"
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._mark
         self._mark = now
+
+    def phase(self) -> str:
+        """The phase now, or the one that an error has just ended. Any thread may ask."""
+        phases = self._open[-1:]
+        return phases[0] if phases else self._failed or "other"
 
     def summary(self) -> dict[str, float]:
         """Seconds by phase, 'goodput/<phase>_s' and 'goodput/total_s', and the share of steps."""

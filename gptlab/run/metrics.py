@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping
@@ -14,14 +15,16 @@ from typing import Any, BinaryIO
 # name; it then writes files by itself.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
 
+from etils import epath  # noqa: E402
 from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: E402
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # noqa: E402
 
-from gptlab.run import files  # noqa: E402
+from gptlab.run import files, storage  # noqa: E402
 from gptlab.run.errors import UserError  # noqa: E402
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+UPLOAD_SECONDS = 30.0
 # What files.to_json writes for floats that JSON has no word for.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -31,10 +34,26 @@ class MetricWriter:
 
     A line is in the operating system's hands when `write` returns, so SIGKILL loses nothing that
     was written; at worst it leaves a half-written last line, which the next writer cuts off.
+
+    Nothing can be appended to in a bucket: the files are written on this machine, and copied there
+    each UPLOAD_SECONDS and at `flush`, which must come before a checkpoint is saved. What a kill
+    loses then is of steps that are run again.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, enabled: bool = True):
-        self._workdir = Path(workdir)
+        self._target = os.fspath(workdir)
+        self._copied: dict[Path, int] = {}  # size when it was copied into the bucket
+        self._copy_time = time.monotonic()
+        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        if enabled and storage.in_bucket(workdir):
+            self._spool = tempfile.TemporaryDirectory(prefix="gptlab-metrics-")
+            self._workdir = Path(self._spool.name)
+            for name in (METRICS_FILE, SAMPLES_FILE):
+                path = storage.resolve(workdir) / name
+                if path.exists():
+                    (self._workdir / name).write_bytes(path.read_bytes())
+        else:
+            self._workdir = Path(workdir)
         self._enabled = enabled
         self._open: dict[str, BinaryIO] = {}
         self._events: EventFileWriter | None = None
@@ -78,9 +97,23 @@ class MetricWriter:
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 files.atomic_write(path, b"".join(kept))
+                self._copied.pop(path, None)
         # TensorBoard drops the later points of earlier event files when it reads this.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def flush(self) -> None:
+        """Copies what was written into the workdir, if that is in a bucket."""
+        if self._spool is None:
+            return
+        if self._events is not None:
+            self._events.flush()
+        for path in self._workdir.iterdir():
+            size = path.stat().st_size
+            if self._copied.get(path) != size and not path.name.endswith(".tmp"):
+                storage.upload(path, f"{self._target}/{path.name}")
+                self._copied[path] = size
+        self._copy_time = time.monotonic()
 
     def close(self) -> None:
         self._close_files()
@@ -88,6 +121,7 @@ class MetricWriter:
             with files.disk_errors(self._workdir):
                 self._events.close()
             self._events = None
+        self.flush()
 
     def _close_files(self) -> None:
         while self._open:
@@ -100,6 +134,8 @@ class MetricWriter:
             if name not in self._open:
                 self._open[name] = open(path, "ab", buffering=0)
             self._open[name].write(line.encode() + b"\n")
+        if time.monotonic() - self._copy_time > UPLOAD_SECONDS:
+            self.flush()
 
     def _add_event(self, event: event_pb2.Event) -> None:
         with files.disk_errors(self._workdir):
@@ -113,7 +149,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises UserError if there is no such file, or a line other than the last is damaged.
     """
-    path = Path(workdir) / METRICS_FILE
+    path = epath.Path(workdir) / METRICS_FILE
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:

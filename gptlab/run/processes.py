@@ -5,31 +5,60 @@ same config. They share a workdir, in which only process 0 writes, Orbax's check
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax._src import distributed
 
 from gptlab.run.errors import UserError
+from gptlab.run.peers import Peers
 
 # Of the process, not of one run: `rounds` opens several, and the service wants rising numbers.
 _stop_polls = 0
 _stop_reached = False
+_peers: Peers | None = None
 
 _VARIABLES = ("GPTLAB_COORDINATOR", "GPTLAB_NUM_PROCESSES", "GPTLAB_PROCESS_ID")
 
 
-def initialize() -> None:
+def initialize(stage: str) -> None:
     """Joins the other processes if the environment asks for it; otherwise does nothing.
 
     GPTLAB_COORDINATOR=host:port with GPTLAB_NUM_PROCESSES and GPTLAB_PROCESS_ID names everything;
     GPTLAB_COORDINATOR=auto lets JAX find it out from the cluster (TPU pods, Slurm, Open MPI).
+    `stage` is what a message about a lost process begins with.
+
+    Raises UserError if the variables are wrong, or the other processes can't be reached.
     """
+    global _peers
     coordinator = os.environ.get("GPTLAB_COORDINATOR")
     if not coordinator:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only CPUs look at this
     if coordinator == "auto":
-        jax.distributed.initialize()
-        return
+        arguments: tuple[Any, ...] = ()
+    else:
+        arguments = (coordinator, *_numbers(coordinator))
+    try:
+        jax.distributed.initialize(*arguments)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"GPTLAB_COORDINATOR={coordinator}: cannot join the other processes ({reason}); 'auto' "
+            "is for TPU pods, Slurm and Open MPI, and every process must be started"
+        ) from error
+    state = distributed.global_state
+    if state.num_processes > 1:
+        assert state.coordinator_address is not None
+        _peers = Peers(
+            state.client, state.process_id, state.num_processes, stage, state.coordinator_address
+        )
+        _peers.start()
+
+
+def _numbers(coordinator: str) -> tuple[int, int]:
+    """The number of processes and that of this one."""
     try:
         num_processes, process_id = (int(os.environ[name]) for name in _VARIABLES[1:])
     except (KeyError, ValueError) as error:
@@ -42,7 +71,25 @@ def initialize() -> None:
             f"GPTLAB_PROCESS_ID={process_id} must lie in [0, {num_processes}), "
             f"where {num_processes} is GPTLAB_NUM_PROCESSES"
         )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    return num_processes, process_id
+
+
+def show_phase(phase: Callable[[], str]) -> None:
+    """What the others are told this process is at, should it be lost."""
+    if _peers is not None:
+        _peers.phase = phase
+
+
+def blame() -> None:
+    """To be called before an unexpected error is reported: see Peers.blame."""
+    if _peers is not None:
+        _peers.blame()
+
+
+def leave(code: int, line: str = "") -> None:
+    """To be called before the program ends: see Peers.leave. Nothing for a single process."""
+    if _peers is not None:
+        _peers.leave(code, line)
 
 
 def index() -> int:

@@ -6,11 +6,13 @@ to WORKDIR/profile; look at it with TensorBoard's profile plug-in or with Perfet
 
 import atexit
 import os
+import shutil
+import tempfile
 from typing import Any
 
 import jax
 
-from gptlab.run import processes
+from gptlab.run import processes, storage
 from gptlab.run.errors import UserError
 
 
@@ -19,7 +21,7 @@ class StepProfiler:
 
     def __init__(self, start_step: int, num_steps: int, directory: str):
         self._first, self._end = start_step, start_step + num_steps
-        self._directory = directory
+        self._directory = self._local = directory
         self._annotation: Any = None
         self._tracing = False
 
@@ -34,7 +36,9 @@ class StepProfiler:
         if not self._tracing:
             # Work dispatched earlier would otherwise show up in the trace.
             jax.block_until_ready(jax.live_arrays())
-            jax.profiler.start_trace(self._directory)
+            if storage.in_bucket(self._directory):  # the profiler writes files only
+                self._local = tempfile.mkdtemp(prefix="gptlab-profile-")
+            jax.profiler.start_trace(self._local)
             self._tracing = True
             atexit.register(self.close)
         self._annotation = jax.profiler.StepTraceAnnotation("step", step_num=i)
@@ -51,6 +55,9 @@ class StepProfiler:
             self._annotation = None
         jax.block_until_ready(jax.live_arrays())  # steps still running belong to the trace
         jax.profiler.stop_trace()
+        if self._local != self._directory:
+            storage.upload(self._local, self._directory)
+            shutil.rmtree(self._local)
 
 
 def step_profiler(profile: Any, workdir: str | os.PathLike[str]) -> StepProfiler:

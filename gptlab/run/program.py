@@ -76,8 +76,9 @@ def main(
                 logging.set_verbosity(logging.WARNING)
             keep_freed_memory()
             enable_compilation_cache()
-            processes.initialize()
+            processes.initialize(stage)
             run_fn(config.value, workdir.value, **{name: flag.value for name, flag in own.items()})
+            processes.leave(0)
 
     app.run(start, flags_parser=parse)
     raise AssertionError("app.run exits")
@@ -129,12 +130,14 @@ class _exit_codes:  # noqa: N801  (used as a function)
             self._exit(EXIT_USER_ERROR, str(error))
         if (line := files.explain(error) or _missing_config_key(error)) is not None:
             self._exit(EXIT_USER_ERROR, line)
+        processes.blame()
         traceback.print_exception(error)
         self._exit(1, f"failed: {type(error).__name__}: {_first_line(error)}")
 
     def _exit(self, code: int, line: str) -> NoReturn:
         sys.stdout.flush()
         print(f"gptlab {self._stage}: {line}", file=sys.stderr, flush=True)
+        processes.leave(code, line)
         sys.exit(code)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gptlab.model import lora
-from gptlab.run import artifact, files, processes
+from gptlab.run import artifact, files, processes, storage
 from gptlab.run.errors import UserError
 from gptlab.train import state as state_lib
 from gptlab.train.state import TrainState
@@ -28,6 +28,7 @@ from gptlab.train.state import TrainState
 SCHEMA_VERSION = 1
 DIRECTORY = "checkpoints"
 _SET_ASIDE = "checkpoints.corrupt"
+_COMMITTED = "commit_success.txt"  # Orbax's mark of a finished checkpoint in a bucket
 _DAMAGE_CODES = (
     "DATA_LOSS",
     "NOT_FOUND",
@@ -255,8 +256,8 @@ class Checkpoints:
         if processes.is_first():
             target = self._workdir / _SET_ASIDE
             target.mkdir(exist_ok=True)
-            number = len(list(target.iterdir()))
-            (self._workdir / DIRECTORY / str(step)).rename(target / f"{step}.{number}")
+            number = len(list(target.iterdir())) if target.exists() else 0
+            storage.move(self._workdir / DIRECTORY / str(step), target / f"{step}.{number}")
         processes.barrier(f"checkpoint {step} is set aside")
         self._manager = self._open()
 
@@ -305,7 +306,10 @@ def checkpoint_steps(workdir: epath.PathLike) -> list[int]:
     directory = epath.Path(workdir) / DIRECTORY
     if not directory.exists():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    found = [path for path in directory.iterdir() if path.name.isdigit()]
+    if storage.in_bucket(directory):  # where Orbax can't rename one when it is finished
+        found = [path for path in found if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in found)
 
 
 def read_meta(workdir: epath.PathLike, step: int) -> dict[str, Any]:
@@ -389,7 +393,7 @@ def _load(
 ) -> Any:
     """load_params, as if there were no checkpoints of the steps `passed_over`; raises `Damaged`."""
     step = find_step(workdir, which, passed_over)
-    path = (epath.Path(workdir) / DIRECTORY / str(step)).absolute()
+    path = storage.resolve(workdir) / DIRECTORY / str(step)
     if not (path / item).exists():
         held = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise Damaged(workdir, step, f"it holds no {item!r}; it holds {', '.join(held)}")

@@ -43,9 +43,10 @@ def weights(config: ModelConfig, tokens: int) -> dict[str, int]:
 
 def adapters(config: ModelConfig, lora: Adapters, tokens: int) -> tuple[dict[str, int], ...]:
     """The same of each adapted kernel's x A, and of its (x A) B."""
-    sides = {name: config.kernel_shapes()[name] for name in lora.targets}
+    sides = config.kernel_shapes()
     each = 2 * tokens * lora.rank
-    return {n: each * i for n, (i, _) in sides.items()}, {n: each * o for n, (_, o) in sides.items()}
+    inner, outer = ({name: each * sides[name][end] for name in lora.targets} for end in (0, 1))
+    return inner, outer
 
 
 def attention(config: ModelConfig, rows: int, pairs: int) -> int:
@@ -90,9 +91,10 @@ def train(
     """FLOPs of forward, backward and recomputation; arguments as for `forward`.
 
     The backward pass has two products for each of the forward's, and one where the weights stand
-    because adapters are trained (every layer's, as in a loop over layers; without one, that is with
-    `unroll` of all of them, the first layer has fewer). Those of a layer run again as `remat` says; a sequence that is split computes its scores once more in any case, and so does
-    a loss that goes through the vocabulary in chunks with its logits.
+    because adapters are trained (in every layer, as a loop over layers has it: unrolled as a whole,
+    the first layer needs fewer). Those of a layer run again as `remat` says; a sequence that is
+    split computes its scores once more in any case, and so does a loss that goes through the
+    vocabulary in chunks with its logits.
     """
     products, scores = weights(config, rows * length), _scores(config, rows, length, ways)
     inner, outer = adapters(config, lora, rows * length)

@@ -35,7 +35,8 @@ def param_shardings(init_fn: Callable[[jax.Array], Any], mesh: Mesh) -> tuple[An
     return abstract, shardings
 
 
-def _init_opt(tx: optax.GradientTransformation, params: Any) -> Any:
+def init_opt(tx: optax.GradientTransformation, params: Any) -> Any:
+    """The optimiser's state at first: of what is trained of the parameters."""
     return tx.init(lora.split(params)[0])
 
 

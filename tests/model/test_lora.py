@@ -15,7 +15,8 @@ from gptlab.model.heads import ScalarModel
 from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.run.errors import UserError
-from gptlab.train import step
+from gptlab.train import mesh as mesh_lib
+from gptlab.train import state, step
 
 ALL = ("query", "key", "value", "out", "up", "gate", "down")
 TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12) % 50
@@ -29,7 +30,10 @@ def config_of(preset="tiny", **compute):
 def plain(preset="tiny", kind=LanguageModel):
     """(model, its parameters)."""
     model = kind(config_of(preset))
-    return model, nn.unbox(init_params(model, jax.random.key(0)))
+    mesh = mesh_lib.make_mesh(common.mesh(), jax.devices()[:1])
+    init_fn = functools.partial(init_params, model)
+    _, shardings = state.param_shardings(init_fn, mesh)
+    return model, jax.device_put(nn.unbox(init_fn(jax.random.key(0))), shardings)
 
 
 def learnt(given=None, preset="tiny", kind=LanguageModel):

@@ -244,8 +244,8 @@ def test_workdirs_that_can_not_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         artifact.open_run(config(), tmp_path / "file", "stage")
-    with pytest.raises(UserError, match="mount the bucket"):
-        artifact.open_run(config(), "gs://bucket/run", "stage")
+    with pytest.raises(UserError, match="given as gs://BUCKET/DIRECTORY"):
+        artifact.open_run(config(), "s3://bucket/run", "stage")
 
 
 # The same workdir, another config
