@@ -123,7 +123,7 @@ def with_lora(config_of):
         changed.lora = common.lora(4, alpha=32.0, targets=("query", "value", "up", "down"))
         for name in ("optimizer", "value_optimizer"):
             if name in changed:
-                changed[name].lr *= 3
+                changed[name].lr *= 10
         return changed
 
     return config
@@ -138,8 +138,8 @@ LOOPS = [
 # Policy and critic, reference and reward model: all that adapters touch. The others with -m slow.
 LOOPS += [Loop("ppo", with_lora(ppo), falls_by=0.1, variant="_lora")]
 SLOW_LOOPS = [
-    Loop("sft", with_lora(sft), falls_by=0.3, variant="_lora"),
-    Loop("reward", with_lora(reward), falls_by=0.05, variant="_lora"),
+    Loop("sft", with_lora(sft), falls_by=0.03, variant="_lora"),
+    Loop("reward", with_lora(reward), falls_by=0.02, variant="_lora"),
 ]
 # What each loop saves the parameters of, by their name in a checkpoint.
 MODELS = {
@@ -365,15 +365,19 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor(loop, eight_devic
         assert layers["attention"]["out"]["kernel"] == (2, 32 // 2, 32 // 2)
         assert shards[params]["backbone"]["embedding"] == (320 // 2, 32 // 2)
         # Adam's two moments of each parameter that is trained lie as the parameter does.
+        every, moments = (
+            jax.tree.map(repr, shards[name], is_leaf=is_shape) for name in (params, opt_state)
+        )
         shapes, moments = (
-            collections.Counter(jax.tree.leaves(tree, is_leaf=is_shape))
-            for tree in (lora.split(shards[params])[0], shards[opt_state])
+            collections.Counter(jax.tree.leaves(tree)) for tree in (lora.split(every)[0], moments)
         )
         assert all(moments[shape] == 2 * count for shape, count in shapes.items())
+        beside = moments.keys() - shapes.keys()  # counters; nothing of what stands has moments
+        assert beside == {"()"}
 
 
 def is_shape(x):
-    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+    return type(x) is tuple and all(isinstance(size, int) for size in x)
 
 
 def test_its_first_steps_are_the_golden_ones(loop, one_device):
