@@ -192,6 +192,7 @@ def trained(job: Job, model: Any, optimizer: ConfigDict, mesh: Mesh) -> tuple[An
     tx, schedule = make_optimizer(optimizer, max(1, optimizer.warmup_steps))
     params = state.param_shardings(functools.partial(init_params, model), mesh)
     if "lora" in job.config:
+        lora.check(job.config.lora, model.config)
         params = lora.extend(*params, job.config.lora)
     return *state.abstract_state(*params, tx, mesh), tx, schedule
 

@@ -115,15 +115,15 @@ def ppo(tiny: SimpleNamespace) -> ConfigDict:
     return config
 
 
-def with_lora(config_of):
-    """The same with adapters, whose rate is larger."""
+def with_lora(config_of, faster):
+    """The same with adapters, whose rate is so many times as large."""
 
     def config(tiny):
         changed = config_of(tiny)
         changed.lora = common.lora(4, alpha=32.0, targets=("query", "value", "up", "down"))
         for name in ("optimizer", "value_optimizer"):
             if name in changed:
-                changed[name].lr *= 10
+                changed[name].lr *= faster
         return changed
 
     return config
@@ -136,10 +136,10 @@ LOOPS = [
     Loop("ppo", ppo, falls_by=0.2),  # the value loss: of half a reply the reward model knows little
 ]
 # Policy and critic, reference and reward model: all that adapters touch. The others with -m slow.
-LOOPS += [Loop("ppo", with_lora(ppo), falls_by=0.1, variant="_lora")]
+LOOPS += [Loop("ppo", with_lora(ppo, 10), falls_by=0.1, variant="_lora")]
 SLOW_LOOPS = [
-    Loop("sft", with_lora(sft), falls_by=0.03, variant="_lora"),
-    Loop("reward", with_lora(reward), falls_by=0.02, variant="_lora"),
+    Loop("sft", with_lora(sft, 3), falls_by=0.01, variant="_lora"),
+    Loop("reward", with_lora(reward, 1), falls_by=0.005, variant="_lora"),
 ]
 # What each loop saves the parameters of, by their name in a checkpoint.
 MODELS = {

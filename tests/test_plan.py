@@ -360,3 +360,31 @@ def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
         assert phase.seconds.mixed >= phase.seconds.floor > 0
         assert (phase.kernel_flops > 0) == (config.compute.attention == "splash")
     assert found.fits and found.limit_bytes == 15.75 * GIB
+
+
+LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
+
+
+@pytest.mark.parametrize(
+    "stage, model, devices, changes",
+    [
+        ("sft", "tiny", "cpu:8", {"mesh.data": 2, "mesh.tensor": 2}),
+        ("sft", "tiny_qwen3", "cpu:1", {"compute.remat": "minimal", "compute.loss_chunk": 200}),
+        ("reward", "tiny_gpt2", "cpu:1", {"compute.remat": "full", "accumulation_steps": 2}),
+        ("sft", "tiny", "cpu:1", {"compute.remat": "dots", "lora.frozen_dtype": "bfloat16"}),
+        ("ppo", "tiny", "cpu:1", {"compute.remat": "full"}),
+    ],
+)
+def test_what_adapters_spare_is_counted(stage, model, devices, changes):
+    """No product for the gradient of what stands."""
+    found = make(tiny_config(stage, **LORA, **changes), model, devices)
+    check_products(found)
+    assert found.memory["optimizer"] < 0.1 * found.memory["params"]
+    if stage == "ppo":  # they stand in policy and critic
+        assert not found.memory.keys() & {"reference", "reward model"}
+
+
+def test_adapters_of_a_kernel_that_is_not_there_are_refused():
+    config = tiny_config("sft", **{"lora.rank": 4, "lora.targets": ("gate",)})
+    with pytest.raises(UserError, match="has no 'gate'"):
+        make(config, "tiny_gpt2")
