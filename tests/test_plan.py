@@ -379,7 +379,7 @@ def test_what_adapters_spare_is_counted(stage, model, devices, changes):
     """No product for the gradient of what stands."""
     found = make(tiny_config(stage, **LORA, **changes), model, devices)
     check_products(found)
-    assert found.memory["optimizer"] < 0.1 * found.memory["params"]
+    assert found.memory["optimizer"] < 0.5 * found.memory["params"]  # of all: twice as much
     if stage == "ppo":  # they stand in policy and critic
         assert not found.memory.keys() & {"reference", "reward model"}
 

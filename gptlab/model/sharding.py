@@ -33,11 +33,13 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "act_heads": "tensor",
     "act_ff": "tensor",
     "act_vocab": "tensor",
+    "act_rank": "tensor",
 }
 
-# Sizes that a user may change freely (one row of chat on an eight-device mesh): left unsplit where
-# the mesh does not divide them. train.mesh refuses a *training* batch that is not divisible.
-_FLEXIBLE = frozenset({"batch", "length"})
+# Sizes that a user may change freely (one row of chat on an eight-device mesh, an adapter's rank):
+# left unsplit where the mesh does not divide them. train.mesh refuses a *training* batch that is not
+# divisible.
+_FLEXIBLE = frozenset({"batch", "length", "act_rank"})
 
 
 def partition_spec(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> PartitionSpec:

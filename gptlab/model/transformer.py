@@ -229,6 +229,8 @@ class Dense(nn.Module):
             for name in ("lora_a", "lora_b", "lora_scale")
         )
         narrow = checkpoint_name(product(x, a, self.dtype), "product")  # [..., r]
+        # By rank over `tensor`, or each of its devices would do all of this.
+        narrow = constrain(narrow, "batch", "length", "act_rank")
         return scale * product(narrow, b, self.dtype)
 
 

@@ -102,9 +102,10 @@ def train(
     split = context.cuts(length, ways["context"])
     # An output that was kept spares weights x values, unless what the softmax was divided by, which
     # nothing keeps, is needed too.
+    out_learns = not lora.rank or "out" in lora.targets  # its gradient reads what attention gives
     again, scores_again = {
         "none": ([], 0),
-        "dots": ([], 2),
+        "dots": ([], 1 + out_learns),
         # No gradient reads a layer's last product.
         "full": (products.keys() - {"down"}, 2),
         "minimal": (_beside_attention(config), 2 if split else 1),
