@@ -37,8 +37,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 # Sizes that a user may change freely (one row of chat on an eight-device mesh, an adapter's rank):
-# left unsplit where the mesh does not divide them. train.mesh refuses a *training* batch that is not
-# divisible.
+# left unsplit where the mesh does not divide them. A *training* batch that is not divisible is
+# refused by train.mesh.
 _FLEXIBLE = frozenset({"batch", "length", "act_rank"})
 
 
