@@ -50,6 +50,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
     config.gamma, config.lam = 1.0, 0.95
     config.whiten_advantages = "minibatch"
     config.ptx = {"coef": 1.0, "name": "pretrain", "batch_size": 512, "seq_len": 1024}
+    config.offload = False
     config.mesh = common.mesh()
 
     config.log_every_steps = 1

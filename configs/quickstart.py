@@ -332,6 +332,7 @@ def ppo() -> ConfigDict:
             "lam": 0.95,
             "whiten_advantages": "minibatch",
             "ptx": {"coef": 0.0, "name": "pretrain", "batch_size": 8, "seq_len": 128},
+            "offload": False,
             "mesh": common.mesh(),
             "log_every_steps": 1,
             "eval_every_steps": 24,

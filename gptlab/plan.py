@@ -255,11 +255,14 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "critic": per_device(critic.params),
         "critic optimizer": per_device(critic.opt_state),
     }
+    frozen = {}
     if not adapters.rank or config.inputs.reference:  # else they stand in what is trained
-        memory["reference"] = per_device(policy.params)
+        frozen["reference"] = per_device(policy.params)
     if config.reward.kind == "model" and not adapters.rank:
-        memory["reward model"] = per_device(critic.params)
+        frozen["reward model"] = per_device(critic.params)
+    memory |= {} if config.offload else frozen
     kept = sum(memory.values())
+    fetched = frozen if config.offload else {}  # for as long as it scores
     measure = functools.partial(compiled.measure, chip=chip)
 
     # What draws and scores; which tokens end a reply does not change what they cost.
@@ -281,7 +284,7 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         (policy.params, samples),
         counted_flops=flops.forward(job.model, rows, length, rows * new, mesh.shape, adapters),
         kernel_flops=flops.splash(job.model, rows, length, backward=False),
-        beside_bytes=kept - memory["params"],
+        beside_bytes=kept - memory["params"] + fetched.get("reference", 0),
         calls=2,  # policy and reference
     )
     value, _ = measure(
@@ -290,7 +293,7 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         (critic.params, samples),
         counted_flops=flops.forward(job.paid_by, rows, length, 0, mesh.shape, adapters),
         kernel_flops=flops.splash(job.paid_by, rows, length, backward=False),
-        beside_bytes=kept - memory["critic"],
+        beside_bytes=kept - memory["critic"] + fetched.get("reward model", 0),
         calls=2 if config.reward.kind == "model" else 1,
     )
     per_token = mesh_lib.abstract_batch(floats(rows, new), mesh)
@@ -316,19 +319,19 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         ptx_rows = config.ptx.batch_size * updates
         counted += flops.train(job.model, ptx_rows, width, ptx_rows * width, mesh.shape, adapters)
         inside += flops.splash(job.model, ptx_rows, width, backward=True)
-    frozen = memory.get("reference", 0) + memory.get("reward model", 0)
     learn, _ = measure(
         "update",
         update,
         (ppo.PPOState(policy, critic, coef), data, ptx, key_on(mesh)),
         counted_flops=counted,
         kernel_flops=inside,
-        beside_bytes=frozen,
+        beside_bytes=sum(frozen.values()) - sum(fetched.values()),
     )
     cache = 2 * job.model.num_layers * rows * job.model.d_kv * length
     cache *= jnp.dtype(job.model.dtype).itemsize
     spread = mesh_lib.data_size(mesh) * mesh.shape["tensor"]
     memory["KV cache (rollout)"] = cache // spread
+    memory |= {f"{name}, scoring only": size for name, size in fetched.items()}
     return [rollout, score, value, learn], memory, rows * length
 
 
@@ -396,6 +399,8 @@ def turned(job: Job, target: Target) -> dict[str, Plan | UserError]:
         knobs["loss_chunk"] = {"compute.loss_chunk": chunk}
     if target.chip is not None and config.compute.attention != "splash":
         knobs["attention"] = {"compute.attention": "splash"}
+    if job.stage == "ppo" and not config.offload and not config.lora.rank:
+        knobs["offload"] = {"offload": True}
     knobs["accumulation"] = {"accumulation_steps": 2 * config.accumulation_steps}
     alone: dict[str, Any] = {"mesh.replica": 1, "mesh.data": 1, "mesh.context": 1, "mesh.tensor": 1}
     if any(config.mesh[axis.partition(".")[2]] != 1 for axis in alone):

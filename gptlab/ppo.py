@@ -392,6 +392,11 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{name}={config[name]} does not divide batch_size={config.batch_size}"
             )
+    if config.offload and config.lora.rank:
+        raise UserError(
+            f"config.offload=True and config.lora.rank={config.lora.rank}: with adapters no frozen "
+            "model stands beside policy and critic that could be put away; set one of the two"
+        )
     needed = ["init", "vocabulary", "prompts"]
     needed += ["reward"] if config.reward.kind == "model" else []
     needed += ["tokens"] if config.ptx.coef else []

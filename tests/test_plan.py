@@ -234,6 +234,7 @@ def test_what_does_not_fit_says_so_and_knobs_are_turned():
         ("pretrain", "v5e", {}, ["remat", "loss_chunk", "attention", "accumulation"]),
         ("pretrain", None, {"remat": "full", "loss_chunk": 64}, ["accumulation"]),
         ("reward", "v5e", {"attention": "splash"}, ["remat", "accumulation"]),
+        ("ppo", None, {"remat": "full", "loss_chunk": 64}, ["offload", "accumulation"]),
     ],
 )
 def test_knobs_that_are_turned_or_have_no_meaning_are_left_out(
@@ -382,6 +383,20 @@ def test_what_adapters_spare_is_counted(stage, model, devices, changes):
     assert found.memory["optimizer"] < 0.5 * found.memory["params"]  # of all: twice as much
     if stage == "ppo":  # they stand in policy and critic
         assert not found.memory.keys() & {"reference", "reward model"}
+
+
+def test_frozen_models_in_the_hosts_memory_are_not_beside_the_update():
+    kept, moved = (
+        make(tiny_config("ppo", offload=offload), devices="cpu:1") for offload in (False, True)
+    )
+    before, after = (
+        {phase.name: phase.beside_bytes for phase in found.phases} for found in (kept, moved)
+    )
+    both = kept.memory["reference"] + kept.memory["reward model"]
+    assert before["update"] == both and after["update"] == 0
+    assert before["rollout"] - after["rollout"] == both
+    assert before["score"] - after["score"] == kept.memory["reward model"]
+    assert moved.memory["reference, scoring only"] == kept.memory["reference"]
 
 
 def test_adapters_of_a_kernel_that_is_not_there_are_refused():

@@ -173,6 +173,18 @@ def networks(config):
     return actor, model, scalar, policy, critic, data, mesh
 
 
+def test_frozen_models_in_the_hosts_memory_score_the_same(config, scored):
+    actor, *_, policy, critic, data, mesh = networks(copy_of(config, offload=True))
+    frozen = jax.tree.leaves((actor._reference, actor._reward_params))
+    assert {x.sharding.memory_kind for x in frozen} == {"pinned_host"}
+    before = scored[0]
+    with jax.set_mesh(mesh):
+        samples = ppo.mesh_lib.put_batch(before.samples, mesh)
+        asked = [data.prompts[i] for i in data.at(0).index]
+        after = jax.device_get(actor.score(policy, critic, samples, asked))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 @pytest.fixture(scope="module")
 def scored(config):
     """One rollout at step 0: (rollout, model, scalar model, policy, critic)."""
@@ -443,6 +455,11 @@ def test_several_samples_a_prompt(config, tmp_path):
     samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     prompts = [tuple(json.loads(line)["prompt"]) for line in samples]
     assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_with_adapters_there_is_nothing_to_put_away(config, tmp_path):
+    with pytest.raises(UserError, match="offload=True and config.lora.rank=4"):
+        rerun(config, tmp_path / "run", **{"offload": True, "lora.rank": 4})
 
 
 @pytest.mark.parametrize(

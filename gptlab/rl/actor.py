@@ -88,6 +88,9 @@ class Actor:
             critic's with its adapters off; None with reward.kind='scorer'.
           tokenizer: of all of them.
           mesh: of all of them.
+
+        With config.offload, reference and reward model are in the host's memory but for the time
+        that they score.
         """
         sampling = Sampling(
             **config.sampling.to_dict(),
@@ -95,7 +98,11 @@ class Actor:
             halt_tokens=rollout.halt_tokens(tokenizer, model.config.vocab_size),
         )
         rollout.check_sampling(sampling)
-        self._reference, self._reward_params = reference, reward_params
+        self._offload = config.offload
+        self._reference, self._reward_params = (
+            self._put_away(reference),
+            self._put_away(reward_params),
+        )
         self._tokenizer, self._mesh = tokenizer, mesh
         self._text_scorer = None
         if config.reward.kind == "scorer":
@@ -112,14 +119,20 @@ class Actor:
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
+    def _put_away(self, params: Any) -> Any:
+        return _moved(params, "pinned_host") if self._offload else params
+
+    def _fetched(self, params: Any) -> Any:
+        return _moved(params, "device") if self._offload else params
+
     def reference(self, policy: Any) -> Any:
         """Parameters of the reference, beside a policy."""
-        return lora.off(policy) if self._reference is None else self._reference
+        return lora.off(policy) if self._reference is None else self._fetched(self._reference)
 
     def scores(self, critic: Any, samples: Samples, prompts: Sequence[Prompt]) -> jax.Array:
         """float32 [B] of whole replies; `prompts` are those of this process's rows."""
         if self._text_scorer is None:
-            paid_by: Any = self._reward_params
+            paid_by = self._fetched(self._reward_params)
             if lora.adapted(critic):
                 paid_by = {**lora.off(critic), "head": paid_by["head"]}
             return self._at_last(self.scalars(paid_by, samples), samples)
@@ -184,6 +197,11 @@ class Actor:
                 total[name] = total.get(name, 0.0) + float(value)
         count = total.pop("count")
         return {name: value / count for name, value in total.items()}
+
+
+def _moved(params: Any, memory: str) -> Any:
+    """The same arrays, split as they are, in another memory of their devices."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), params)
 
 
 def held_out_sums(

@@ -161,6 +161,8 @@ def _time(plan: Plan) -> list[str]:
     if len(plan.phases) > 1:
         lines.insert(1, "of it: " + ", ".join(_share(phase) for phase in plan.phases))
         lines.append("assumed: every reply is as long as it may be")
+    if any(kind.endswith("scoring only") for kind in plan.memory):
+        lines.append("assumed: bringing frozen models from the host's memory takes no time")
     if plan.useful_flops is not None:
         mfu = [
             plan.useful_flops / s / plan.chips / plan.chip.flops
