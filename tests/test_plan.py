@@ -202,12 +202,18 @@ def test_running_out_of_memory_is_read():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 21.95G of 15.75G hbm. Exceeded hbm capacity by 6.20G."
     )
-    used, line = compiled.exhausted(RuntimeError(text))
+    used, line = compiled.exhausted(RuntimeError(text), argument_bytes=GIB)
     assert used == round(21.95 * GIB) and "21.95 GiB of 15.75 GiB" in line
     with pytest.raises(UserError, match="blocks are too large"):
-        compiled.exhausted(RuntimeError(text.replace("hbm", "vmem")))
+        compiled.exhausted(RuntimeError(text.replace("hbm", "vmem")), 0)
     with pytest.raises(RuntimeError, match="something else"):
-        compiled.exhausted(RuntimeError("something else"))
+        compiled.exhausted(RuntimeError("something else"), 0)
+    early = RuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (41.50G) exceeds available HBM (31.25G)."
+    )
+    used, line = compiled.exhausted(early, argument_bytes=GIB)
+    assert used == round(42.5 * GIB) and "41.50 GiB of 31.25 GiB of HBM for temporaries" in line
 
 
 def test_what_does_not_fit_says_so_and_knobs_are_turned():

@@ -95,7 +95,7 @@ def measure(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used, text = exhausted(error)
+        used, text = exhausted(error, per_device(args))
         phase = Phase(
             name, calls, used, per_device(args), beside_bytes, text, 0, counted_flops, kernel_flops,
             0, {}, None, time.monotonic() - started,
@@ -130,18 +130,25 @@ def measure(
     return phase, results
 
 
-def exhausted(error: Exception) -> tuple[int, str]:
-    """(bytes of HBM that the program would need, one line) of a compile that ran out of memory."""
+def exhausted(error: Exception, argument_bytes: int) -> tuple[int, str]:
+    """(bytes of HBM that the program would need, one line) of a compile that ran out of memory.
+
+    What the compiler tells is all of it or, where it gave up early, its temporaries alone.
+    """
     text = str(error)
     match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) (\w+)", text)
-    if "RESOURCE_EXHAUSTED" not in text or match is None:
+    early = re.search(
+        r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)(\w)\)", text
+    )
+    if "RESOURCE_EXHAUSTED" not in text or not (match or early):
         raise error
-    used, unit, limit, limit_unit, space = match.groups()
+    used, unit, limit, limit_unit = (match or early).groups()[:4]  # type: ignore[union-attr]
+    space = match[5] if match else "HBM for temporaries alone"
     line = f"the compiler needs {used} {unit}iB of {limit} {limit_unit}iB of {space}"
-    if space.lower() != "hbm":
+    if match and space.lower() != "hbm":
         raise UserError(f"{line}: a kernel's blocks are too large for this chip")
     scale = {"K": GIB >> 20, "M": GIB >> 10, "G": GIB, "T": GIB << 10}[unit]
-    return round(float(used) * scale), line
+    return round(float(used) * scale) + (0 if match else argument_bytes), line
 
 
 def per_device(tree: Any) -> int:
