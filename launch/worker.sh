@@ -50,7 +50,7 @@ case $action in
   code) # of the last program: its exit code, 'running', 'stopped' or, after a reboot, 'lost'
     if running; then
       code=running
-    elif [[ -s $state/code && -e $state/stopped ]]; then
+    elif [[ -e $state/stopped ]]; then # also one that was too young to leave a code
       code=stopped
     elif [[ -s $state/code ]]; then
       code=$(< "$state/code")

@@ -364,18 +364,23 @@ def test_worker_runs_one_program_that_outlives_its_ssh(launch, tmp_path):
             },
         ).stdout  # fmt: skip
 
-    def wait_for(word, seconds=20):
+    def wait_for(word, seconds=60):
         deadline = time.monotonic() + seconds
         while worker("code") != f"gptlab-code {word}\n":
             assert time.monotonic() < deadline, worker("code")
+            time.sleep(0.05)
+
+    def wait_for_start(number, seconds=60):
+        deadline = time.monotonic() + seconds
+        while (state / "log").read_text().count("started ['--flag=a b'] auto") < number:
+            assert time.monotonic() < deadline, (state / "log").read_text()
             time.sleep(0.05)
 
     assert worker("code") == "gptlab-code lost\n"
     worker("start", "stage", "--flag=a b")
     assert worker("code") == "gptlab-code running\n"
     assert worker("start", "stage", "--flag=a b") == "is running already\n"
-    while "started" not in (state / "log").read_text():
-        time.sleep(0.05)
+    wait_for_start(1)
     worker("stop")
     assert worker("code") == "gptlab-code running\n"  # it saves
     wait_for("stopped")
@@ -383,9 +388,12 @@ def test_worker_runs_one_program_that_outlives_its_ssh(launch, tmp_path):
     (tmp_path / "end").write_text("3")
     worker("start", "stage", "--flag=a b")
     wait_for("3")
-    assert (state / "log").read_text().count("started ['--flag=a b'] auto") == 2
+    wait_for_start(2)
     assert "extras tpu,cloud" in (tmp_path / "calls").read_text()
     (tmp_path / "end").unlink()
     worker("start", "stage", "--flag=a b")
+    wait_for_start(3)  # in a group of its own
     os.killpg(int((state / "pid").read_text()), signal.SIGKILL)  # as a reboot does
     wait_for("lost")
+    worker("stop")
+    assert worker("code") == "gptlab-code stopped\n"  # whoever asked for that wants no restart
