@@ -24,6 +24,10 @@ case $action in
     source "$here/environment.sh"
     ;;
   start)
+    if ((!$#)); then
+      echo "launch/worker.sh: start PROGRAM [flags]" >&2
+      exit 2
+    fi
     if running; then
       echo "is running already"
       exit

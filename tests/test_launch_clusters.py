@@ -66,6 +66,8 @@ def launch(tmp_path):
     for line in ("init -q", "add launch", "-c user.name=a -c user.email=a@b commit -qm first"):
         subprocess.run(["git", *line.split()], cwd=tmp_path, check=True, timeout=60)
     (tmp_path / "bin").mkdir()
+    (tmp_path / "gptlab").mkdir()
+    (tmp_path / "gptlab" / "sft.py").touch()
 
     def run(script, *arguments, scenario=(), commands=("gcloud",), **more):
         for name in commands:
@@ -80,6 +82,7 @@ def launch(tmp_path):
             "FAKE_CALLS": str(calls),
             "FAKE_SCENARIO": str(tmp_path / "scenario.json"),
             "GPTLAB_POLL_SECONDS": "0",
+            "GPTLAB_RUN_STATE": str(tmp_path / "state"),
         }
         done = subprocess.run(
             ["bash", f"launch/{script}", *arguments],
@@ -196,11 +199,35 @@ def test_a_command_that_fails_is_tried_again_unless_that_is_vain(launch):
     assert (code, calls) == (0, [DESCRIBE] * 3 + [NODE])
     code, calls, err = launch("tpu.sh", "create", "llama", *OPTIONS, scenario=[states(BUSY)])
     assert (code, calls) == (1, [DESCRIBE] * 5)
-    assert err == "launch/tpu.sh: gcloud: ERROR: (gcloud) UNAVAILABLE: try again\n"
+    busy = "launch/tpu.sh: gcloud: ERROR: (gcloud) UNAVAILABLE: try again"
+    assert err.splitlines() == [f"{busy}; again in 0 s"] * 4 + [busy]
     denied = {"err": "ERROR: (gcloud) PERMISSION_DENIED: no\n", "code": 1}
     code, calls, err = launch("tpu.sh", "create", "llama", *OPTIONS, scenario=[states(denied)])
     assert (code, calls) == (1, [DESCRIBE])
     assert err == "launch/tpu.sh: gcloud: ERROR: (gcloud) PERMISSION_DENIED: no\n"
+
+
+@pytest.mark.parametrize(
+    "said, hint",
+    [
+        ("You do not currently have an active account selected.", "Run: gcloud auth login"),
+        ("The required property [project] is not currently set.", "Give --project=P."),
+    ],
+)
+def test_a_gcloud_that_is_not_set_up_is_not_asked_again(launch, said, hint):
+    refused = {"err": f"ERROR: (gcloud) {said}\nMore of it.\n", "code": 1}
+    code, calls, err = launch("tpu.sh", "create", "llama", *OPTIONS, scenario=[states(refused)])
+    assert (code, calls) == (1, [DESCRIBE])
+    assert err == f"launch/tpu.sh: gcloud: ERROR: (gcloud) {said} {hint}\n"
+
+
+def test_no_gcloud_is_one_line(launch, tmp_path):
+    (tmp_path / "few").mkdir()
+    for name in ("bash", "dirname"):  # the machine that tests may have a gcloud of its own
+        (tmp_path / "few" / name).symlink_to(shutil.which(name))
+    code, _, err = launch("tpu.sh", "stop", "llama", OPTIONS[0], PATH=str(tmp_path / "few"))
+    assert code == 2
+    assert err == "launch/tpu.sh: there is no gcloud here; install the Google Cloud CLI\n"
 
 
 @pytest.mark.parametrize(
@@ -263,12 +290,19 @@ RUN = ["tpu.sh", "run", "llama", *OPTIONS]
         ([*RUN, "gptlab.sft"], "write -- between"),
         ([*RUN, "--", "--workdir=gs://b/c"], "name a program"),
         ([*RUN, "--", "gptlab.sft", "--workdir=runs/sft"], "--workdir=gs://BUCKET/DIR is missing"),
+        ([*RUN, "--", "gptlab.sfx", "--workdir=gs://b/c"], "no program gptlab.sfx (gptlab/sfx.py"),
+        (["slurm.sh", "--", "gptlab.sfx"], "no program gptlab.sfx"),
+        (["gpu.sh", "gptlab.sfx"], "no program gptlab.sfx"),
+        (["local.sh", "--processes=2", "gptlab.sfx"], "no program gptlab.sfx"),
+        (["worker.sh", "start"], "start PROGRAM"),
         (["slurm.sh", "--nodes=2"], "write -- between"),
         (["slurm.sh", "--", "--config=x"], "name a program"),
         (["gpu.sh"], "name a program"),
         (["gpu.sh", "gptlab.sft"], "nvidia-smi finds no GPU"),
         (["local.sh", "gptlab.sft"], "--processes=N is missing"),
-        (["local.sh", "--processes=none", "gptlab.sft"], "--processes=N is missing"),
+        (["local.sh", "--processes=none", "gptlab.sft"], "--processes=none is no number"),
+        (["local.sh", "--processes=0", "gptlab.sft"], "--processes=0 is no number"),
+        (["local.sh", "--processes", "2", "gptlab.sft"], "values follow an ="),
         (["local.sh", "--processes=2"], "name a program"),
         (["local.sh", "--process=2", "gptlab.sft"], "no option --process=2"),
     ],
