@@ -24,7 +24,7 @@ while [[ ${1:-} == -* ]]; do
   esac
   shift
 done
-[[ -n $processes ]] || fail "--processes=N is missing; see --help"
+[[ -n $processes ]] || fail "--processes=N is missing before the program; see --help"
 [[ $processes =~ ^[1-9][0-9]{0,2}$ ]] || fail "--processes=$processes is no number from 1 to 999"
 source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
 check_program "$@"

@@ -37,7 +37,7 @@ if [[ -n ${GPTLAB_CHECKOUT:-} && -n ${SLURM_JOB_ID:-} ]]; then
   job "$@"
 fi
 options=()
-while [[ ${1:-} == -* && $1 != -- ]]; do
+while (($#)) && [[ $1 != -- ]]; do # values may follow a space, as sbatch has it
   [[ $1 != -h && $1 != --help ]] || { usage && exit; }
   options+=("$1")
   shift

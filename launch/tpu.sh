@@ -51,7 +51,7 @@ if [[ $action == run ]]; then
   source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
   check_program "$@"
   # What is on a host's disk is gone with it.
-  [[ " $* " == *" --workdir=gs://"* ]] || fail "--workdir=gs://BUCKET/DIR is missing: hosts come and go"
+  [[ " $* " == *" --workdir=gs://"* ]] || fail "write --workdir=gs://BUCKET/DIR: hosts come and go"
 elif (($#)); then
   fail "$action takes no program ($1); see --help"
 fi

@@ -289,7 +289,7 @@ RUN = ["tpu.sh", "run", "llama", *OPTIONS]
         (["tpu.sh", "stop", "llama", "--zone=z", "--", "gptlab.sft"], "stop takes no program"),
         ([*RUN, "gptlab.sft"], "write -- between"),
         ([*RUN, "--", "--workdir=gs://b/c"], "name a program"),
-        ([*RUN, "--", "gptlab.sft", "--workdir=runs/sft"], "--workdir=gs://BUCKET/DIR is missing"),
+        ([*RUN, "--", "gptlab.sft", "--workdir=runs/sft"], "write --workdir=gs://BUCKET/DIR"),
         ([*RUN, "--", "gptlab.sfx", "--workdir=gs://b/c"], "no program gptlab.sfx (gptlab/sfx.py"),
         (["slurm.sh", "--", "gptlab.sfx"], "no program gptlab.sfx"),
         (["gpu.sh", "gptlab.sfx"], "no program gptlab.sfx"),
@@ -326,15 +326,15 @@ def test_help_is_the_head_of_the_script(launch, script, tmp_path):
 
 SBATCH = (
     "sbatch --job-name=gptlab.sft --requeue --signal=TERM@120 --open-mode=append "
-    "--output=runs/slurm/%j.log --nodes=2 --ntasks-per-node=8 launch/slurm.sh "
+    "--output=runs/slurm/%j.log {} launch/slurm.sh "
 )
 
 
 def test_a_slurm_job_is_submitted_with_what_it_needs_to_go_on(launch):
-    options = ["--nodes=2", "--ntasks-per-node=8"]
-    code, calls, err = launch("slurm.sh", *options, "--", *PROGRAM, commands=["sbatch"])
-    assert code == 0, err
-    assert calls == ["extras cuda,cloud", SBATCH + " ".join(PROGRAM)]
+    for options in (["--nodes=2", "--ntasks-per-node=8"], ["--nodes", "2", "--ntasks-per-node=8"]):
+        code, calls, err = launch("slurm.sh", *options, "--", *PROGRAM, commands=["sbatch"])
+        assert code == 0, err
+        assert calls == ["extras cuda,cloud", SBATCH.format(" ".join(options)) + " ".join(PROGRAM)]
 
 
 @pytest.mark.parametrize(
