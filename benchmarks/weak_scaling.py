@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help="be one of the processes")
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(args)))
+        print(json.dumps(worker(args)), flush=True)
+        processes.leave(0)
         return
     ways = {"one": (1, False), "two_apart": (2, False), "two_together": (2, True)}
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -13,7 +13,8 @@ fail() {
   exit 2
 }
 [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
-[[ ${1:-} =~ ^[a-z_]+(\.[a-z_]+)+$ ]] || fail "name a program: gptlab.pretrain, say; see --help"
+source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
+check_program "$@"
 nvidia-smi -L >/dev/null 2>&1 || fail "nvidia-smi finds no GPU here; is the driver installed?"
 export GPTLAB_EXTRAS=${GPTLAB_EXTRAS:-cuda,cloud}
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -20,12 +20,14 @@ while [[ ${1:-} == -* ]]; do
   case $1 in
     -h | --help) usage && exit ;;
     --processes=*) processes=${1#*=} ;;
-    *) fail "there is no option $1 before the program; see --help" ;;
+    *) fail "there is no option $1 before the program (values follow an =); see --help" ;;
   esac
   shift
 done
-[[ $processes =~ ^[1-9][0-9]{0,2}$ ]] || fail "--processes=N is missing or no number from 1 to 999"
-[[ ${1:-} =~ ^[a-z_]+(\.[a-z_]+)+$ ]] || fail "name a program: gptlab.pretrain, say; see --help"
+[[ -n $processes ]] || fail "--processes=N is missing before the program; see --help"
+[[ $processes =~ ^[1-9][0-9]{0,2}$ ]] || fail "--processes=$processes is no number from 1 to 999"
+source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
+check_program "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0))

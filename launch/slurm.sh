@@ -37,14 +37,15 @@ if [[ -n ${GPTLAB_CHECKOUT:-} && -n ${SLURM_JOB_ID:-} ]]; then
   job "$@"
 fi
 options=()
-while [[ ${1:-} == -* && $1 != -- ]]; do
+while (($#)) && [[ $1 != -- ]]; do # values may follow a space, as sbatch has it
   [[ $1 != -h && $1 != --help ]] || { usage && exit; }
   options+=("$1")
   shift
 done
 [[ ${1:-} == -- ]] || fail "write -- between sbatch's options and the program; see --help"
 shift
-[[ ${1:-} =~ ^[a-z_]+(\.[a-z_]+)+$ ]] || fail "name a program: gptlab.pretrain, say; see --help"
+source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
+check_program "$@"
 command -v sbatch >/dev/null || fail "there is no sbatch here; run this where jobs are submitted"
 export GPTLAB_EXTRAS=${GPTLAB_EXTRAS:-cuda,cloud}
 # Installed once, here: the nodes then find it done.

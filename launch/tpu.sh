@@ -36,7 +36,7 @@ while [[ ${1:-} == -* && $1 != -- ]]; do
       printf -v "${option#--}" %s "${1#*=}"
       ;;
     --spot) spot=--spot ;;
-    *) fail "there is no option $1; see --help" ;;
+    *) fail "there is no option $1 (values follow an =); see --help" ;;
   esac
   shift
 done
@@ -48,14 +48,16 @@ fi
 if [[ $action == run ]]; then
   [[ ${1:-} == -- ]] || fail "write -- between the options and the program; see --help"
   shift
-  [[ ${1:-} =~ ^[a-z_]+(\.[a-z_]+)+$ ]] || fail "name a program: gptlab.pretrain, say; see --help"
+  source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
+  check_program "$@"
   # What is on a host's disk is gone with it.
-  [[ " $* " == *" --workdir=gs://"* ]] || fail "--workdir=gs://BUCKET/DIR is missing: hosts come and go"
+  [[ " $* " == *" --workdir=gs://"* ]] || fail "write --workdir=gs://BUCKET/DIR: hosts come and go"
 elif (($#)); then
   fail "$action takes no program ($1); see --help"
 fi
 command -v gcloud >/dev/null || fail "there is no gcloud here; install the Google Cloud CLI"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/tpu_gcloud.sh
 source launch/tpu_slice.sh
 source launch/tpu_program.sh
 "do_$action" "$@"

@@ -1,28 +1,5 @@
 # shellcheck shell=bash disable=SC2154  # the options are tpu.sh's variables
 # Sourced by tpu.sh: what it does to the slice $name.
-poll=${GPTLAB_POLL_SECONDS:-30} # between two looks at a state
-most_tries=5                    # of a gcloud command that fails, as its services at times do
-
-# gcloud, tried again if it fails but for what no repetition mends.
-try() {
-  local tries said
-  said=$(mktemp)
-  for ((tries = 1; ; tries++)); do
-    if gcloud "$@" --zone="$zone" ${project:+"--project=$project"} --quiet 2> "$said"; then
-      rm "$said"
-      return
-    fi
-    if ((tries == most_tries)) || grep -qE "NOT_FOUND|PERMISSION_DENIED|INVALID_ARGUMENT" "$said"; then
-      reason=$(grep -m1 ERROR "$said" || tail -n 1 "$said")
-      rm "$said"
-      [[ $reason == *NOT_FOUND* ]] && return 44
-      fail "gcloud: $reason" 1
-    fi
-    sleep "$poll"
-  done
-}
-queued() { try compute tpus queued-resources "$@"; }
-on_all() { queued ssh "$name" --node=all --worker=all --command="$1"; }
 
 # Sets `now`: the state of the request, NONE if there is none, PREEMPTED if a slice of it is gone.
 look() {

@@ -24,6 +24,10 @@ case $action in
     source "$here/environment.sh"
     ;;
   start)
+    if ((!$#)); then
+      echo "launch/worker.sh: start PROGRAM [flags]" >&2
+      exit 2
+    fi
     if running; then
       echo "is running already"
       exit
@@ -50,7 +54,7 @@ case $action in
   code) # of the last program: its exit code, 'running', 'stopped' or, after a reboot, 'lost'
     if running; then
       code=running
-    elif [[ -s $state/code && -e $state/stopped ]]; then
+    elif [[ -e $state/stopped ]]; then # also one that was too young to leave a code
       code=stopped
     elif [[ -s $state/code ]]; then
       code=$(< "$state/code")

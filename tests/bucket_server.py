@@ -181,15 +181,18 @@ class _Handler(BaseHTTPRequestHandler):
         if bucket is None:
             self._missing()
             return
-        if "/rewriteTo/" in name or "/copyTo/" in name:
-            source, _, target = name.replace("/copyTo/", "/rewriteTo/").partition("/rewriteTo/b/")
-            other, _, target = target.partition("/o/")
+        if found := re.fullmatch(r"(.+)/(moveTo|(?:rewriteTo|copyTo)/b/([^/]+))/o/(.+)", name):
+            source, how, other, target = found.groups()
             data = self.server.objects.get((bucket, source))
             if data is None:
                 self._missing()
                 return
-            made = self.server.put(other, target, data[0], None)
-            self._send(200, {"done": True, "resource": made, "totalBytesRewritten": "0"})
+            made = self.server.put(other or bucket, target, data[0], None)
+            if how == "moveTo":
+                del self.server.objects[bucket, source]
+                self._stored(made)
+            else:
+                self._send(200, {"done": True, "resource": made, "totalBytesRewritten": "0"})
             return
         match = query.get("ifGenerationMatch")
         kind = query.get("uploadType")
@@ -206,8 +209,11 @@ class _Handler(BaseHTTPRequestHandler):
             parts = body.split(b"--" + boundary)[1:-1]
             head, data = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in parts)
             name, body = json.loads(head)["name"], re.sub(rb"\r?\n\Z", b"", data)
-        else:
+        elif kind == "media":
             name = query["name"]
+        else:  # a call that is not known here: without an answer clients try for a minute
+            self._missing(400)
+            return
         self._stored(self.server.put(bucket, name, body, match))
 
     def do_PUT(self):

@@ -26,6 +26,7 @@ def run(*arguments, timeout=280):
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert " was killed " not in done.stderr  # what is said of a process that does not take leave
     return done.stdout
 
 

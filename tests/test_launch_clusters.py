@@ -66,6 +66,8 @@ def launch(tmp_path):
     for line in ("init -q", "add launch", "-c user.name=a -c user.email=a@b commit -qm first"):
         subprocess.run(["git", *line.split()], cwd=tmp_path, check=True, timeout=60)
     (tmp_path / "bin").mkdir()
+    (tmp_path / "gptlab").mkdir()
+    (tmp_path / "gptlab" / "sft.py").touch()
 
     def run(script, *arguments, scenario=(), commands=("gcloud",), **more):
         for name in commands:
@@ -80,6 +82,7 @@ def launch(tmp_path):
             "FAKE_CALLS": str(calls),
             "FAKE_SCENARIO": str(tmp_path / "scenario.json"),
             "GPTLAB_POLL_SECONDS": "0",
+            "GPTLAB_RUN_STATE": str(tmp_path / "state"),
         }
         done = subprocess.run(
             ["bash", f"launch/{script}", *arguments],
@@ -196,11 +199,35 @@ def test_a_command_that_fails_is_tried_again_unless_that_is_vain(launch):
     assert (code, calls) == (0, [DESCRIBE] * 3 + [NODE])
     code, calls, err = launch("tpu.sh", "create", "llama", *OPTIONS, scenario=[states(BUSY)])
     assert (code, calls) == (1, [DESCRIBE] * 5)
-    assert err == "launch/tpu.sh: gcloud: ERROR: (gcloud) UNAVAILABLE: try again\n"
+    busy = "launch/tpu.sh: gcloud: ERROR: (gcloud) UNAVAILABLE: try again"
+    assert err.splitlines() == [f"{busy}; again in 0 s"] * 4 + [busy]
     denied = {"err": "ERROR: (gcloud) PERMISSION_DENIED: no\n", "code": 1}
     code, calls, err = launch("tpu.sh", "create", "llama", *OPTIONS, scenario=[states(denied)])
     assert (code, calls) == (1, [DESCRIBE])
     assert err == "launch/tpu.sh: gcloud: ERROR: (gcloud) PERMISSION_DENIED: no\n"
+
+
+@pytest.mark.parametrize(
+    "said, hint",
+    [
+        ("You do not currently have an active account selected.", "Run: gcloud auth login"),
+        ("The required property [project] is not currently set.", "Give --project=P."),
+    ],
+)
+def test_a_gcloud_that_is_not_set_up_is_not_asked_again(launch, said, hint):
+    refused = {"err": f"ERROR: (gcloud) {said}\nMore of it.\n", "code": 1}
+    code, calls, err = launch("tpu.sh", "create", "llama", *OPTIONS, scenario=[states(refused)])
+    assert (code, calls) == (1, [DESCRIBE])
+    assert err == f"launch/tpu.sh: gcloud: ERROR: (gcloud) {said} {hint}\n"
+
+
+def test_no_gcloud_is_one_line(launch, tmp_path):
+    (tmp_path / "few").mkdir()
+    for name in ("bash", "dirname"):  # the machine that tests may have a gcloud of its own
+        (tmp_path / "few" / name).symlink_to(shutil.which(name))
+    code, _, err = launch("tpu.sh", "stop", "llama", OPTIONS[0], PATH=str(tmp_path / "few"))
+    assert code == 2
+    assert err == "launch/tpu.sh: there is no gcloud here; install the Google Cloud CLI\n"
 
 
 @pytest.mark.parametrize(
@@ -262,13 +289,20 @@ RUN = ["tpu.sh", "run", "llama", *OPTIONS]
         (["tpu.sh", "stop", "llama", "--zone=z", "--", "gptlab.sft"], "stop takes no program"),
         ([*RUN, "gptlab.sft"], "write -- between"),
         ([*RUN, "--", "--workdir=gs://b/c"], "name a program"),
-        ([*RUN, "--", "gptlab.sft", "--workdir=runs/sft"], "--workdir=gs://BUCKET/DIR is missing"),
+        ([*RUN, "--", "gptlab.sft", "--workdir=runs/sft"], "write --workdir=gs://BUCKET/DIR"),
+        ([*RUN, "--", "gptlab.sfx", "--workdir=gs://b/c"], "no program gptlab.sfx (gptlab/sfx.py"),
+        (["slurm.sh", "--", "gptlab.sfx"], "no program gptlab.sfx"),
+        (["gpu.sh", "gptlab.sfx"], "no program gptlab.sfx"),
+        (["local.sh", "--processes=2", "gptlab.sfx"], "no program gptlab.sfx"),
+        (["worker.sh", "start"], "start PROGRAM"),
         (["slurm.sh", "--nodes=2"], "write -- between"),
         (["slurm.sh", "--", "--config=x"], "name a program"),
         (["gpu.sh"], "name a program"),
         (["gpu.sh", "gptlab.sft"], "nvidia-smi finds no GPU"),
         (["local.sh", "gptlab.sft"], "--processes=N is missing"),
-        (["local.sh", "--processes=none", "gptlab.sft"], "--processes=N is missing"),
+        (["local.sh", "--processes=none", "gptlab.sft"], "--processes=none is no number"),
+        (["local.sh", "--processes=0", "gptlab.sft"], "--processes=0 is no number"),
+        (["local.sh", "--processes", "2", "gptlab.sft"], "values follow an ="),
         (["local.sh", "--processes=2"], "name a program"),
         (["local.sh", "--process=2", "gptlab.sft"], "no option --process=2"),
     ],
@@ -292,15 +326,15 @@ def test_help_is_the_head_of_the_script(launch, script, tmp_path):
 
 SBATCH = (
     "sbatch --job-name=gptlab.sft --requeue --signal=TERM@120 --open-mode=append "
-    "--output=runs/slurm/%j.log --nodes=2 --ntasks-per-node=8 launch/slurm.sh "
+    "--output=runs/slurm/%j.log {} launch/slurm.sh "
 )
 
 
 def test_a_slurm_job_is_submitted_with_what_it_needs_to_go_on(launch):
-    options = ["--nodes=2", "--ntasks-per-node=8"]
-    code, calls, err = launch("slurm.sh", *options, "--", *PROGRAM, commands=["sbatch"])
-    assert code == 0, err
-    assert calls == ["extras cuda,cloud", SBATCH + " ".join(PROGRAM)]
+    for options in (["--nodes=2", "--ntasks-per-node=8"], ["--nodes", "2", "--ntasks-per-node=8"]):
+        code, calls, err = launch("slurm.sh", *options, "--", *PROGRAM, commands=["sbatch"])
+        assert code == 0, err
+        assert calls == ["extras cuda,cloud", SBATCH.format(" ".join(options)) + " ".join(PROGRAM)]
 
 
 @pytest.mark.parametrize(
@@ -364,18 +398,23 @@ def test_worker_runs_one_program_that_outlives_its_ssh(launch, tmp_path):
             },
         ).stdout  # fmt: skip
 
-    def wait_for(word, seconds=20):
+    def wait_for(word, seconds=60):
         deadline = time.monotonic() + seconds
         while worker("code") != f"gptlab-code {word}\n":
             assert time.monotonic() < deadline, worker("code")
+            time.sleep(0.05)
+
+    def wait_for_start(number, seconds=60):
+        deadline = time.monotonic() + seconds
+        while (state / "log").read_text().count("started ['--flag=a b'] auto") < number:
+            assert time.monotonic() < deadline, (state / "log").read_text()
             time.sleep(0.05)
 
     assert worker("code") == "gptlab-code lost\n"
     worker("start", "stage", "--flag=a b")
     assert worker("code") == "gptlab-code running\n"
     assert worker("start", "stage", "--flag=a b") == "is running already\n"
-    while "started" not in (state / "log").read_text():
-        time.sleep(0.05)
+    wait_for_start(1)
     worker("stop")
     assert worker("code") == "gptlab-code running\n"  # it saves
     wait_for("stopped")
@@ -383,9 +422,12 @@ def test_worker_runs_one_program_that_outlives_its_ssh(launch, tmp_path):
     (tmp_path / "end").write_text("3")
     worker("start", "stage", "--flag=a b")
     wait_for("3")
-    assert (state / "log").read_text().count("started ['--flag=a b'] auto") == 2
+    wait_for_start(2)
     assert "extras tpu,cloud" in (tmp_path / "calls").read_text()
     (tmp_path / "end").unlink()
     worker("start", "stage", "--flag=a b")
+    wait_for_start(3)  # in a group of its own
     os.killpg(int((state / "pid").read_text()), signal.SIGKILL)  # as a reboot does
     wait_for("lost")
+    worker("stop")
+    assert worker("code") == "gptlab-code stopped\n"  # whoever asked for that wants no restart

@@ -82,6 +82,14 @@ class Command:
         return self.words[2] if self.words[:2] == ("python", "-m") else None
 
     @property
+    def launched(self) -> tuple[str, ...]:
+        """The program that a script is told to start, and its flags."""
+        if self.words[0] != "bash":
+            return ()
+        starts = (i for i, word in enumerate(self.words) if word.startswith("gptlab."))
+        return self.words[next(starts, len(self.words)) :]
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         return self.words[3:]
 
@@ -155,7 +163,7 @@ def test_the_commands_are_found():
     loops = {"pretrain", "sft", "reward", "ppo"}
     assert programs >= {f"gptlab.{name}" for name in loops | {"prepare", "evaluate", "chat"}}
     assert any(c.words[:2] == ("bash", "launch/quickstart.sh") for c in COMMANDS)
-    programs = {c.module for c in COMMANDS if c.value("config")}
+    programs = {c.module for c in COMMANDS if c.module and c.value("config")}
     assert programs <= {command.values[0].module for command in DOCUMENTED}
 
 
@@ -163,6 +171,13 @@ def test_the_commands_are_found():
 def test_what_a_command_names_is_there(command):
     if command.words[0] == "bash":
         assert (ROOT / command.words[1]).is_file()
+        if launched := command.launched:
+            module, *flags = launched
+            assert module_path(module).is_file() and any(w.startswith("--workdir=") for w in flags)
+            config, *overrides = (w for w in flags if w.startswith("--config"))
+            check_config(config.removeprefix("--config="), overrides)
+            assert set(flags) <= {config, *overrides, f"--workdir={command.value('workdir')}"}
+            return
         if command.words[1] == "launch/quickstart.sh":  # whose flags are those of its program
             variant = [f":{w}" for w in command.words[2:3] if not w.startswith("-")]
             overrides = [w for w in command.words[2:] if w.startswith("-")]
@@ -224,6 +239,16 @@ def options_of(module):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"--\w+", done.stdout))
+
+
+@pytest.mark.parametrize("folder", ["gptlab/run", "launch", "benchmarks", "configs", "notebooks"])
+def test_the_map_names_every_file(folder):
+    tree = README.partition("## Map")[2]
+    part = tree.partition(f"\n{folder.replace('gptlab/', '  ')}/ ")[2]
+    # Lines of the next folder begin as this one's did.
+    part = re.split(r"\n  \w+/ " if "gptlab/" in folder else r"\n\w+/ ", part)[0]
+    files = {p.name for p in (ROOT / folder).iterdir() if re.fullmatch(r"\w+\.\w+", p.name)}
+    assert files - {"__init__.py"} <= set(re.findall(r"\w+\.\w+", part))
 
 
 def test_a_wrong_key_in_a_command_is_noticed():

@@ -156,7 +156,20 @@ class Peers:
             f"process {peer} of {self._count}{where} was lost{phase}, process {self._index} stops "
             f"in phase '{self.phase()}'; the same command goes on from the newest checkpoint"
         )
+        if self._index == 0:
+            self._outlast()
         self._exit(EXIT_INTERRUPTED)
+
+    def _outlast(self) -> None:
+        """Keeps the service, and this beat, until the others have seen what process 0 has seen.
+
+        Without the service JAX would end them before they could, and they would name process 0.
+        """
+        until = self._clock() + max(_GRACE_SECONDS, 2 * self._interval)
+        while self._clock() < until:
+            with contextlib.suppress(Exception):
+                self._beat()
+            time.sleep(BEAT_SECONDS / 2)
 
     def _run(self) -> None:
         while not self._end:

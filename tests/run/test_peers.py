@@ -33,13 +33,17 @@ class Exited(BaseException):
 
 
 @pytest.fixture
-def two():
+def two(monkeypatch):
     """Two processes' Peers on one service and one clock; they raise Exited where they would end."""
     service, now = Service(), SimpleNamespace(time=100.0)
 
     def exited(code):
         raise Exited(code)
 
+    def slept(seconds):
+        now.time += seconds
+
+    monkeypatch.setattr(time, "sleep", slept)
     both = [
         peers.Peers(service, i, 2, "sft", "127.0.0.1:1", exited, lambda: now.time) for i in (0, 1)
     ]
@@ -65,8 +69,11 @@ def test_a_silent_process_is_named_with_its_phase(two, capfd):
     two.now.time += peers.LOST_AFTER_SECONDS
     two.first.look()
     two.now.time += 1
+    beats, began = two.first._beats, two.now.time
     with pytest.raises(Exited, match="75"):
         two.first.look()
+    # The service is in process 0: it stays, and beats, until others have seen the same.
+    assert two.now.time - began >= peers._GRACE_SECONDS and two.first._beats > beats + 5
     err = capfd.readouterr().err
     assert err.startswith("gptlab sft: process 1 of 2 (")
     assert "was lost in phase 'save', process 0 stops in phase 'step'; the same command goes" in err
