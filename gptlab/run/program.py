@@ -7,9 +7,11 @@ is open, or by a second one).
 
 import ctypes
 import difflib
+import functools
 import glob
 import importlib.util
 import itertools
+import operator
 import os
 import re
 import sys
@@ -20,7 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from gptlab.run import files, processes
 from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
@@ -46,7 +48,8 @@ def main(
     """Parses the command line and calls `run_fn(config, workdir, **own flags)`.
 
     Flags: --config=FILE.py[:arg], --config.KEY=VALUE (a key that the file doesn't have is an
-    error), --workdir=DIR. The compilation cache is in $GPTLAB_CACHE (~/.cache/gptlab/xla).
+    error; None empties one that may be empty), --workdir=DIR. The compilation cache is in
+    $GPTLAB_CACHE (~/.cache/gptlab/xla).
 
     Args:
       run_fn: what the program does.
@@ -200,8 +203,11 @@ def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool)
             near = _nearest_key(key, known)
             hint = f". Did you mean --config.{near}?" if near else f"; there are: {_top(known)}"
             raise UserError(f"--config.{key}: {path} has no such key{hint}")
+    emptied, argv = _emptied_keys(argv, load_config(path))
     try:
         rest = flags.FLAGS(argv)
+        for key in emptied:
+            flags.FLAGS.config.update_from_flattened_dict({key: None})
     except flags.UnrecognizedFlagError as error:
         near = _nearest(error.flagname, (*known_flags, "help"))
         listed = f"--{', --'.join(known_flags[:-1])} and --{known_flags[-1]}"
@@ -223,6 +229,25 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
         if flag in (f"-{name}", f"--{name}"):
             return value if equals else following
     return None
+
+
+def _emptied_keys(argv: Sequence[str], config: ConfigDict) -> tuple[list[str], list[str]]:
+    """(keys that --config.KEY=None empties, the other arguments): no flag takes None itself.
+
+    Only what the config file makes a placeholder may be empty.
+    """
+    emptied, others = [], []
+    for arg in argv:
+        if (match := re.fullmatch(r"--?config\.([^=]+)=None", arg)) is None:
+            others.append(arg)
+            continue
+        *front, leaf = match[1].split(".")
+        subtree = functools.reduce(operator.getitem, front, config)
+        held = dict(subtree.items(preserve_field_references=True))[leaf]
+        if not isinstance(held, FieldReference):
+            raise UserError(f"--config.{match[1]}=None: this key must have a value")
+        emptied.append(match[1])
+    return emptied, others
 
 
 def _overridden_keys(argv: Sequence[str]) -> list[str]:

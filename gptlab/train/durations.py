@@ -25,7 +25,9 @@ def total_steps(config: ConfigDict, batch_tokens: int, steps_per_epoch: float) -
     given = {key: config[key] for key in KEYS if config[key] is not None}
     if len(given) != 1:
         shown = ", ".join(f"{k}={v}" for k, v in given.items()) or "none is set"
-        raise UserError(f"set exactly one of config.{', config.'.join(KEYS)} ({shown})")
+        raise UserError(
+            f"set exactly one of config.{', config.'.join(KEYS)} ({shown}); =None empties another"
+        )
     ((key, amount),) = given.items()
     if amount <= 0:
         raise UserError(f"config.{key}={amount} must be positive")

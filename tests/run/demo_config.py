@@ -6,7 +6,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config(arg=None):
     if arg not in (None, "slow"):
         raise ValueError(f"unknown argument {arg!r}; there is 'slow'")
-    return ConfigDict(
+    config = ConfigDict(
         {
             "seed": 0,
             "inputs": {"corpus": config_dict.placeholder(str)},
@@ -14,6 +14,9 @@ def get_config(arg=None):
             "seconds_per_step": 0.02 if arg == "slow" else 0.0,
             "optimizer": {"lr": 1e-3},
             "total_tokens": config_dict.placeholder(int),
+            "optional": {"clip_norm": config_dict.placeholder(float)},
             "fail": {"step": 0, "kind": ""},
         }
     )
+    config.optional.clip_norm = 1.0
+    return config

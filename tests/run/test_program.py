@@ -37,6 +37,14 @@ def finish(process, timeout=60):
     return process.returncode, out, err
 
 
+def test_none_empties_a_key_that_may_be_empty(tmp_path):
+    arguments = (f"--config={CONFIG}", f"--workdir={tmp_path}/run")
+    code, _, err = finish(start(*arguments, "--config.optional.clip_norm=None"))
+    assert code == 0, err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["optional"] == {"clip_norm": None}
+
+
 def wait_for_step(workdir, step, timeout=40):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -75,6 +83,10 @@ MISTAKES = [
     (
         [f"--config={CONFIG}", "--workdir=x", "--config.seed=1e3"],
         "--config.seed=1e3: invalid literal for int() with base 10: '1e3'",
+    ),
+    (
+        [f"--config={CONFIG}", "--workdir=x", "--config.num_steps=None"],
+        "--config.num_steps=None: this key must have a value",
     ),
     ([f"--config={CONFIG}", "--workdr=x"], "no flag --workdr. Did you mean --workdir?"),
     ([f"--config={CONFIG}", "--workdir=x", "seed=1"], "'seed=1' is no flag; write --config."),
