@@ -7,6 +7,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if (($#)); then
   exec python -m pytest "$@"
 fi
+# The TPU's compiler, for plans, stands apart: beside JAX it would look for TPUs at every start.
+# The slow tests of it: PYTHONPATH=.venv/tpu bash launch/test.sh tests/test_plan.py -m slow
+if [[ -n ${venv:-} && ! -d $venv/tpu/libtpu ]]; then
+  python -m pip install --quiet --no-deps --target "$venv/tpu" libtpu==0.0.42.1
+fi
 ruff check .
 ruff format --check .
 mypy

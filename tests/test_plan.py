@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +341,29 @@ def test_results_are_kept_by_what_they_depend_on():
 
     assert key() == key()
     assert len({key(), key(model="tiny_qwen3"), key(batch_size=64), key("reward")}) == 4
+
+
+TPU_COMPILER = Path(sys.prefix) / "tpu"  # where launch/test.sh puts it
+
+
+@pytest.mark.skipif(not TPU_COMPILER.is_dir(), reason="bash launch/test.sh installs libtpu")
+def test_a_small_topology_is_planned_from_the_command_line(tmp_path):
+    command = [
+        sys.executable, "-m", "gptlab.plan", "--config=configs/ppo.py", "--model=tiny",
+        "--topology=v5e:2x2", "--config.compute.dtype=bfloat16", "--config.compute.unroll=1",
+        "--config.lora.rank=4", f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(TPU_COMPILER), "XLA_FLAGS": ""},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "FITS" in done.stdout and "DIFFERENT" not in done.stdout
+    (path,) = tmp_path.glob("ppo-v5e-2x2-*.json")
+    found = plan_report.from_json(path.read_text())
+    check_products(found)
+    assert [phase.name for phase in found.phases] == ["rollout", "score", "value", "update"]
+    assert all(phase.seconds.mixed >= phase.seconds.floor > 0 for phase in found.phases)
 
 
 @pytest.mark.slow
