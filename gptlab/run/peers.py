@@ -83,6 +83,7 @@ class Peers:
         self._last: dict[int, dict[str, Any]] = {}  # the last beat of each other process
         self._since: dict[int, float] = {}  # when it came
         self._answered = clock()
+        self._stopping = False  # one of the others is lost
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="gptlab peers")
 
@@ -118,7 +119,7 @@ class Peers:
             return  # waited already
         self._limit = max(_SUSPECT_AFTER_SECONDS, 3 * self._interval)
         until = self._clock() + self._limit + 3 * self._interval
-        while self._clock() < until:
+        while self._stopping or self._clock() < until:  # until the thread ends the process
             time.sleep(BEAT_SECONDS / 2)
 
     def look(self) -> None:
@@ -149,6 +150,7 @@ class Peers:
 
     def lost(self, peer: int) -> None:
         """Says that a process is lost, and ends this one."""
+        self._stopping = True
         beat = self._last.get(peer)
         where = f" ({beat['where']})" if beat else ""
         phase = f" in phase '{beat['phase']}'" if beat else ""

@@ -29,8 +29,8 @@ class Adapters(NamedTuple):
     @classmethod
     def of(cls, config: ConfigDict) -> "Adapters":
         """Of a stage's config: pretraining has none."""
-        lora = config.get("lora")
-        return cls(lora.rank, lora.targets) if lora and lora.rank else cls()
+        lora = config.lora if "lora" in config else None
+        return cls(lora.rank, lora.targets) if lora is not None and lora.rank else cls()
 
 
 NO_ADAPTERS = Adapters()
