@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from gptlab.run import files, processes
 from gptlab.run.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError
@@ -46,7 +46,8 @@ def main(
     """Parses the command line and calls `run_fn(config, workdir, **own flags)`.
 
     Flags: --config=FILE.py[:arg], --config.KEY=VALUE (a key that the file doesn't have is an
-    error), --workdir=DIR. The compilation cache is in $GPTLAB_CACHE (~/.cache/gptlab/xla).
+    error; None unsets one that need not be set), --workdir=DIR. The compilation cache is in
+    $GPTLAB_CACHE (~/.cache/gptlab/xla).
 
     Args:
       run_fn: what the program does.
@@ -194,14 +195,18 @@ def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool)
     path = _flag_value(argv, "config")
     if not path:
         raise UserError("--config is missing; give --config=configs/FILE.py")
-    known = _keys(load_config(path))
+    config = load_config(path)
+    known = _keys(config)
     for key in _overridden_keys(argv):
         if key not in known:
             near = _nearest_key(key, known)
             hint = f". Did you mean --config.{near}?" if near else f"; there are: {_top(known)}"
             raise UserError(f"--config.{key}: {path} has no such key{hint}")
+    unset = [key for key in _set_to_none(argv) if _may_be_none(config, key)]
+    kept = [arg for arg in argv if arg.lstrip("-") not in [f"config.{key}=None" for key in unset]]
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(kept)
+        flags.FLAGS["config"].value.update_from_flattened_dict(dict.fromkeys(unset))
     except flags.UnrecognizedFlagError as error:
         near = _nearest(error.flagname, (*known_flags, "help"))
         listed = f"--{', --'.join(known_flags[:-1])} and --{known_flags[-1]}"
@@ -228,6 +233,22 @@ def _flag_value(argv: Sequence[str], name: str) -> str | None:
 def _overridden_keys(argv: Sequence[str]) -> list[str]:
     matches = (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv[1:])
     return [match.group(1) for match in matches if match]
+
+
+def _set_to_none(argv: Sequence[str]) -> list[str]:
+    """Keys whose last value on the command line is None, which no parser of a number takes."""
+    given = (re.fullmatch(r"--?config\.([^=]+)=(.*)", arg, re.DOTALL) for arg in argv[1:])
+    last = dict(match.groups() for match in given if match)
+    return [key for key, value in last.items() if value == "None"]
+
+
+def _may_be_none(config: ConfigDict, key: str) -> bool:
+    """Whether a key is a placeholder, which holds a reference where other keys hold their value."""
+    *path, name = key.split(".")
+    for part in path:
+        config = config[part]
+    held = dict(config.items(preserve_field_references=True))
+    return isinstance(held[name], FieldReference)
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:

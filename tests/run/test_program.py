@@ -62,6 +62,15 @@ def test_runs_and_then_does_nothing_twice(tmp_path):
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
+def test_none_unsets_a_key_that_need_not_be_set(tmp_path):
+    workdir = tmp_path / "run"
+    given = ("--config.total_tokens=None", "--config.inputs.corpus=None")
+    code, _, err = finish(start(f"--config={CONFIG}:counted", f"--workdir={workdir}", *given))
+    assert code == 0, err
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["total_tokens"] is None and config["inputs"]["corpus"] is None
+
+
 MISTAKES = [
     ([], "--config is missing; give --config=configs/FILE.py"),
     (["--config=tests/run/demo_confg.py"], "Did you mean tests/run/demo_config.py?"),
@@ -76,12 +85,16 @@ MISTAKES = [
         [f"--config={CONFIG}", "--workdir=x", "--config.seed=1e3"],
         "--config.seed=1e3: invalid literal for int() with base 10: '1e3'",
     ),
+    (
+        [f"--config={CONFIG}", "--workdir=x", "--config.seed=None"],
+        "--config.seed=None: invalid literal for int() with base 10: 'None'",
+    ),
     ([f"--config={CONFIG}", "--workdr=x"], "no flag --workdr. Did you mean --workdir?"),
     ([f"--config={CONFIG}", "--workdir=x", "seed=1"], "'seed=1' is no flag; write --config."),
     (["--config.seed=1", f"--config={CONFIG}", "--workdir=x"], "before a value for --config was"),
     (
         [f"--config={CONFIG}:quick", "--workdir=x"],
-        "demo_config.py:8: ValueError: unknown argument 'quick'; there is 'slow'",
+        "demo_config.py:8: ValueError: unknown argument 'quick'; there are 'slow' and 'counted'",
     ),
 ]
 # Importing JAX takes seconds, so one process does it and forks one for each command line.
