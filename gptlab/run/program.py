@@ -206,7 +206,8 @@ def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool)
     kept = [arg for arg in argv if arg.lstrip("-") not in [f"config.{key}=None" for key in unset]]
     try:
         rest = flags.FLAGS(kept)
-        flags.FLAGS["config"].value.update_from_flattened_dict(dict.fromkeys(unset))
+        parsed: Any = flags.FLAGS["config"].value
+        parsed.update_from_flattened_dict(dict.fromkeys(unset))
     except flags.UnrecognizedFlagError as error:
         near = _nearest(error.flagname, (*known_flags, "help"))
         listed = f"--{', --'.join(known_flags[:-1])} and --{known_flags[-1]}"
@@ -238,7 +239,7 @@ def _overridden_keys(argv: Sequence[str]) -> list[str]:
 def _set_to_none(argv: Sequence[str]) -> list[str]:
     """Keys whose last value on the command line is None, which no parser of a number takes."""
     given = (re.fullmatch(r"--?config\.([^=]+)=(.*)", arg, re.DOTALL) for arg in argv[1:])
-    last = dict(match.groups() for match in given if match)
+    last = {match[1]: match[2] for match in given if match}
     return [key for key, value in last.items() if value == "None"]
 
 
