@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import hf_vocabularies
+from tests.rl import artifacts
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(
     path for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()
@@ -121,3 +124,22 @@ def test_weak_scaling_is_measured_with_and_without_talking():
     for way in ("one", "two_apart", "two_together"):
         assert set(figures["step_ms"][way]) == SPREAD and figures["step_ms"][way]["median"] > 0
     assert {"sharing_overhead", "communication_overhead", "weak_scaling_efficiency"} <= set(figures)
+
+
+@pytest.mark.slow
+def test_an_imported_model_decodes_in_both_dtypes(tmp_path, tiny_model):
+    tokenizer = hf_vocabularies.tokenizer("chatml")
+    model = {**tiny_model, "vocab_size": tokenizer.vocab_size}
+    workdir = artifacts.write_policy(tmp_path / "imported", model, contrast=8.0)
+    hf_vocabularies.write(workdir, hf_vocabularies.files("chatml"))
+    tiny = f"--model={workdir} --prompt=8 --new=4 --rounds=2".split()
+    if other := os.environ.get("TRANSFORMERS_PYTHON"):
+        tiny.append(f"--torch={other}")
+    figures = figures_of("-m", "benchmarks.imported", *tiny)
+    assert figures["float32"]["chat"]["same_tokens"] == 1
+    for dtype in ("float32", "bfloat16"):
+        for way in figures[dtype].values():
+            assert set(way["ms_per_token"]) == SPREAD and way["first_token_ms"]["median"] > 0
+    if other:
+        assert figures["float32"]["transformers"]["same_tokens"] == 1
+        assert set(figures["float32"]["chat"]["time_to_transformers"]) == SPREAD
