@@ -256,8 +256,10 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         "critic optimizer": per_device(critic.opt_state),
     }
     frozen = {}
-    if not adapters.rank or config.inputs.reference:  # else they stand in what is trained
-        frozen["reference"] = per_device(policy.params)
+    ppo.check_offload(config)
+    if ppo.stands_apart(config):  # else it stands in what is trained
+        plain = state.param_shardings(functools.partial(init_params, model), mesh)
+        frozen["reference"] = per_device(state.abstract(*plain))
     if config.reward.kind == "model" and not adapters.rank:
         frozen["reward model"] = per_device(critic.params)
     memory |= {} if config.offload else frozen

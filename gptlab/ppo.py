@@ -272,7 +272,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         load_policy = functools.partial(checkpoint.load_params, mesh=mesh, init_fn=init_fn)
         policy = load_policy(config.inputs.init)
         reference = None
-        if config.inputs.reference or not config.lora.rank:
+        if stands_apart(config):
             reference = load_policy(config.inputs.reference or config.inputs.init)
         scalar_model, critic = rewards.load_critic(
             config.inputs.reward if config.reward.kind == "model" else None,
@@ -296,6 +296,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         shardings: Any = PPOState(policy_sh, critic_sh, whole)  # type: ignore[arg-type]
         state = PPOState(policy, critic, jax.device_put(controller.initial(), whole))
         actor = Actor(config, model, scalar_model, reference, reward_params, tokenizer, mesh)
+        del reference, reward_params  # or they would stay on the device that `offload` clears
         transforms = (policy_tx, critic_tx)
         update = jit_update(
             model, scalar_model, transforms, schedule, controller, config, shardings, mesh
@@ -392,11 +393,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{name}={config[name]} does not divide batch_size={config.batch_size}"
             )
-    if config.offload and config.lora.rank:
-        raise UserError(
-            f"config.offload=True and config.lora.rank={config.lora.rank}: with adapters no frozen "
-            "model stands beside policy and critic that could be put away; set one of the two"
-        )
+    check_offload(config)
     needed = ["init", "vocabulary", "prompts"]
     needed += ["reward"] if config.reward.kind == "model" else []
     needed += ["tokens"] if config.ptx.coef else []
@@ -405,6 +402,21 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.compute.dropout={config.compute.dropout}: RL runs without dropout, or the "
             "probability ratio would compare two different functions; set it to 0.0"
+        )
+
+
+def stands_apart(config: ConfigDict) -> bool:
+    """Whether the reference is a model of its own, and not the policy with its adapters off."""
+    same = config.inputs.reference in (None, config.inputs.init)
+    return not (config.lora.rank and same)
+
+
+def check_offload(config: ConfigDict) -> None:
+    """UserError for `offload` where nothing frozen stands beside policy and critic."""
+    if config.offload and not stands_apart(config):
+        raise UserError(
+            f"config.offload=True and config.lora.rank={config.lora.rank}: with adapters no frozen "
+            "model stands beside policy and critic that could be put away; set one of the two"
         )
 
 

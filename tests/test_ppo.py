@@ -1,6 +1,7 @@
 """Loop 4 on tiny artifacts: the canary, the first step, the update's parts, resuming."""
 
 import functools
+import gc
 import json
 
 import jax
@@ -455,6 +456,25 @@ def test_several_samples_a_prompt(config, tmp_path):
     samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     prompts = [tuple(json.loads(line)["prompt"]) for line in samples]
     assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_offload_leaves_no_frozen_model_on_the_device(config, tmp_path, monkeypatch):
+    """When a step's update has been dispatched, neither reference nor reward model is there."""
+    held = {}
+    push = ppo.StepLog.push
+
+    def pushed(self, step, values):
+        here = [x for x in jax.live_arrays() if x.sharding.memory_kind == "device"]
+        held[self._run.config.offload] = sum(x.nbytes for x in here)
+        push(self, step, values)
+
+    monkeypatch.setattr(ppo.StepLog, "push", pushed)
+    for offload in (False, True):
+        gc.collect()
+        rerun(config, tmp_path / str(offload), offload=offload, total_episodes=16)
+    *_, policy, critic, _, _ = networks(config)
+    frozen = sum(x.nbytes for x in jax.tree.leaves((policy, critic)))
+    assert held[False] - held[True] > 0.9 * frozen
 
 
 def test_with_adapters_there_is_nothing_to_put_away(config, tmp_path):

@@ -62,7 +62,8 @@ def add(params: Any, config: ConfigDict, key: jax.Array) -> Any:
     """Parameters with fresh adapters, which change nothing yet; with rank 0 as they are.
 
     Args:
-      params: of any of our models, on a mesh. Given up where frozen_dtype is not theirs.
+      params: of any of our models, on a mesh. A tensor and its copy in frozen_dtype are both there
+        until the caller lets the tensor go.
       config: `config.lora`.
       key: of the random A ~ N(0, 1/I).
     """
@@ -78,7 +79,7 @@ def add(params: Any, config: ConfigDict, key: jax.Array) -> Any:
         made = {path: _value(path, x, next(keys), config) for path, x in fresh.items()}
         return made
 
-    cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1, donate_argnums=0)
+    cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
     flat: Flat = {
         path: x if x.dtype == flatten_dict(abstract)[path].dtype else cast(x, config.frozen_dtype)
         for path, x in flatten_dict(params).items()

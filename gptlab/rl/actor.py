@@ -64,7 +64,8 @@ class Actor:
     """Compiled sampling and scoring, and the frozen models: what a rollout is made with.
 
     Policy and reference go through one executable, critic and reward model through another: equal
-    parameters give equal numbers, bit for bit.
+    parameters give equal numbers, bit for bit. (Not so a policy with adapters and a reference that
+    is a model of its own.)
     """
 
     def __init__(
@@ -153,6 +154,8 @@ class Actor:
         """The rollout of samples that `policy` drew."""
         old_logprobs, entropy = self.logprobs(policy, samples)
         ref_logprobs, _ = self.logprobs(self.reference(policy), samples)
+        if self._offload:
+            jax.block_until_ready(ref_logprobs)  # one frozen model at a time
         values = self._at_response(self.scalars(critic, samples), samples)
         scores = self.scores(critic, samples, prompts)
         return Rollout(samples, old_logprobs, entropy, ref_logprobs, values, scores)

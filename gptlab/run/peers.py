@@ -145,7 +145,10 @@ class Peers:
                 if code is None and silent > self._limit:
                     self.lost(peer)
                 elif code not in (None, 0, EXIT_INTERRUPTED) and silent > _GRACE_SECONDS / 2:
+                    self._stopping = True
                     self._say(f"process {peer} of {self._count} ended: {beat['end']['line']}")
+                    if self._index == 0:
+                        self._outlast()
                     self._exit(code)
 
     def lost(self, peer: int) -> None:
@@ -202,12 +205,14 @@ class Peers:
             self._witness.stdin.close()
 
     def _say(self, line: str) -> None:
-        print(f"gptlab {self._stage}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"gptlab {self._stage}: {line}", file=sys.stderr, flush=True)
 
     def _exit(self, code: int) -> NoReturn:
         self._dismiss_witness()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # whoever read it has ended
+                stream.flush()
         self._exit_process(code)
         raise SystemExit(code)
 

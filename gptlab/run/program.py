@@ -236,10 +236,12 @@ def _emptied_keys(argv: Sequence[str], config: ConfigDict) -> tuple[list[str], l
 
     Only what the config file makes a placeholder may be empty.
     """
-    emptied, others = [], []
+    emptied: list[str] = []
+    others: list[str] = []
     for arg in argv:
         if (match := re.fullmatch(r"--?config\.([^=]+)=None", arg)) is None:
             others.append(arg)
+            emptied = [key for key in emptied if key not in _overridden_keys(["", arg])]
             continue
         *front, leaf = match[1].split(".")
         subtree = functools.reduce(operator.getitem, front, config)

@@ -102,8 +102,7 @@ def test_one_that_ended_well_is_not_lost(two, code):
     two.first.look()
 
 
-def test_an_error_of_one_ends_the_others_with_its_code(two, capfd, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_an_error_of_one_ends_the_others_with_its_code(two, capfd):
     with pytest.raises(Exited, match="2"):
         two.second.leave(2, "config.x is wrong")
     two.first.look()  # it may be about to say the same

@@ -39,10 +39,12 @@ def finish(process, timeout=60):
 
 def test_none_empties_a_key_that_may_be_empty(tmp_path):
     arguments = (f"--config={CONFIG}", f"--workdir={tmp_path}/run")
-    code, _, err = finish(start(*arguments, "--config.optional.clip_norm=None"))
+    given = ("--config.optional.clip_norm=None", "--config.total_tokens=None")
+    code, _, err = finish(start(*arguments, *given, "--config.total_tokens=5"))
     assert code == 0, err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["optional"] == {"clip_norm": None}
+    assert config["total_tokens"] == 5  # the last word counts
 
 
 def wait_for_step(workdir, step, timeout=40):
