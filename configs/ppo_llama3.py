@@ -59,8 +59,8 @@ def get_config(arg: str = "8b") -> ConfigDict:
     config.gamma, config.lam = 1.0, 0.95
     config.whiten_advantages = "minibatch"
     config.ptx = {"coef": 0.0, "name": "pretrain", "batch_size": 512, "seq_len": 1024}
-    # Decoding reads all weights at every token: split over `tensor`, they need not be gathered.
     config.offload = False
+    # Decoding reads all weights at every token: split over `tensor`, they need not be gathered.
     config.mesh = common.mesh(tensor=4 if size == "8b" else 8)
 
     config.log_every_steps = 1

@@ -46,16 +46,7 @@ def make_loss_fn(model: LanguageModel, z_loss: float) -> step_lib.LossFn:
     """The loss of a microbatch: sums and their weight, so that accumulation stays exact."""
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
-        stats: Any = model.apply(
-            {"params": params},
-            batch.tokens,
-            batch.targets,
-            batch.positions,
-            batch.segment_ids,
-            deterministic=model.config.dropout == 0,
-            rngs={"dropout": rng},
-            method=model.score,
-        )  # of [B, T]
+        stats = transformer.score_batch(model, params, batch, rng)  # of [B, T]
         loss, weight, sums = losses.cross_entropy_sums(stats, batch.loss_mask, z_loss)
         return loss, (weight, sums)
 

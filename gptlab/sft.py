@@ -56,16 +56,7 @@ def make_loss_fn(model: LanguageModel, loss_on: str) -> step_lib.LossFn:
         raise UserError(f"config.loss_on={loss_on!r} is unknown: use 'assistant' or 'all'")
 
     def loss_fn(params: Any, batch: Any, rng: jax.Array) -> Any:
-        stats: Any = model.apply(
-            {"params": params},
-            batch.tokens,
-            batch.targets,
-            batch.positions,
-            batch.segment_ids,
-            deterministic=model.config.dropout == 0,
-            rngs={"dropout": rng},
-            method=model.score,
-        )  # of [B, T]
+        stats = transformer.score_batch(model, params, batch, rng)  # of [B, T]
         mask = batch.loss_mask  # [B, T]
         if loss_on == "all":
             mask = (batch.segment_ids > 0).astype(jnp.float32)

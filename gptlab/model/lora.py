@@ -69,22 +69,22 @@ def add(params: Any, config: ConfigDict, key: jax.Array) -> Any:
     """
     if not config.rank:
         return params
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    abstract, shardings = extend(params, shardings, config)
-    fresh = {path: x for path, x in flatten_dict(abstract).items() if path[-1] in (_A, _B, _SCALE)}
-    placed = {path: flatten_dict(shardings)[path] for path in fresh}
+    extended = extend(params, jax.tree.map(lambda x: x.sharding, params), config)
+    abstract, shardings = (flatten_dict(tree) for tree in extended)
+    old = flatten_dict(params)
+    fresh = [path for path in abstract if path not in old]
 
     def create(key: jax.Array) -> Flat:
-        keys = iter(jax.random.split(key, len(fresh)))
-        made = {path: _value(path, x, next(keys), config) for path, x in fresh.items()}
-        return made
+        keys = jax.random.split(key, len(fresh))
+        return {p: _value(p, abstract[p], k, config) for p, k in zip(fresh, keys, strict=True)}
 
     cast = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
-    flat: Flat = {
-        path: x if x.dtype == flatten_dict(abstract)[path].dtype else cast(x, config.frozen_dtype)
-        for path, x in flatten_dict(params).items()
+    kept: Flat = {
+        path: x if x.dtype == abstract[path].dtype else cast(x, config.frozen_dtype)
+        for path, x in old.items()
     }
-    return unflatten_dict(flat | jax.jit(create, out_shardings=placed)(key))
+    made = jax.jit(create, out_shardings={path: shardings[path] for path in fresh})(key)
+    return unflatten_dict(kept | made)
 
 
 def _value(path: tuple[str, ...], x: Any, key: jax.Array, config: ConfigDict) -> jax.Array:

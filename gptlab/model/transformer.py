@@ -511,14 +511,18 @@ class LanguageModel(nn.Module):
         return vocabulary.of_hidden(hidden, table, targets, c.loss_chunk, temperature)
 
 
-def score_batch(model: LanguageModel, params: Any, batch: Any) -> TokenStats:
-    """`LanguageModel.score` of a packed batch's targets, without dropout."""
+def score_batch(
+    model: LanguageModel, params: Any, batch: Any, dropout_key: jax.Array | None = None
+) -> TokenStats:
+    """`LanguageModel.score` of a packed batch's targets; the model's dropout is on with a key."""
     stats: Any = model.apply(
         {"params": params},
         batch.tokens,
         batch.targets,
         batch.positions,
         batch.segment_ids,
+        deterministic=dropout_key is None or model.config.dropout == 0,
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
         method=model.score,
     )
     return stats

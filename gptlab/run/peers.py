@@ -145,25 +145,27 @@ class Peers:
                 if code is None and silent > self._limit:
                     self.lost(peer)
                 elif code not in (None, 0, EXIT_INTERRUPTED) and silent > _GRACE_SECONDS / 2:
-                    self._stopping = True
-                    self._say(f"process {peer} of {self._count} ended: {beat['end']['line']}")
-                    if self._index == 0:
-                        self._outlast()
-                    self._exit(code)
+                    line = f"process {peer} of {self._count} ended: {beat['end']['line']}"
+                    self._stop(line, code)
 
     def lost(self, peer: int) -> None:
         """Says that a process is lost, and ends this one."""
-        self._stopping = True
         beat = self._last.get(peer)
         where = f" ({beat['where']})" if beat else ""
         phase = f" in phase '{beat['phase']}'" if beat else ""
-        self._say(
+        self._stop(
             f"process {peer} of {self._count}{where} was lost{phase}, process {self._index} stops "
-            f"in phase '{self.phase()}'; the same command goes on from the newest checkpoint"
+            f"in phase '{self.phase()}'; the same command goes on from the newest checkpoint",
+            EXIT_INTERRUPTED,
         )
+
+    def _stop(self, line: str, code: int) -> None:
+        """Ends this process because of another's end."""
+        self._stopping = True
+        self._say(line)
         if self._index == 0:
             self._outlast()
-        self._exit(EXIT_INTERRUPTED)
+        self._exit(code)
 
     def _outlast(self) -> None:
         """Keeps the service, and this beat, until the others have seen what process 0 has seen.

@@ -197,13 +197,14 @@ def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool)
     path = _flag_value(argv, "config")
     if not path:
         raise UserError("--config is missing; give --config=configs/FILE.py")
-    known = _keys(load_config(path))
+    config = load_config(path)
+    known = _keys(config)
     for key in _overridden_keys(argv):
         if key not in known:
             near = _nearest_key(key, known)
             hint = f". Did you mean --config.{near}?" if near else f"; there are: {_top(known)}"
             raise UserError(f"--config.{key}: {path} has no such key{hint}")
-    emptied, argv = _emptied_keys(argv, load_config(path))
+    emptied, argv = _emptied_keys(argv, config)
     try:
         rest = flags.FLAGS(argv)
         for key in emptied:

@@ -196,15 +196,10 @@ class Checkpoints:
                     raise
                 damaged[step] = _first_line(error)
                 continue
-            for bad, why in damaged.items():
-                _say(f"checkpoint {bad} of {self._workdir} cannot be read ({why})")
-                self._set_aside(bad)
+            self._set_all_aside(damaged)
             return restored
         if damaged:
-            raise UserError(
-                f"{self._workdir}: none of the checkpoints {sorted(damaged)} can be read "
-                f"({damaged[max(damaged)]}). Start again with an empty --workdir"
-            )
+            raise self._none_left(damaged)
         return None
 
     def load_best(self, mesh: Mesh, init_fn: Callable[[jax.Array], Any]) -> Any:
