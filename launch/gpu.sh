@@ -5,15 +5,8 @@
 # DIR may be in a bucket. Several nodes: launch/slurm.sh. Exit code: the program's; 2 misuse.
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
-fail() {
-  echo "launch/gpu.sh: $1" >&2
-  exit 2
-}
-[[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
 source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
+[[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
 check_program "$@"
 nvidia-smi -L >/dev/null 2>&1 || fail "nvidia-smi finds no GPU here; is the driver installed?"
 export GPTLAB_EXTRAS=${GPTLAB_EXTRAS:-cuda,cloud}

@@ -8,13 +8,7 @@ set -euo pipefail
 # The processes find a loss by themselves; past this nobody waits for them any longer.
 patience=45
 
-usage() {
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
-fail() {
-  echo "launch/local.sh: $1" >&2
-  exit 2
-}
+source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
 processes=
 while [[ ${1:-} == -* ]]; do
   case $1 in
@@ -26,7 +20,6 @@ while [[ ${1:-} == -* ]]; do
 done
 [[ -n $processes ]] || fail "--processes=N is missing before the program; see --help"
 [[ $processes =~ ^[1-9][0-9]{0,2}$ ]] || fail "--processes=$processes is no number from 1 to 999"
-source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
 check_program "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

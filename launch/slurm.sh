@@ -10,13 +10,6 @@ set -euo pipefail
 # Deaths by a signal that are tried again, as nothing tells a lost node from a program that crashes.
 most_restarts=10
 
-usage() {
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
-fail() {
-  echo "launch/slurm.sh: $1" >&2
-  exit 2
-}
 
 # What the job's first node runs: Slurm has copied this script, so the checkout comes by name.
 job() {
@@ -36,6 +29,7 @@ job() {
 if [[ -n ${GPTLAB_CHECKOUT:-} && -n ${SLURM_JOB_ID:-} ]]; then
   job "$@"
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
 options=()
 while (($#)) && [[ $1 != -- ]]; do # values may follow a space, as sbatch has it
   [[ $1 != -h && $1 != --help ]] || { usage && exit; }
@@ -44,7 +38,6 @@ while (($#)) && [[ $1 != -- ]]; do # values may follow a space, as sbatch has it
 done
 [[ ${1:-} == -- ]] || fail "write -- between sbatch's options and the program; see --help"
 shift
-source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
 check_program "$@"
 command -v sbatch >/dev/null || fail "there is no sbatch here; run this where jobs are submitted"
 export GPTLAB_EXTRAS=${GPTLAB_EXTRAS:-cuda,cloud}

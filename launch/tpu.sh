@@ -14,13 +14,7 @@
 # Exit code: the program's (75: stopped, resumable); 2 misuse; 1 what gcloud refuses.
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
-fail() {
-  echo "launch/tpu.sh: $1" >&2
-  exit "${2:-2}"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
 [[ ${1:-} != -h && ${1:-} != --help ]] || { usage && exit; }
 action=${1:-}
 [[ $action =~ ^(create|setup|run|logs|stop|delete)$ ]] ||
@@ -48,7 +42,6 @@ fi
 if [[ $action == run ]]; then
   [[ ${1:-} == -- ]] || fail "write -- between the options and the program; see --help"
   shift
-  source "$(dirname "${BASH_SOURCE[0]}")/program.sh"
   check_program "$@"
   # What is on a host's disk is gone with it.
   [[ " $* " == *" --workdir=gs://"* ]] || fail "write --workdir=gs://BUCKET/DIR: hosts come and go"
