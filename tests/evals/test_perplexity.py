@@ -19,7 +19,10 @@ class FixedModel:
     def __init__(self):
         self.table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)
 
-    def apply(self, variables, tokens, targets, positions, segment_ids, method):
+    def apply(
+        self, variables, tokens, targets, positions, segment_ids, deterministic, rngs, method
+    ):
+        assert deterministic and not rngs, "an evaluation has no dropout"
         return method(variables["params"]["table"][tokens], targets)
 
     def score(self, logits, targets):
