@@ -45,19 +45,22 @@ def make_mesh(config: Mapping[str, int], chosen: Sequence[Any] | None = None) ->
             f"config.mesh ({shape}) asks for {known} devices or a multiple of them, but "
             f"there are {len(devices)}: set one axis to -1 or change a size"
         )
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    types = (AxisType.Auto,) * len(AXES)
-    if len(slices) == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=chosen)
-    return Mesh(_over_slices(sizes, len(slices), devices), AXES, axis_types=types)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
-    """The devices of several slices: `replica` alone crosses the slow network between them.
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices, each at its place in a mesh of these sizes.
+
+    Within a slice the axes follow the wires of the chips; where no set of wires has the size of an
+    axis (tensor 2 on v6e:4x8), they are split. Of several slices, `replica` alone crosses the slow
+    network between them.
 
     Raises:
       UserError: `replica` is no multiple of the slices.
     """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     replicas = sizes[AXES.index("replica")]
     if replicas % slices:
         raise UserError(
@@ -66,7 +69,9 @@ def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> n
         )
     inner = [replicas // slices, *sizes[1:]]
     outer = [slices] + [1] * len(sizes[1:])
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def data_size(mesh: Mesh) -> int:

@@ -79,7 +79,7 @@ def chips(slices, each):
 @pytest.mark.parametrize("replica", [2, 4])
 def test_only_the_replica_axis_crosses_slices(replica):
     sizes = [replica, 8 // replica, 1, 1, 1]
-    made = mesh_lib._over_slices(sizes, 2, chips(2, 4))
+    made = mesh_lib.arrange(sizes, chips(2, 4))
     assert made.shape == tuple(sizes) and len({chip.id for chip in made.flat}) == 8
     for number, one in enumerate(made):
         assert {chip.slice_index for chip in one.flat} == {number // (replica // 2)}
@@ -90,7 +90,7 @@ def test_a_replica_across_slices_is_refused(monkeypatch):
     with pytest.raises(UserError, match="config.mesh.replica=1.* 2 slices.*replica=2"):
         mesh_lib.make_mesh(common.mesh())
     with pytest.raises(UserError, match="config.mesh.replica=3"):
-        mesh_lib._over_slices([3, 1, 1, 1, 1], 2, chips(2, 4))
+        mesh_lib.arrange([3, 1, 1, 1, 1], chips(2, 4))
 
 
 def test_sequences_must_divide_into_two_chunks_a_device():
@@ -99,3 +99,23 @@ def test_sequences_must_divide_into_two_chunks_a_device():
     with pytest.raises(UserError, match="config.data.seq_len makes .* 60 tokens.* multiple of 8"):
         mesh_lib.check_length("data.seq_len", 60, mesh)
     mesh_lib.check_length("data.seq_len", 61, mesh_lib.make_mesh(common.mesh()))
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusChip(Chip):
+    """A chip of a TPU slice, which knows where on the torus it stands."""
+
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def test_an_axis_that_no_wires_have_the_size_of_splits_them():
+    places = [(x, y, 0) for y in range(8) for x in range(4)]
+    slice_ = [
+        TorusChip(i, 0, i // 8, "tpu", "TPU v6 lite", coords) for i, coords in enumerate(places)
+    ]
+    made = mesh_lib.arrange([1, 1, 16, 1, 2], slice_)
+    assert made.shape == (1, 1, 16, 1, 2) and len(set(made.flat)) == 32
+    for pair in made.reshape(16, 2):  # `tensor` joins neighbours
+        apart = [abs(a - b) for a, b in zip(pair[0].coords, pair[1].coords, strict=True)]
+        assert sum(apart) == 1
