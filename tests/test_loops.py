@@ -457,7 +457,7 @@ def drawn(seed, loop):
 
 
 @kill_seeds()
-@pytest.mark.parametrize("kind", ["step", "save"])
+@pytest.mark.parametrize("kind", ["step", pytest.param("save", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_for_bit_the_same(loop, config, one_device, kind, seed, tiny):
     step, save = drawn(seed, loop).integers(1, [STEPS + 1, STEPS // CADENCE + 1])
     if kind == "save":
@@ -519,6 +519,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
     assert aside == [f"{2 * CADENCE}.0"]
 
 
+@pytest.mark.slow  # tests/train/test_checkpoint.py has it without a loop around it
 @one_loop("sft")
 def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(
     loop, config, one_device, tiny
@@ -561,6 +562,7 @@ def stop_at(loop, config, workdir, at):
     assert checkpoint.checkpoint_steps(workdir)[-1] == at
 
 
+@one_loop("ppo")
 def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devices, tiny):
     workdir = tiny.root / f"{loop.name}-stopped"
     stop_at(loop, eight_devices.config, workdir, 6)
@@ -650,8 +652,9 @@ def test_four_processes_compute_what_one_does(loop, config, one_device, tiny):
     assert_close(loop, workdir, one_device, rtol=1e-3)
 
 
+@pytest.mark.slow  # tests/test_launch_local.py has it with a program in miniature
 @one_loop("pretrain")
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("killed", [1, 0])
 def test_a_process_that_is_lost_is_named_by_the_others_and_the_run_goes_on(
     loop, config, killed, two_processes, tiny
 ):

@@ -400,9 +400,29 @@ LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
     "stage, model, devices, changes",
     [
         ("sft", "tiny", "cpu:8", {"mesh.data": 2, "mesh.tensor": 2}),
-        ("sft", "tiny_qwen3", "cpu:1", {"compute.remat": "minimal", "compute.loss_chunk": 200}),
-        ("reward", "tiny_gpt2", "cpu:1", {"compute.remat": "full", "accumulation_steps": 2}),
-        ("sft", "tiny", "cpu:1", {"compute.remat": "dots", "lora.frozen_dtype": "bfloat16"}),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                (
+                    "sft",
+                    "tiny_qwen3",
+                    "cpu:1",
+                    {"compute.remat": "minimal", "compute.loss_chunk": 200},
+                ),
+                (
+                    "reward",
+                    "tiny_gpt2",
+                    "cpu:1",
+                    {"compute.remat": "full", "accumulation_steps": 2},
+                ),
+                (
+                    "sft",
+                    "tiny",
+                    "cpu:1",
+                    {"compute.remat": "dots", "lora.frozen_dtype": "bfloat16"},
+                ),
+            )
+        ),
         ("ppo", "tiny", "cpu:1", {"compute.remat": "full"}),
     ],
 )
