@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from gptlab.model import lora
 from gptlab.run import artifact, files, processes, storage
 from gptlab.run.errors import UserError
+from gptlab.run.metrics import MetricWriter
 from gptlab.train import state as state_lib
 from gptlab.train.state import TrainState
 
@@ -50,9 +51,15 @@ class Damaged(UserError):
 class Checkpoints:
     """The checkpoints of one run. Close it (or use `with`): a save goes on in the background."""
 
-    def __init__(self, workdir: epath.PathLike, config: ConfigDict):
-        """`config`: every_steps, keep (newest), best_metric (None = none), best_mode min | max."""
+    def __init__(
+        self, workdir: epath.PathLike, config: ConfigDict, metrics: MetricWriter | None = None
+    ):
+        """Opens them; a loop that logs gives its `metrics`.
+
+        `config`: every_steps, keep (newest), best_metric (None = none), best_mode min | max.
+        """
         self._workdir = epath.Path(workdir)
+        self._metrics = metrics
         self._config = config
         self._policy = _LatestAndBest(config.keep, config.best_metric, config.best_mode)
         for step in checkpoint_steps(workdir):
@@ -83,6 +90,9 @@ class Checkpoints:
     ) -> None:
         """Starts saving in the background; waits first for a save that is still going on.
 
+        What was logged so far is where it stays before the checkpoint is: a run that goes on from
+        there logs what comes after.
+
         Args:
             step: number of the checkpoint; one that exists already is left as it is.
             items: name -> pytree of arrays.
@@ -96,6 +106,9 @@ class Checkpoints:
         values = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"schema": SCHEMA_VERSION, "step": step, "metrics": values, **meta}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(record), **args)
+
+        if self._metrics is not None:
+            self._metrics.flush()
 
         def start() -> None:
             self._manager.wait_until_finished()
