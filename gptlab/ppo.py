@@ -33,7 +33,7 @@ from gptlab.data.batches import PromptBatches, TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import lora
 from gptlab.model.heads import ScalarModel
-from gptlab.model.sharding import constrain
+from gptlab.model.sharding import split_rows
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params, score_batch
 from gptlab.rl import advantages as adv
 from gptlab.rl import episodes as episodes_lib
@@ -154,7 +154,8 @@ def make_update(
         """One optimiser step of policy and critic on one minibatch."""
         policy, critic = state
         rows, ptx = inputs  # rows int32 [B / minibatches]
-        batch = jax.tree.map(lambda x: _split_rows(x[rows]), episodes)
+        # A gather by permuted indices leaves rows on every device.
+        batch = jax.tree.map(lambda x: split_rows(x[rows]), episodes)
         if config.whiten_advantages == "minibatch":
             mask = batch.samples.response_mask
             white = adv.whiten(batch.advantages, mask, keep_mean=False)
@@ -208,11 +209,6 @@ def jit_update(
     grads, value_loss = make_policy_grads(model, config), make_value_loss(scalar_model, config)
     update = make_update(grads, value_loss, transforms, schedule, controller, config)
     return step_lib.jit_step(update, shardings, mesh)
-
-
-def _split_rows(x: jax.Array) -> jax.Array:
-    """Rows over the data axes again: a gather by permuted indices leaves them on every device."""
-    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def _stack(x: jax.Array, parts: int) -> jax.Array:
@@ -303,7 +299,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
 
         # (4) The newest checkpoint, if there is one; prompts, keys and metrics follow its step.
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint, run.metrics))
         start, state = restore(checkpoints, state, shardings, updates)
         run.metrics.rewind(start)
         log = StepLog(run, config, episodes * length, flops_per_token=None)
@@ -352,7 +348,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 run.metrics.write(done, figures)
             if save:
                 with run.goodput.measure("save"):
-                    run.metrics.flush()
                     checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
             if stop:
                 checkpoints.wait()
