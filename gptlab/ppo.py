@@ -242,6 +242,9 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     model_config = ModelConfig.build(checkpoint.load_model_config(config.inputs.init), compute)
     check_vocabulary(model_config, tokenizer, "config.inputs.init")
     lora.check(config.lora, model_config)
+    if config.reward.kind == "model":
+        paid_by = rewards.reward_model_config(config.inputs.reward, model_config, compute)
+        lora.check(config.lora, paid_by)  # of the critic, too
     model = LanguageModel(model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     episodes = config.batch_size  # B
@@ -279,7 +282,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
         policy_tx, schedule = make_optimizer(config.optimizer, total * updates)
         critic_tx, _ = make_optimizer(config.value_optimizer, total * updates)
-        lora.check(config.lora, scalar_model.config)
         reward_params = None
         if config.reward.kind == "model":  # the critic starts as a copy of what pays
             apart = {"head": critic["head"]} if config.lora.rank else critic

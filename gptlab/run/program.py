@@ -190,6 +190,11 @@ def config_path() -> str:
     return path
 
 
+def given_keys() -> list[str]:
+    """The keys, with dots, that this program's command line sets."""
+    return _overridden_keys(sys.argv)
+
+
 def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool) -> Sequence[str]:
     """Parses the command line into absl's FLAGS; every mistake is a UserError."""
     if any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv[1:]):
