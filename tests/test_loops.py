@@ -141,6 +141,21 @@ SLOW_LOOPS = [
     Loop("sft", with_lora(sft, 3), falls_by=0.01, variant="_lora"),
     Loop("reward", with_lora(reward, 1), falls_by=0.005, variant="_lora"),
 ]
+
+
+def with_offload(config_of):
+    """The same, reference and reward model in the host's memory while they don't score."""
+
+    def config(tiny):
+        changed = config_of(tiny)
+        changed.offload = True
+        return changed
+
+    return config
+
+
+# Beside LOOPS, as several processes.
+IN_PROCESSES = [SLOW_LOOPS[0], Loop("ppo", with_offload(ppo), falls_by=0.2, variant="_offload")]
 # What each loop saves the parameters of, by their name in a checkpoint.
 MODELS = {
     "pretrain": {"params": LanguageModel},
@@ -197,13 +212,9 @@ def config(loop, tiny):
     return with_cadence(loop.config(tiny))
 
 
-def one_loop(shown, of=tuple(loop.name for loop in LOOPS)):
+def one_loop(shown, loops=LOOPS):
     """One loop shows it in every test run; the others take their time with `-m slow`."""
-    rows = [
-        pytest.param(x, marks=[pytest.mark.slow] * (x.name != shown), id=x.name)
-        for x in LOOPS
-        if x.name in of
-    ]
+    rows = [pytest.param(x, marks=[pytest.mark.slow] * (x.name != shown), id=x.name) for x in loops]
     return pytest.mark.parametrize("loop", rows, indirect=True)
 
 
@@ -568,7 +579,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devi
     assert_identical(workdir, eight_devices.workdir)
 
 
-@one_loop("pretrain", of=("pretrain", "sft", "reward"))
+@one_loop("pretrain", [x for x in LOOPS if x.stage != "ppo"])
 def test_stopped_at_a_checkpoint_it_evaluates_as_without_the_stop(loop, eight_devices, tiny):
     # Every due checkpoint is evaluated, so an evaluation half as often changes no figure.
     config = eight_devices.config.copy_and_resolve_references()
@@ -633,7 +644,7 @@ def two_processes(loop, config, tiny):
     return workdir
 
 
-@one_loop("pretrain")
+@one_loop("pretrain", [*LOOPS, *IN_PROCESSES])
 def test_two_processes_compute_what_one_does(loop, two_processes, one_device):
     assert artifact.read_manifest(two_processes)["starts"][-1]["processes"] == 2
     assert_close(loop, two_processes, one_device, rtol=1e-3)
