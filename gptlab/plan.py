@@ -15,7 +15,8 @@ counts) say otherwise; `--devices=cpu:8` plans for this machine. With --workdir=
 kept there as JSON, by the hash of the config and libtpu's version, and read again.
 
 TPUs need libtpu: `pip install -c constraints.txt -e '.[tpu]'` in an environment of its own. About
-1B parameters compile in 1 to 3 minutes on two cores, 8B in 10 to 20.
+1B parameters compile in 1 to 3 minutes on two cores, 8B in 10 to 20. What $LIBTPU_INIT_ARGS says
+counts, as it does on a TPU.
 """
 
 import dataclasses
@@ -181,7 +182,7 @@ def make_plan(job: Job, target: Target) -> Plan:
         phases=phases,
         chip=target.chip,
         useful_flops=useful_flops(job),
-        libtpu=chips.libtpu_version(),
+        libtpu=chips.compiler(),
         commit=artifact.git_commit(),
     )
 
@@ -450,7 +451,7 @@ def cache_key(job: Job, target: Target) -> str:
         dataclasses.asdict(job.model),
         dataclasses.asdict(job.paid_by),
         target.name,
-        chips.libtpu_version() if target.chip else jax.__version__,
+        chips.compiler() if target.chip else jax.__version__,
         SCHEMA_VERSION,
     ]
     text = json.dumps(told, sort_keys=True, default=str)
