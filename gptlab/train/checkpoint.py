@@ -52,14 +52,24 @@ class Checkpoints:
     """The checkpoints of one run. Close it (or use `with`): a save goes on in the background."""
 
     def __init__(
-        self, workdir: epath.PathLike, config: ConfigDict, metrics: MetricWriter | None = None
+        self,
+        workdir: epath.PathLike,
+        config: ConfigDict,
+        metrics: MetricWriter | None = None,
+        write_bytes: int | None = None,
     ):
-        """Opens them; a loop that logs gives its `metrics`.
+        """Opens them.
 
-        `config`: every_steps, keep (newest), best_metric (None = none), best_mode min | max.
+        Args:
+            workdir: of the run.
+            config: every_steps, keep (newest), best_metric (None = none), best_mode min | max.
+            metrics: of a loop that logs.
+            write_bytes: how much of `params` is being written at once, at least its largest array;
+                None where memory is no matter.
         """
         self._workdir = epath.Path(workdir)
         self._metrics = metrics
+        self._write_bytes = write_bytes
         self._config = config
         self._policy = _LatestAndBest(config.keep, config.best_metric, config.best_mode)
         for step in checkpoint_steps(workdir):
@@ -75,7 +85,14 @@ class Checkpoints:
         )
         directory = self._workdir / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(directory, options=options)
+        handlers = None
+        if self._write_bytes is not None:
+            handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            gigabytes: Any = (self._write_bytes + 1000) / 10**9  # declared int, used as it is
+            standard = ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes)
+            handlers.add("params", ocp.args.StandardSave, standard)
+            handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        return ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
 
     def due(self, step: int) -> bool:
         """Whether the config wants a checkpoint after this step."""
