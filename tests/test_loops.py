@@ -301,8 +301,8 @@ def figures(workdir, prefixes=("train/", "eval/", "ppo/")):
 def assert_close(loop, workdir, reference, rtol):
     got, want = figures(workdir), figures(reference)
     assert got.keys() == want.keys()
-    # PPO's first steps are equal to 1e-6. From the sixth on, roundings that differ lead elsewhere: a
-    # critic that moves in steps of 3e-3, and in the end another token drawn. Up to 2% was seen.
+    # PPO's first steps are equal to 1e-6. From the sixth on, roundings that differ lead elsewhere:
+    # a critic that moves in steps of 3e-3, in the end another token drawn. Up to 2% was seen.
     later = 50 if loop.stage == "ppo" else 1
     close = ("train/loss", "train/grad_norm", "train/param_norm", "train/lr")
     for key in want:
