@@ -14,6 +14,7 @@ from configs import common
 from configs import ppo as ppo_config
 from configs import reward as reward_config
 from gptlab import ppo, reward
+from gptlab.model.presets import PRESETS
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
@@ -493,6 +494,32 @@ def test_a_vocabulary_of_another_size_is_refused_before_anything_is_sampled(
     monkeypatch.setattr(ppo, "Actor", None)
     with pytest.raises(UserError, match="inputs.init has a vocabulary of 320 .* of 330"):
         rerun(config, tmp_path / "run", **{"inputs.vocabulary": str(other_vocabulary)})
+
+
+@pytest.mark.parametrize(
+    "other, changes, words",
+    [
+        (
+            {"vocab_size": 330},
+            {},
+            "inputs.reward has a vocabulary of 330, config.inputs.init of 320",
+        ),
+        (
+            {**PRESETS["tiny_gpt2"], "vocab_size": 320},
+            {"lora.rank": 2, "lora.targets": ("gate",)},
+            "has no 'gate'",
+        ),
+    ],
+    ids=["vocabulary", "adapters"],
+)
+def test_a_reward_model_that_cannot_pay_is_refused_before_anything_is_loaded(
+    config, tiny_model, tmp_path, monkeypatch, other, changes, words
+):
+    model = {**tiny_model, **other}
+    pays = artifacts.write_reward(tmp_path / "reward", model, gain=1.0, bias=0.0)
+    monkeypatch.setattr(ppo.checkpoint, "load_params", None)
+    with pytest.raises(UserError, match=words):
+        rerun(config, tmp_path / "run", **{"inputs.reward": str(pays), **changes})
 
 
 def test_ptx_needs_its_corpus(config, tmp_path):
