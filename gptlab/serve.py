@@ -10,13 +10,15 @@ one is promoted, new requests go to it while running ones finish on the old. Wit
 key, if it needs one, is in $GPTLAB_UPSTREAM_KEY.
 
 Compiling takes some seconds at the first start. SIGTERM and Ctrl-C take no more requests and let
-the running ones finish, for config.drain_seconds at most; then the exit code is 0. Again: at once.
+the running ones finish, for config.drain_seconds at most; then the exit code is 0. A second Ctrl-C:
+at once.
 """
 
 import ipaddress
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -33,7 +35,7 @@ from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options
 from gptlab.people.moderation import Moderated, Refusal
 from gptlab.people.upstream import Upstream
-from gptlab.run import lock, processes, program, signals, storage
+from gptlab.run import lock, processes, program, storage
 from gptlab.run.errors import UserError
 from gptlab.scorers import registry
 from gptlab.train import mesh as mesh_lib
@@ -177,13 +179,10 @@ def _serve(served: object, listener: socket.socket, drain_seconds: float) -> Non
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
     server = _Announced(settings, listener)
-    # uvicorn raises the signals that it took once more at its end, for whoever had them before.
-    stop = signals.StopRequest()
-    stop.install()
-    try:
-        server.run(sockets=[listener])
-    finally:
-        stop.uninstall()
+    # At its end uvicorn raises the signals that it took once more, for whoever had them before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    server.run(sockets=[listener])
     if not server.started:
         raise RuntimeError("the server did not start")
 

@@ -92,7 +92,7 @@ class Upstream:
             )
         until = time.monotonic() + (self._deadline if deadline is None else deadline)
         path, body = _request(ask)
-        last = Piece("", (), None, None, known[ask.model].policy)
+        policy = known[ask.model].policy
         tokens = 0
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -112,7 +112,7 @@ class Upstream:
                         tokens += len(entries) or bool(text)
                         finish = choice.get("finish_reason") or finish
                         if text or entries:
-                            yield Piece(text, entries)
+                            yield Piece(text, entries, policy=policy)
                     if time.monotonic() > until:
                         finish = "deadline"
                         break
@@ -124,7 +124,7 @@ class Upstream:
             raise Unavailable(f"{self._url} ended its reply without a finish_reason")
         counted = Usage(0, tokens) if not usage else _usage(usage)
         reason = finish if finish in FINISH_REASONS else "stop"
-        yield Piece(last.text, (), reason, counted, last.policy)
+        yield Piece("", (), reason, counted, policy)
 
 
 def _model(listed: Mapping[str, Any]) -> Model:
@@ -158,10 +158,7 @@ def _request(ask: Ask) -> tuple[str, dict[str, Any]]:
         return "completions", body
     body["messages"] = [
         # A context stands after the content, with an empty line between, as in chat templates.
-        {
-            "role": m.role,
-            "content": m.content if m.context is None else f"{m.content}\n\n{m.context}",
-        }
+        {"role": m.role, "content": "\n\n".join(text for text in (m.content, m.context) if text)}
         for m in ask.prompt
     ]
     if ask.logprobs is not None:
