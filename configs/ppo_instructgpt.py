@@ -51,7 +51,8 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
     config.whiten_advantages = "minibatch"
     config.ptx = {"coef": 1.0, "name": "pretrain", "batch_size": 512, "seq_len": 1024}
     config.offload = False
-    config.mesh = common.mesh()
+    # Decoding reads all weights at every token: over `tensor`, a device reads a fourth of them.
+    config.mesh = common.mesh(tensor=4)
 
     config.log_every_steps = 1
     config.eval_every_steps = 20

@@ -60,7 +60,7 @@ def get_config(arg: str = "8b") -> ConfigDict:
     config.whiten_advantages = "minibatch"
     config.ptx = {"coef": 0.0, "name": "pretrain", "batch_size": 512, "seq_len": 1024}
     config.offload = False
-    # Decoding reads all weights at every token: split over `tensor`, they need not be gathered.
+    # Decoding reads all weights at every token: over `tensor`, a device reads a part of them.
     config.mesh = common.mesh(tensor=4 if size == "8b" else 8)
 
     config.log_every_steps = 1

@@ -19,10 +19,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import path_aware_map
 
 from gptlab.model import attention as attn
 from gptlab.model import sharding
-from gptlab.model.transformer import Backbone, Block, LanguageModel, ModelConfig
+from gptlab.model.sharding import constrain
+from gptlab.model.transformer import Backbone, Block, LanguageModel, ModelConfig, logical_axes
 from gptlab.run.errors import UserError
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values [B, Hkv, S, K]
@@ -71,15 +73,20 @@ class Generation:
     halted: jax.Array  # bool [B]; it ends with a halt token
 
 
+@sharding.decoding()
 def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters as decoding reads them: `layers` a tuple of L trees, matrices in compute dtype.
 
-    `prefill` and `decode_step` take either form; this one saves them slicing and casting at every
-    call. Idempotent.
+    On a mesh they are split over `tensor` alone: each of its devices holds that part of all
+    weights. `prefill` and `decode_step` take either form; this one saves them slicing, casting and
+    gathering at every call. Idempotent.
     """
+    axes = logical_axes(config)
 
-    def cast(x: jax.Array) -> jax.Array:
-        return x.astype(config.dtype) if x.ndim >= 2 else x
+    def ready(path: tuple[str, ...], x: jax.Array) -> jax.Array:
+        if x.ndim < 2:
+            return x
+        return constrain(x.astype(config.dtype), *axes.get(path, (None,) * x.ndim))
 
     backbone = dict(params["backbone"])
     layers = backbone.pop("layers")
@@ -87,7 +94,8 @@ def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, 
         layers = tuple(
             jax.tree.map(operator.itemgetter(i), layers) for i in range(config.num_layers)
         )
-    return {"backbone": jax.tree.map(cast, backbone | {"layers": layers})}
+    each = lambda tree: path_aware_map(ready, tree)  # noqa: E731
+    return {"backbone": {**each(backbone), "layers": tuple(map(each, layers))}}
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:

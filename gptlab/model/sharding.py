@@ -45,7 +45,11 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 # that is not divisible is refused by train.mesh.
 _FLEXIBLE = frozenset({"batch", "decoding_batch", "length", "act_rank"})
 # What the layers' names of dimensions stand for while `decoding`.
-_WHILE_DECODING: Mapping[str, str | None] = {"batch": "decoding_batch", "length": None}
+# A step of decoding reads all weights for few tokens: gathering them takes longer than the step,
+# so they are gathered once.
+_WHILE_DECODING: Mapping[str, str | None] = {
+    "batch": "decoding_batch", "length": None, "embed": None,
+}  # fmt: skip
 _decoding = contextvars.ContextVar("decoding", default=False)
 
 
@@ -131,7 +135,7 @@ def decoding() -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Splits an activation as RULES says over the mesh in use (`jax.set_mesh`).
+    """Splits an activation, or a weight, as RULES says over the mesh in use (`jax.set_mesh`).
 
     Without a mesh, and outside jit (where arrays already live somewhere), it does nothing.
 

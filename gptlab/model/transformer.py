@@ -9,12 +9,14 @@ Dimensions: B batch, T tokens, D model, H heads, K head dim, F ff, V vocabulary,
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from gptlab.model import attention as attn
@@ -530,3 +532,23 @@ def score_batch(
 def init_params(model: nn.Module, key: jax.Array) -> dict[str, Any]:
     """Float32 parameters still boxed in their logical axes; `nn.unbox` inside jit gives arrays."""
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.cache
+def logical_axes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[str | None, ...]]:
+    """The axes of each of a backbone's parameters by its path; of a layer's, its path in the layer.
+
+    Also those of adapters (model/lora.py), beside whichever kernel they may be.
+    """
+    make = functools.partial(init_params, LanguageModel(config))
+    boxed = flatten_dict(jax.eval_shape(make, jax.random.key(0))["backbone"])
+    axes: dict[tuple[str, ...], tuple[str | None, ...]] = {}
+    for path, box in boxed.items():
+        names = box.names
+        if path[0] == "layers":
+            path, names = path[1:], names[1:]
+        axes[path] = names
+        if path[-1] == "kernel":
+            axes[*path[:-1], "lora_a"] = (names[0], None)
+            axes[*path[:-1], "lora_b"] = (None, names[1])
+    return axes

@@ -111,7 +111,8 @@ def load(workdir: epath.PathLike, dtype: str, mesh: Mesh | None = None) -> Polic
             (1,) * 5, MESH_AXES, axis_types=(AxisType.Auto,) * 5, devices=jax.local_devices()[:1]
         )
     params = checkpoint.load_params(workdir, mesh, functools.partial(init_params, model))
-    return Policy(model, params, tokenizer, artifact.read_manifest(workdir, True)["identity"])
+    with jax.set_mesh(mesh):
+        return Policy(model, params, tokenizer, artifact.read_manifest(workdir, True)["identity"])
 
 
 def find_tokenizer(workdir: epath.PathLike) -> Tokenizer:

@@ -3,8 +3,9 @@
 Everything is global (all devices) and exact: 2 FLOPs a multiply-add, attention over every pair of
 query and key that our attention computes, also those that the mask hides, and products that run
 again going backward as often as they run. Not counted, here as in the compiled program's count:
-what is no product of matrices (a head of one output, norms, softmax, the optimiser's elementwise
-work), and what runs inside of kernels, which `kernels` counts apart.
+what is no product of matrices (a head of one output, a head's only query while decoding, norms,
+softmax, the optimiser's elementwise work), and what runs inside of kernels, which `kernels` counts
+apart.
 
 `ways` are the sizes of the mesh's axes.
 """
@@ -129,7 +130,8 @@ def generate(
 
     def step(queries: int, keys: int) -> int:
         layer = _layer(config, lora, rows * queries)
-        layer += 2 * attention(config, rows, queries * keys)
+        if queries > 1 or config.num_heads > config.num_kv_heads:
+            layer += 2 * attention(config, rows, queries * keys)
         return config.num_layers * layer + _unembedding(config, rows, config.vocab_size)
 
     return step(prompt, prompt) + (new_tokens - 1) * step(1, slots)

@@ -284,11 +284,14 @@ class Program:
             lhs = self._arrays(scope, instruction.operands[0])[0]
             rhs = self._arrays(scope, instruction.operands[1])[0]
             depth = math.prod(lhs.shape[i] for i in instruction.dims("lhs_contracting_dims"))
-            kept = instruction.dims("rhs_contracting_dims") + instruction.dims("rhs_batch_dims")
-            width = math.prod(n for i, n in enumerate(rhs.shape) if i not in kept)
+            batch = math.prod(lhs.shape[i] for i in instruction.dims("lhs_batch_dims"))
+            height = math.prod(lhs.shape) // (depth * batch)
+            width = math.prod(rhs.shape) // (depth * batch)
             # With a vector (a head of one output) it is no product of matrices, and XLA may or may
-            # not write it as one.
-            return 2 * math.prod(instruction.arrays[0].shape) * depth if width > 1 else 0
+            # not write it as one; nor are many of them (a query of each head) while decoding.
+            if width == 1 or (height == 1 and batch > 1):
+                return 0
+            return 2 * batch * height * width * depth
         if instruction.opcode == "convolution":
             lhs, rhs = (self._arrays(scope, name)[0] for name in instruction.operands)
             return convolution_flops(instruction, lhs.shape, rhs.shape)

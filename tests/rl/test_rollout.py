@@ -15,6 +15,7 @@ from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rollout
 from gptlab.run.errors import UserError
+from gptlab.train import hlo, state
 from gptlab.train import mesh as mesh_lib
 
 PAD, STOP, VOCAB = 0, 1, 512
@@ -286,3 +287,22 @@ def test_where_context_splits_decoding_each_process_still_gets_its_prompts_rows(
     np.testing.assert_allclose(drawn.decode_logprobs, samples().decode_logprobs, atol=1e-5)
     assert drawn.response.addressable_shards[0].data.shape == (2, 6)  # of 4 rows, over data 2
     np.testing.assert_array_equal(rollout.local_rows(drawn.response), drawn.response)
+
+
+def test_weights_are_gathered_once_and_not_at_every_token():
+    """With fsdp each device holds a part of them, and a step of decoding reads all."""
+    model, params = language_model()
+    mesh = mesh_lib.make_mesh(common.mesh(fsdp=4, tensor=2))
+    abstract, shardings = state.param_shardings(functools.partial(init_params, model), mesh)
+    placed = state.abstract(abstract, shardings)
+    with jax.set_mesh(mesh):
+        asked = mesh_lib.put_batch(jax.device_get(prompts()), mesh)
+        lowered = sample.lower(model, placed, *asked, jax.random.key(1), sampling(), PAD)
+        placed = jax.device_put(params, shardings)
+        drawn = sample(model, placed, *asked, jax.random.key(1), sampling(), PAD)
+    program = hlo.Program(lowered.compile().as_text())
+    gathers = [x for x in program.collectives if x.kind == "all-gather" and x.group == 4]
+    assert {x.times for x in gathers} == {1}
+    whole = {x.bytes // 3 * 4 for x in gathers}  # a device sends three of four parts
+    assert 4 * CONFIG.d_model * CONFIG.d_ff // 2 in whole
+    np.testing.assert_array_equal(drawn.tokens, samples().tokens)

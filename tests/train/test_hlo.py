@@ -21,6 +21,17 @@ def test_products_count_two_flops_a_multiply_add():
     batched = program_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (3, 8, 16), (3, 16, 4))
     assert batched.flops == 3 * 2 * 8 * 16 * 4
     assert program_of(lambda a: jnp.tanh(a) + 1, (8, 16)).flops == 0
+    assert program_of(jnp.matmul, (1, 16), (16, 4)).flops == 2 * 16 * 4  # one row is a product
+
+
+def test_many_products_with_a_vector_each_count_as_none():
+    """What decoding does with one query of a head: a TPU's compiler writes them as sums."""
+    scores = lambda q, k: jnp.einsum("bhk,bhsk->bhs", q, k)  # noqa: E731
+    values = lambda p, v: jnp.einsum("bhs,bhsk->bhk", p, v)  # noqa: E731
+    assert program_of(scores, (2, 3, 16), (2, 3, 8, 16)).flops == 0
+    assert program_of(values, (2, 3, 8), (2, 3, 8, 16)).flops == 0
+    grouped = lambda q, k: jnp.einsum("bhgk,bhsk->bhgs", q, k)  # noqa: E731
+    assert program_of(grouped, (2, 3, 4, 16), (2, 3, 8, 16)).flops == 2 * 2 * 3 * 4 * 8 * 16
 
 
 def test_loops_count_every_trip():
