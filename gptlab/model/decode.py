@@ -83,7 +83,7 @@ def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, 
     """
     axes = logical_axes(config)
 
-    def ready(path: tuple[str, ...], x: jax.Array) -> jax.Array:
+    def ready(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         if x.ndim < 2:
             return x
         return constrain(x.astype(config.dtype), *axes.get(path, (None,) * x.ndim))
