@@ -15,6 +15,11 @@ if ! python3.11 -c 'import venv, ensurepip' 2>/dev/null; then
   echo "Debian and Ubuntu: apt install python3.11-venv; elsewhere: uv, pyenv or conda have it." >&2
   exit 2
 fi
+# Everything but the quickstart does without.
+if [[ ,$extras, == *,quickstart,* ]] && ! python3.11 -c 'import idlelib' 2>/dev/null; then
+  echo "python3.11 has no idlelib, whose help page the quickstart reads." >&2
+  echo "Debian and Ubuntu: apt install idle-python3.11" >&2
+fi
 
 # What is installed depends on these files and on where the checkout is (pip install -e).
 wanted=$(python3.11 -c '
