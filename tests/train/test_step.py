@@ -1,5 +1,7 @@
 """Accumulation equals the large batch; one step follows the policy for what is not finite."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,10 +36,13 @@ def test_microbatches_equal_the_large_batch(steps):
     batch = example_batch()
     whole = step_lib.accumulate(loss_fn, PARAMS, batch, 1, KEY)
     parts = jax.jit(lambda b: step_lib.accumulate(loss_fn, PARAMS, b, steps, KEY))(batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), whole, parts)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=1e-7)
+    jax.tree.map(close, whole, parts)
     weights = np.asarray(batch["mask"])
     grads = jax.grad(lambda p: loss_fn(p, batch, KEY)[0] / weights.sum())(PARAMS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), parts[0], grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), parts[0], grads
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 12])
