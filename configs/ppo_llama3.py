@@ -19,7 +19,7 @@ from configs import common
 TOPOLOGIES = {
     "8b": "v5p:4x4x8",
     "70b": "v5p:4x4x8",
-    "8b_lora": "v6e:4x4",
+    "8b_lora": "v5p:2x2x4",
     "70b_lora": "v5p:4x4x4",
 }
 

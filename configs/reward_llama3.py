@@ -38,7 +38,7 @@ def get_config(arg: str = "8b") -> ConfigDict:
     config.lora = common.llama_lora() if with_lora else common.lora()
 
     config.batch_size = 64
-    config.accumulation_steps = 4 if size == "8b" else 1
+    config.accumulation_steps = {"8b": 2, "8b_lora": 4}.get(arg, 1)
     config.update(common.duration(total_epochs=1.0))
     config.optimizer = common.adamw(lr=9e-5 if with_lora else 9e-6)
     config.on_nonfinite = "stop"
