@@ -28,8 +28,9 @@ import numpy as np
 
 from benchmarks import measure
 from configs import convert as convert_config
-from gptlab import chat, convert
+from gptlab import convert
 from gptlab.model import decode
+from gptlab.people import policy as policies
 from gptlab.run import program
 
 DTYPES = ("float32", "bfloat16")
@@ -87,7 +88,7 @@ class Ours:
 
     def __init__(self, workdir: str, dtype: str, prompt: int):
         """Loads it; compiles nothing yet."""
-        self._policy = chat.load_policy(workdir, dtype)
+        self._policy = policies.load(workdir, dtype)
         config = self._policy.model.config
         self.parameters = config.num_params()
         self.prompt = self._policy.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:prompt]
