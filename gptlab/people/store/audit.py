@@ -8,10 +8,16 @@ whole chain was computed anew, keep `head` elsewhere (every export's manifest ha
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from gptlab.people.store.database import Database, Writer
+import sqlalchemy as sa
+
+from gptlab.people.store import schema
+from gptlab.people.store.database import Database, Reader, Writer
+from gptlab.people.store.schema import audit, to_json
 
 SYSTEM = "system"
 
@@ -51,11 +57,26 @@ class Audit:
         object: str | None = None,
     ) -> list[Entry]:
         """Rows in order, from the one after `after`; of one actor, or about one object."""
-        raise NotImplementedError
+        query = sa.select(audit).where(audit.c.id > after).order_by(audit.c.id).limit(limit)
+        if actor is not None:
+            query = query.where(audit.c.actor == actor)
+        if object is not None:
+            query = query.where(audit.c.object == object)
+        with self._database.read() as reader:
+            return [
+                Entry(r.id, r.at, r.actor, r.action, r.object, json.loads(r.detail), r.hash)
+                for r in reader.execute(query)
+            ]
 
     def head(self) -> Head:
         """The newest row."""
-        raise NotImplementedError
+        with self._database.read() as reader:
+            return _head(reader)
+
+    def content_head(self) -> Head:
+        """The newest row that changed what an export reads: the same until something does."""
+        with self._database.read() as reader:
+            return newest_content(reader)
 
     def verify(self, known: Head | None = None) -> str | None:
         """What is wrong with the chain (which row, and what about it), or None.
@@ -63,7 +84,24 @@ class Audit:
         Args:
           known: a head kept elsewhere, which must be part of the chain.
         """
-        raise NotImplementedError
+        with self._database.read() as reader:
+            last = Head(0, _genesis(reader))
+            seen = known is None or known == last
+            query = sa.select(audit).order_by(audit.c.id).execution_options(yield_per=1000)
+            for row in reader.execute(query):
+                if row.id != last.row + 1:
+                    return f"row {last.row + 1} of the audit is missing"
+                fields = (row.id, row.at, row.actor, row.action, row.object, row.detail)
+                if row.previous != last.hash or row.hash != _hash(last.hash, *fields, row.content):
+                    return f"row {row.id} of the audit is not what was written"
+                last = Head(row.id, row.hash)
+                seen = seen or last == known
+            if last != _head(reader):
+                return f"the audit ends at row {last.row}, and its newest row was another"
+            if not seen:
+                assert known is not None
+                return f"row {known.row} of the audit is not the one that was known"
+        return None
 
     def append(
         self,
@@ -78,4 +116,38 @@ class Audit:
 
         `content`: whether what an export reads has changed.
         """
-        raise NotImplementedError
+        before = _head(writer)
+        previous = before.hash if before.row else _genesis(writer)
+        row, at, text = before.row + 1, self._database.clock(), to_json(dict(detail or {}))
+        digest = _hash(previous, row, at, actor, action, object, text, content)
+        writer.execute(
+            audit.insert().values(
+                id=row, at=at, actor=actor, action=action, object=object, detail=text,
+                content=content, previous=previous, hash=digest,
+            )
+        )  # fmt: skip
+        writer.execute(schema.head.update().values(row=row, hash=digest))
+        return row
+
+
+def newest_content(reader: Reader) -> Head:
+    """See Audit.content_head; within a transaction."""
+    query = sa.select(audit.c.id, audit.c.hash).where(audit.c.content)
+    row = reader.execute(query.order_by(audit.c.id.desc()).limit(1)).first()
+    return Head(0, _genesis(reader)) if row is None else Head(row.id, row.hash)
+
+
+def _head(reader: Reader) -> Head:
+    row = reader.execute(sa.select(schema.head.c.row, schema.head.c.hash)).one()
+    return Head(row.row, row.hash) if row.row else Head(0, _genesis(reader))
+
+
+def _genesis(reader: Reader) -> str:
+    """What the first row follows: no two stores begin alike."""
+    return hashlib.sha256(
+        reader.execute(sa.select(schema.store.c.id)).scalar_one().encode()
+    ).hexdigest()
+
+
+def _hash(previous: str, *fields: object) -> str:
+    return hashlib.sha256(to_json([previous, *fields]).encode()).hexdigest()

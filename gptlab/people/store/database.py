@@ -22,6 +22,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import event
 
 from gptlab.people.store import schema
+from gptlab.people.store.errors import Invalid
 from gptlab.run.errors import UserError
 
 Reader = sa.Connection
@@ -86,6 +87,18 @@ class Database:
 def new_id() -> str:
     """A random id: 96 bits, 16 characters that are safe in a URL."""
     return secrets.token_urlsafe(12)
+
+
+def storable(text: str, limit: int, what: str) -> str:
+    """The text, if both databases can keep it. Raises Invalid."""
+    if not isinstance(text, str):
+        raise Invalid(f"{what} must be text")
+    if len(text) > limit:
+        raise Invalid(f"{what} has {len(text):,} characters, {limit:,} are allowed")
+    # PostgreSQL keeps no NUL, and lone surrogates are no Unicode text.
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise Invalid(f"{what} has characters that are no text")
+    return text
 
 
 def _parse(url: str) -> sa.URL:
