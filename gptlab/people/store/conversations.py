@@ -117,6 +117,7 @@ class Conversations:
             removal.remove_conversations(writer, conversations.c.id == conversation)
             where = f"conversations:{conversation}"
             self._audit.append(writer, person, "conversation.delete", where, content=True)
+        self._database.forget()
 
     def messages(self, person: str, conversation: str) -> list[Message]:
         """The whole tree, parents before their children, siblings oldest first."""

@@ -29,6 +29,8 @@ Reader = sa.Connection
 Writer = sa.Connection
 _BUSY_SECONDS = 30.0
 _WRITES = "gptlab_writes"
+# secure_delete: what is deleted is overwritten.
+_PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "secure_delete=ON")
 
 
 class Database:
@@ -78,6 +80,14 @@ class Database:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(schema.head.c.row).with_for_update())
             yield connection
+
+    def forget(self) -> None:
+        """Has SQLite's write-ahead log forget what was deleted; its file is overwritten at once."""
+        if self._engine.dialect.name == "sqlite":
+            with _explained(self._engine.url), self._engine.connect() as connection:
+                raw = connection.connection.dbapi_connection
+                assert raw is not None
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def close(self) -> None:
         """Closes all connections."""
@@ -149,7 +159,7 @@ def _engine(url: sa.URL) -> sa.Engine:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, record: object) -> None:
         connection.isolation_level = None  # Python's sqlite3 must not begin by itself
-        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+        for pragma in _PRAGMAS:
             connection.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")
