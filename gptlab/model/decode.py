@@ -101,6 +101,7 @@ def extend(
     cache: Cache,
     tokens: jax.Array,
     start: jax.Array,
+    row: jax.Array | None = None,
 ) -> tuple[Cache, jax.Array]:
     """Runs T more tokens of each row through the layers, reading and filling the cache.
 
@@ -110,6 +111,7 @@ def extend(
         cache: S slots, of which row b's first start[b] are filled.
         tokens: int32 [B, T], at positions start[b] .. start[b] + T - 1 <= S - 1.
         start: int32 [B].
+        row: int32 []: tokens and start, with B = 1, are of this one row of a cache of more.
 
     Returns:
         The cache and the last layer's output [B, T, D] (before the final norm).
@@ -122,7 +124,7 @@ def extend(
     mask = attn.cache_mask(positions, cache[0][0].shape[2])
     block, filled = Block(config), []
     for layer, slots in zip(backbone["layers"], cache, strict=True):
-        x, slots = block.apply({"params": layer}, x, mask, rope, slots, start)
+        x, slots = block.apply({"params": layer}, x, mask, rope, slots, start, row)
         filled.append(slots)
     return tuple(filled), x
 

@@ -178,15 +178,7 @@ def prefill(
         From the last chunk on the slot is running.
     """
     slot, start, count, is_last, limit, top_k, wants, index = chunk.numbers
-    width = chunk.tokens.shape[0]
-    own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), slots.cache)
-    own, x = decode.extend(model, params, own, chunk.tokens[None], start[None])
-    new = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, 2), own)
-    cache = jax.tree.map(
-        lambda all_, own: jax.lax.dynamic_update_slice(all_, own, (slot, 0, start, 0)),
-        slots.cache,
-        new,
-    )
+    cache, x = decode.extend(model, params, slots.cache, chunk.tokens[None], start[None], slot)
     seed = jax.random.wrap_key_data(chunk.seed, impl="threefry2x32")
     key = jax.random.fold_in(seed, index)
     sampling = decode.RowSampling(chunk.shape[:1], top_k[None], chunk.shape[1:])
