@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from gptlab.people.store import NotFound
 from gptlab.people.store.accounts import SCOPES, Person
+from gptlab.people.store.deletion import Export
 from gptlab.people.web import security
 from gptlab.people.web.security import Denied, MaybeVisitor, SignedIn, Visitor
 from gptlab.people.web.site import Site, SiteOf
@@ -147,13 +148,18 @@ async def delete(
     if confirm.strip().lower() != "delete":
         raise Denied(400, "nothing was deleted: type the word delete to confirm")
     person = visitor.person.id
-    for reply in [r for r in site.running.values() if r.person == person]:
-        reply.stop()
-        await reply.ended()
-    exports = await run_in_threadpool(site.store.delete_person, person, person)
+    exports = await delete_someone(site, person, person)
     answer = site.page(request, "deleted.html", None, exports=exports)
     security.end_session(site, answer)
     return answer
+
+
+async def delete_someone(site: Site, person: str, actor: str) -> list[Export]:
+    """Deletes a person; a reply that still runs for them can't come after that."""
+    for reply in [r for r in site.running.values() if r.person == person]:
+        reply.stop()
+        await reply.ended()
+    return await run_in_threadpool(site.store.delete_person, person, actor)
 
 
 def _home(person: Person) -> str:
