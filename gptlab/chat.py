@@ -79,14 +79,14 @@ class Session:
         key = jax.random.fold_in(self._key, self._turn)
         self._turn += 1
         tokenizer = self._policy.tokenizer
-        text = chat.ReplyText(tokenizer, chat.blanks_before_reply(tokenizer))
+        reader = chat.ReplyText(tokenizer, chat.blanks_before_reply(tokenizer))
         said: list[str] = []
         try:
             for token in self._policy.stream(asked.ids, key, self._sampling):
-                if piece := text.feed(token):
+                if piece := reader.feed(token):
                     said.append(piece)
                     yield piece
-            if rest := text.end():
+            if rest := reader.end():
                 said.append(rest)
                 yield rest
         finally:

@@ -264,6 +264,6 @@ async def _pieces(
             finish = "stop"
         text, tokens = reader.take()
         if finish is None and (text or tokens):
-            yield Piece(text, tokens)
+            yield Piece(text, tokens, policy=engine.policy.identity)
     usage = Usage(len(ticket.request.ids), count, ticket.cached_tokens)
     yield Piece(text, tokens, finish, usage, engine.policy.identity, notice)

@@ -79,6 +79,9 @@ def _validation(error: RequestValidationError) -> ApiError:
     kind, message = first["type"], first["msg"]
     if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
+    if kind == "model_attributes_type" and not place:
+        message = "the body is no JSON object; send it with 'Content-Type: application/json'"
+        return ApiError(400, message, code="invalid_json")
     if kind == "unsupported_parameter":
         return ApiError(400, message, first["ctx"]["name"], "unsupported_parameter")
     param = ".".join(place) or None

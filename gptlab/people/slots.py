@@ -79,7 +79,7 @@ def _placed(slots: Slots) -> Slots:
     cache = jax.tree.map(
         lambda x: constrain(x, "batch", "act_heads", "kv_length", None), slots.cache
     )
-    rest = jax.tree.map(lambda x: constrain(x, None), slots.replace(cache=()))
+    rest = jax.tree.map(lambda x: constrain(x, None), dataclasses.replace(slots, cache=()))
     return dataclasses.replace(rest, cache=cache)
 
 
