@@ -25,6 +25,7 @@ setup(
     packages=find_packages(include=["gptlab", "gptlab.*"]),
     package_data={
         "gptlab": ["py.typed"],
+        "gptlab.people.web": ["templates/*.html", "static/*"],
         "gptlab.people.store": ["migrations/*.py", "migrations/*.mako", "migrations/versions/*.py"],
     },
     python_requires=">=3.11",
