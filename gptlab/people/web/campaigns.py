@@ -21,7 +21,6 @@ from gptlab.run import artifact
 from gptlab.run.errors import UserError
 
 _TASKS = 50
-_SAID = {"saved": "Saved.", "sampling": "Sampling has begun; tasks appear as they are ready."}
 _SOURCE = "web"  # of prompts written by an admin
 router = APIRouter(include_in_schema=False)
 Text = Annotated[str, Form()]
@@ -77,9 +76,7 @@ def page(
         states=STATES,
         sampling=site.sampling.get(found.id),
         artifacts=site.settings.artifacts,
-        said=_SAID.get(said) or (
-            f"{said[7:]} tasks queued" if said.startswith("queued-") and said[7:].isdecimal() else ""
-        ),
+        said=_said(said),
     )
 
 
@@ -199,6 +196,17 @@ def _artifact(site: Site, workdir: str) -> Path:
 
 def _key(text: str) -> str:
     return f"{_SOURCE}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
+
+
+def _said(code: str) -> str:
+    """What a form's answer tells the page; not a text, which anybody could put into a link."""
+    count = code.removeprefix("queued-")
+    if code.startswith("queued-") and count.isdecimal():
+        return f"{int(count):,} new {'task' if count == '1' else 'tasks'} queued."
+    return {
+        "saved": "Saved.",
+        "sampling": "Sampling has begun; tasks appear as they are ready.",
+    }.get(code, "")
 
 
 def _back(campaign: Campaign, said: str) -> Response:

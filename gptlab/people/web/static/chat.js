@@ -221,7 +221,8 @@ const handlers = {
       },
     });
     article.append(form);
-    form.querySelector("textarea").focus();
+    form.querySelector("textarea").focus({ preventScroll: true });
+    form.scrollIntoView({ block: "nearest" });
   },
   edit(message) {
     if (state.running) return;
@@ -356,6 +357,7 @@ $("context-toggle").addEventListener("click", () => toggle("context"));
 $("system-toggle").addEventListener("click", () => toggle("system"));
 $("help-button").addEventListener("click", () => $("help").showModal());
 $("sidebar-toggle").addEventListener("click", () => sidebar(!document.body.classList.contains("sidebar-open")));
+$("main").addEventListener("click", () => sidebar(false));
 const fresh = () => {
   history.pushState({}, "", "/chat");
   open(null);

@@ -33,7 +33,8 @@ export function actions(message, feedback, handlers) {
       bar.parentElement.querySelector(".reasons")?.remove();
       const form = reasons(message, up, handlers);
       bar.after(form);
-      form.querySelector("input, textarea").focus();
+      form.querySelector("input, textarea").focus({ preventScroll: true });
+      form.scrollIntoView({ block: "nearest" });
     } catch (error) {
       complain(error);
     }
