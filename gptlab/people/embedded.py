@@ -153,18 +153,20 @@ class Embedded:
         return _Served(workdir, path, Engine(policy, self._options, self._mesh), int(time.time()))
 
     def _watch(self, seconds: float) -> None:
-        """Looks for promoted policies until the end; one that can't be loaded is told of once."""
-        passed_over: dict[str, epath.Path] = {}
+        """Looks for promoted policies until the end; what goes wrong is told of once."""
+        passed_over: dict[str, epath.Path | None] = {}
         while not self._closed.wait(seconds):
             for name, one in list(self._served.items()):
+                path = None
                 try:
                     path = policies.find(one.workdir)
                     if path in (one.path, passed_over.get(name)):
                         continue
                     newer = self._serve(one.workdir)
-                except UserError as error:
+                except Exception as error:  # whatever it is, the old one goes on
+                    if name not in passed_over or passed_over[name] != path:
+                        _say(f"{name} stays at {one.path}: {error}")
                     passed_over[name] = path
-                    _say(f"{name} stays at {one.path}: {error}")
                     continue
                 self._served[name] = newer
                 _say(f"{name} is now {newer.path}")
