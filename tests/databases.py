@@ -11,6 +11,7 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -62,27 +63,66 @@ def postgresql() -> Iterator[str]:
         _wait_for(server, str(directory))
         yield str(directory)
     finally:
-        server.send_signal(2)  # SIGINT: disconnects everybody and ends
+        server.send_signal(signal.SIGQUIT)  # at once: there is nothing to keep
         server.wait(60)
         shutil.rmtree(directory)
 
 
-def new_database(directory: str) -> str:
-    """The URL of a new, empty database of the server."""
+@pytest.fixture(scope="session")
+def postgresql_template(postgresql: str) -> str:
+    """The name of a database that holds an empty store: copying it takes less than migrating."""
+    from gptlab.people.store import Store
+
+    url = new_database(postgresql)
+    Store.open(url).close()
+    return url.partition("@/")[2].partition("?")[0]
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory, no_fsync: None) -> Path:
+    """A file that holds an empty store."""
+    from gptlab.people.store import Store
+
+    path = tmp_path_factory.mktemp("store") / "store.sqlite"
+    Store.open(f"sqlite:///{path}").close()
+    return path
+
+
+def new_database(directory: str, template: str = "template1") -> str:
+    """The URL of a new database of the server, a copy of another one."""
     import psycopg
 
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(host=directory, user=_USER, dbname="postgres", autocommit=True) as server:
-        server.execute(f"CREATE DATABASE {name}")
+        server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     return f"postgresql+psycopg://{_USER}@/{name}?host={directory}"
 
 
 @pytest.fixture(params=BACKENDS)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a store that doesn't exist yet, of each backend in turn."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/store.sqlite"
-    return new_database(request.getfixturevalue("postgresql"))
+    """The URL of an empty store, of each backend in turn."""
+    return make_store_url(request, request.param, tmp_path)
+
+
+def make_store_url(request: pytest.FixtureRequest, backend: str, directory: Path) -> str:
+    """The URL of an empty store; those of all tests have the same id."""
+    if backend == "sqlite":
+        path = directory / f"{secrets.token_hex(6)}.sqlite"
+        shutil.copy(request.getfixturevalue("sqlite_template"), path)
+        return f"sqlite:///{path}"
+    server = request.getfixturevalue("postgresql")
+    return new_database(server, request.getfixturevalue("postgresql_template"))
+
+
+@pytest.fixture(scope="session")
+def no_fsync() -> Iterator[None]:
+    """A test's SQLite needs no disk that survives a power cut."""
+    from gptlab.people.store import database
+
+    with pytest.MonkeyPatch.context() as patch:
+        fast = tuple(p.replace("synchronous=FULL", "synchronous=OFF") for p in database._PRAGMAS)
+        patch.setattr(database, "_PRAGMAS", fast)
+        yield
 
 
 @pytest.fixture

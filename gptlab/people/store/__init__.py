@@ -21,7 +21,8 @@ the message is for the person who gave it), `Forbidden` (the role doesn't allow 
 a database that can't be opened or used is a UserError.
 """
 
+from gptlab.people.store.database import resolve_url
 from gptlab.people.store.errors import Forbidden, Invalid, LeaseLost, NotFound
 from gptlab.people.store.store import Store
 
-__all__ = ["Forbidden", "Invalid", "LeaseLost", "NotFound", "Store"]
+__all__ = ["Forbidden", "Invalid", "LeaseLost", "NotFound", "Store", "resolve_url"]

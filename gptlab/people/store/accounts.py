@@ -414,8 +414,8 @@ def check_not_last_admin(reader: Reader, person: str) -> None:
         raise Invalid("this is the only admin: make somebody else one first")
 
 
-def consenting(scope: str, until: int | None = None) -> sa.Select[Any]:
-    """Ids of the people whose newest answer (as of that audit row) is that they consent."""
+def consenting(scope: str) -> sa.Select[Any]:
+    """Ids of the people whose newest answer is that they consent."""
     newer = consents.alias("newer")
     later = sa.select(newer.c.id).where(
         newer.c.person_id == consents.c.person_id,
@@ -423,9 +423,6 @@ def consenting(scope: str, until: int | None = None) -> sa.Select[Any]:
         newer.c.row > consents.c.row,
     )
     query = sa.select(consents.c.person_id).where(consents.c.scope == scope, consents.c.given)
-    if until is not None:
-        later = later.where(newer.c.row <= until)
-        query = query.where(consents.c.row <= until)
     return query.where(~later.exists())
 
 

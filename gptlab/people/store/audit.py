@@ -73,11 +73,6 @@ class Audit:
         with self._database.read() as reader:
             return _head(reader)
 
-    def content_head(self) -> Head:
-        """The newest row that changed what an export reads: the same until something does."""
-        with self._database.read() as reader:
-            return newest_content(reader)
-
     def verify(self, known: Head | None = None) -> str | None:
         """What is wrong with the chain (which row, and what about it), or None.
 
@@ -128,13 +123,6 @@ class Audit:
         )  # fmt: skip
         writer.execute(schema.head.update().values(row=row, hash=digest))
         return row
-
-
-def newest_content(reader: Reader) -> Head:
-    """See Audit.content_head; within a transaction."""
-    query = sa.select(audit.c.id, audit.c.hash).where(audit.c.content)
-    row = reader.execute(query.order_by(audit.c.id.desc()).limit(1)).first()
-    return Head(0, _genesis(reader)) if row is None else Head(row.id, row.hash)
 
 
 def _head(reader: Reader) -> Head:

@@ -71,7 +71,8 @@ class Campaign:
 class Task:
     """A task as managers see it. `gold`: the known ranks of a gold check.
 
-    `prompt` is None where the labeller writes about `topic` from the start.
+    `prompt` is None where the labeller writes about `topic` from the start; `person` is whose chat
+    it shows.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Task:
     topic: str
     candidates: tuple[Candidate, ...]  # none in a demonstration campaign
     gold: tuple[int, ...] | None
+    person: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Campaigns:
         if state is not None:
             query = query.where(campaigns.c.state == state)
         with self._database.read() as reader:
-            return [_campaign(row) for row in reader.execute(query)]
+            return [campaign_of(row) for row in reader.execute(query)]
 
     def queue(
         self, campaign: str, sets: Iterable[CandidateSet], actor: str, split: str = ""
@@ -179,10 +181,12 @@ class Campaigns:
         )
         return self._queue(campaign, "ranking", rows, actor)
 
-    def queue_prompts(self, campaign: str, prompts: Iterable[Prompt], actor: str) -> int:
+    def queue_prompts(
+        self, campaign: str, prompts: Iterable[Prompt], actor: str, split: str = ""
+    ) -> int:
         """Queues beginnings of conversations for a demonstration campaign; returns the new ones."""
         rows = ({"source": prompt.id, "payload": _payload(prompt)} for prompt in prompts)
-        return self._queue(campaign, "demonstration", rows, actor)
+        return self._queue(campaign, "demonstration", rows, actor, split=split)
 
     def queue_topics(self, campaign: str, topics: Iterable[str], actor: str) -> int:
         """Queues what conversations shall be about: trainers write them from the first turn on."""
@@ -240,6 +244,14 @@ class Campaigns:
             query = query.order_by(tasks.c.place, tasks.c.id).offset(offset).limit(limit)
             return [task_of(row) for row in reader.execute(query)]
 
+    def states(self, campaign: str) -> dict[str, tuple[str, str]]:
+        """What each task was made of (a candidate set's id, say) -> the task's id and state."""
+        with self._database.read() as reader:
+            found = find_campaign(reader, campaign)
+            query = sa.select(tasks.c.source, tasks.c.id, tasks.c.state)
+            rows = reader.execute(query.where(tasks.c.campaign_id == found.id))
+            return {row.source: (row.id, row.state) for row in rows}
+
     def task(self, task: str) -> Task:
         """Raises NotFound."""
         with self._database.read() as reader:
@@ -282,7 +294,7 @@ def find_campaign(reader: Reader, campaign: str) -> Campaign:
     row = reader.execute(query).first()
     if row is None:
         raise NotFound(f"there is no campaign {campaign!r}")
-    return _campaign(row)
+    return campaign_of(row)
 
 
 def find_task(reader: Reader, task: str) -> Task:
@@ -308,7 +320,7 @@ def task_of(row: Any) -> Task:
         topic = content.get("topic", "")
     return Task(
         row.id, row.campaign_id, row.source, row.split, row.state, prompt, topic, candidates,
-        None if row.gold is None else tuple(json.loads(row.gold)),
+        None if row.gold is None else tuple(json.loads(row.gold)), row.person_id,
     )  # fmt: skip
 
 
@@ -394,7 +406,8 @@ def prompt_id(conversation: str, row: int) -> str:
     return f"{conversation}:{row}"
 
 
-def _campaign(row: Any) -> Campaign:
+def campaign_of(row: Any) -> Campaign:
+    """A row of the table."""
     settings = Settings(
         row.instructions, row.overlap, row.lease_seconds, row.gold_rate, row.disagreement,
         row.max_skips, row.seed,

@@ -125,7 +125,7 @@ class Conversations:
         query = sa.select(messages).where(messages.c.conversation_id == conversation)
         with self._database.read() as reader:
             _owned(reader, person, conversation)
-            return [_message(row) for row in reader.execute(query.order_by(messages.c.row))]
+            return [message_of(row) for row in reader.execute(query.order_by(messages.c.row))]
 
     def path(self, person: str, message: str) -> list[Message]:
         """From the root to this message."""
@@ -216,14 +216,14 @@ def owned_message(reader: Reader, person: str, message: str) -> Message:
     row = reader.execute(query).first()
     if row is None:
         raise NotFound("there is no such message")
-    return _message(row)
+    return message_of(row)
 
 
 def path_to(reader: Reader, message: str) -> list[Message]:
     """From the root to a message."""
     up = sa.select(messages).where(messages.c.id == message).cte("up", recursive=True)
     up = up.union_all(sa.select(messages).join(up, messages.c.id == up.c.parent_id))
-    return [_message(row) for row in reader.execute(sa.select(up).order_by(up.c.row))]
+    return [message_of(row) for row in reader.execute(sa.select(up).order_by(up.c.row))]
 
 
 def _owned(reader: Reader, person: str, conversation: str) -> Conversation:
@@ -282,7 +282,8 @@ def _conversation(row: Any) -> Conversation:
     return Conversation(row.id, row.person_id, row.title, row.created_at, row.changed_at)
 
 
-def _message(row: Any) -> Message:
+def message_of(row: Any) -> Message:
+    """A row of the table."""
     return Message(
         row.id, row.conversation_id, row.parent_id, row.role, row.content, row.context, row.model,
         row.policy, row.finished, row.refusal, json.loads(row.settings), row.improves,

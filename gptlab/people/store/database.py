@@ -29,6 +29,7 @@ Reader = sa.Connection
 Writer = sa.Connection
 _BUSY_SECONDS = 30.0
 _WRITES = "gptlab_writes"
+_URL_VARIABLE = "GPTLAB_STORE"
 # secure_delete: what is deleted is overwritten.
 _PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "secure_delete=ON")
 
@@ -97,6 +98,25 @@ class Database:
 def new_id() -> str:
     """A random id: 96 bits, 16 characters that are safe in a URL."""
     return secrets.token_urlsafe(12)
+
+
+def resolve_url(url: str | None) -> str:
+    """The URL that a config names, or else $GPTLAB_STORE, which may have a password.
+
+    Raises UserError without either, and for a password in a config, as that is kept on disk.
+    """
+    if url is None:
+        if not (url := os.environ.get(_URL_VARIABLE)):
+            raise UserError(
+                f"config.store.url is not set: give sqlite:///PATH or postgresql+psycopg://"
+                f"HOST/NAME, or set ${_URL_VARIABLE}"
+            )
+    elif _parse(url).password is not None:
+        raise UserError(
+            f"config.store.url has a password, which would be kept in config.json: put the URL "
+            f"into ${_URL_VARIABLE} instead, or the password into $PGPASSWORD"
+        )
+    return url
 
 
 def storable(text: str, limit: int, what: str) -> str:

@@ -21,7 +21,9 @@ import sqlalchemy as sa
 
 from gptlab.people.store.accounts import check_not_last_admin, find_person, require
 from gptlab.people.store.audit import SYSTEM, Audit
+from gptlab.people.store.content import State, state_of_content
 from gptlab.people.store.database import Database, Reader, Writer, new_id
+from gptlab.people.store.errors import Invalid
 from gptlab.people.store.removal import remove, remove_answers, remove_conversations
 from gptlab.people.store.schema import (
     api_keys,
@@ -58,18 +60,34 @@ class Exports:
         self._database, self._audit = database, audit
 
     def register(
-        self, identity: str, workdir: str, until: int, rows: Iterable[tuple[str, str, str]]
+        self, identity: str, workdir: str, state: State, rows: Iterable[tuple[str, str, str]]
     ) -> Export:
-        """Notes an export and its rows: (table, id, person). Once for each identity and workdir."""
+        """Notes an export, before it is written. Once for each identity and workdir.
+
+        Args:
+          identity: the artifact's.
+          workdir: where it is.
+          state: the content that was read.
+          rows: (table, id, person) of what goes in.
+
+        Raises:
+          Invalid: somebody was deleted or has withdrawn their consent since the content was read.
+        """
         unique = sorted(set(rows))
         with self._database.write() as writer:
+            if state_of_content(writer, state.until) != state:
+                raise Invalid("the store has changed while it was read: export once more")
             same = sa.and_(exports.c.identity == identity, exports.c.workdir == workdir)
             known = writer.execute(sa.select(exports.c.id).where(same)).scalar()
             if known is None:
                 known, now = new_id(), self._database.clock()
                 writer.execute(
                     exports.insert().values(
-                        id=known, identity=identity, workdir=workdir, until=until, created_at=now
+                        id=known,
+                        identity=identity,
+                        workdir=workdir,
+                        until=state.until,
+                        created_at=now,
                     )
                 )
                 if unique:
@@ -78,7 +96,7 @@ class Exports:
                         export_rows.insert(),
                         [{"export_id": known} | dict(zip(names, r, strict=True)) for r in unique],
                     )
-                detail = {"identity": identity, "until": until, "rows": len(unique)}
+                detail = {"identity": identity, "until": state.until, "rows": len(unique)}
                 self._audit.append(writer, SYSTEM, "export.add", f"exports:{known}", detail)
             return next(e for e in _exports(writer) if e.id == known)
 

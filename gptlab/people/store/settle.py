@@ -9,23 +9,26 @@ States are computed anew whenever an answer comes or goes, so that none can be s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 
-from gptlab.people.store.database import Reader, Writer
-from gptlab.people.store.schema import campaigns, flags, judgements, leases, tasks
+from gptlab.people.store.database import Writer
+from gptlab.people.store.judgements import Judgement, read_judgements
+from gptlab.people.store.schema import campaigns, judgements, leases, tasks
 
 SERIOUS = 2  # flags of this severity and above go to reviewers
 DECIDING = ("decision", "drop")
 
 
-def standing() -> sa.ColumnElement[bool]:
-    """Of judgements: no correction has superseded it."""
+def standing(until: int | None = None) -> sa.ColumnElement[bool]:
+    """Of judgements: no correction has superseded it (up to an audit row)."""
     newer = judgements.alias("newer")
-    return ~sa.select(newer.c.id).where(newer.c.supersedes == judgements.c.id).exists()
+    later = sa.select(newer.c.id).where(newer.c.supersedes == judgements.c.id)
+    if until is None:
+        return ~later.exists()
+    return sa.and_(judgements.c.row <= until, ~later.where(newer.c.row <= until).exists())
 
 
 def disagreement(rankings: Sequence[Sequence[int]]) -> float:
@@ -44,6 +47,22 @@ def disagreement(rankings: Sequence[Sequence[int]]) -> float:
     return total / count if count else math.nan
 
 
+def state_of(answers: Sequence[Judgement], overlap: int, threshold: float, max_skips: int) -> str:
+    """A task's state by its standing judgements, and its campaign's settings."""
+    kinds = [answer.kind for answer in answers]
+    if any(kind in DECIDING for kind in kinds):
+        return "done"
+    if kinds.count("skip") >= max_skips:
+        return "review"
+    judged = [answer for answer in answers if answer.kind != "skip"]
+    if len(judged) < overlap:
+        return "open"
+    if disagreement([a.ranks for a in judged if a.ranks is not None]) > threshold:
+        return "review"
+    serious = any(flag.severity >= SERIOUS for answer in judged for flag in answer.flags)
+    return "review" if serious else "done"
+
+
 def settle(writer: Writer, task_ids: Iterable[str]) -> None:
     """Writes the states of these tasks. Gold checks stay open, deleted tasks deleted."""
     for task in task_ids:
@@ -56,7 +75,8 @@ def settle(writer: Writer, task_ids: Iterable[str]) -> None:
         row = writer.execute(query).first()
         if row is None:
             continue
-        state = _state(writer, task, row.overlap, row.disagreement, row.max_skips)
+        answers = read_judgements(writer, sa.and_(judgements.c.task_id == task, standing()))
+        state = state_of(answers, row.overlap, row.disagreement, row.max_skips)
         if state != row.state:
             writer.execute(tasks.update().where(tasks.c.id == task).values(state=state))
 
@@ -65,28 +85,6 @@ def settle_campaign(writer: Writer, campaign: str) -> None:
     """The same for all tasks of a campaign that have an answer, say after its settings changed."""
     answered = sa.select(judgements.c.task_id).where(judgements.c.campaign_id == campaign)
     settle(writer, writer.execute(answered.distinct()).scalars().all())
-
-
-def _state(reader: Reader, task: str, overlap: int, threshold: float, max_skips: int) -> str:
-    query = sa.select(judgements.c.id, judgements.c.kind, judgements.c.ranks).where(
-        judgements.c.task_id == task, standing()
-    )
-    rows = reader.execute(query).all()
-    kinds = [row.kind for row in rows]
-    if any(kind in DECIDING for kind in kinds):
-        return "done"
-    if kinds.count("skip") >= max_skips:
-        return "review"
-    judged = [row for row in rows if row.kind != "skip"]
-    if len(judged) < overlap:
-        return "open"
-    rankings = [json.loads(row.ranks) for row in judged if row.ranks is not None]
-    if disagreement(rankings) > threshold:
-        return "review"
-    serious = sa.select(sa.func.max(flags.c.severity)).where(
-        flags.c.judgement_id.in_([row.id for row in judged])
-    )
-    return "review" if (reader.execute(serious).scalar() or 0) >= SERIOUS else "done"
 
 
 def occupied(now: float) -> sa.ScalarSelect[int]:

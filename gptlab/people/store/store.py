@@ -6,9 +6,11 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+from gptlab.people.store import content
 from gptlab.people.store.accounts import Accounts
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.campaigns import Campaigns
+from gptlab.people.store.content import Content, State
 from gptlab.people.store.conversations import Conversations
 from gptlab.people.store.database import Database
 from gptlab.people.store.deletion import Export, Exports
@@ -69,6 +71,20 @@ class Store:
         """
         return self.exports.delete_person(person, actor)
 
+    def content(self, until: int | None = None) -> Content:
+        """What an export reads, up to an audit row; None: the newest. See content.py."""
+        return content.read(self.database, until)
+
+    def state(self, until: int | None = None) -> State:
+        """Which content that is, without reading it."""
+        return content.read_state(self.database, until)
+
     def close(self) -> None:
         """Closes all connections."""
         self.database.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
