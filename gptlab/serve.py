@@ -1,4 +1,4 @@
-"""Serves models to people and programs: OpenAI's API on this machine.
+"""Serves models to people and programs: the web app and OpenAI's API, on this machine.
 
     python -m gptlab.serve --config=configs/serve.py --workdir=runs/serve
     python -m gptlab.serve --config=configs/serve.py:tuned=runs/sft,film=runs/ppo \
@@ -8,6 +8,10 @@ A model is a stage's workdir, or that of rounds: then it is the promoted policy,
 one is promoted, new requests go to it while running ones finish on the old. With
 --config.upstream=http://HOST:PORT the same app stands before another server with OpenAI's API; its
 key, if it needs one, is in $GPTLAB_UPSTREAM_KEY.
+
+People come in by invitation links. As long as there is no admin, the first start prints a link for
+one; with --config.web.open_chat=True anybody who reaches the server may chat. What they say and
+judge is kept in config.store.url, a SQLite file in the workdir unless it is set.
 
 Compiling takes some seconds at the first start. SIGTERM and Ctrl-C take no more requests and let
 the running ones finish, for config.drain_seconds at most; then the exit code is 0. A second Ctrl-C:
@@ -29,12 +33,13 @@ import uvicorn
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptlab.people import api, app
+from gptlab.people import api, app, web
 from gptlab.people.backend import Backend
 from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options
 from gptlab.people.moderation import Moderated, Refusal
 from gptlab.people.upstream import Upstream
+from gptlab.people.store import Store
 from gptlab.run import lock, processes, program, storage
 from gptlab.run.errors import UserError
 from gptlab.scorers import registry
@@ -57,6 +62,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     held = lock.take(epath.Path(directory))
     listener = _listen(config.host, config.port)
+    store = Store.open(config.store.url or f"sqlite:///{Path(directory) / 'store.sqlite'}")
     try:
         embedded = None if config.upstream else _embedded(config)
         backend: Backend = embedded or Upstream(
@@ -64,7 +70,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         )
         served = app.make(
             _moderated(config, backend, Path(directory)),
-            check_key=None,
+            check_key=store.accounts.check_api_key if config.api.keys else None,
             limits=api.Limits(config.api.requests_per_minute, config.api.max_choices),
             max_body_bytes=config.api.max_body_bytes,
             body_seconds=config.api.body_seconds,
@@ -73,8 +79,17 @@ def run(config: ConfigDict, workdir: str) -> None:
             stats=None if embedded is None else embedded.stats,
             failures=tuple if embedded is None else embedded.failures,
         )
+        web.add_pages(served, served.state.backend, store, web.Settings(**config.web))
+        invitation = web.first_invitation(store)
+        if invitation is not None:
+            print(
+                f"gptlab serve: {_address(listener)}{invitation} makes you admin, once, today",
+                file=sys.stderr,
+                flush=True,
+            )
         _serve(served, listener, config.drain_seconds)
     finally:
+        store.close()
         listener.close()
         held.close()
 
@@ -102,10 +117,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.drain_seconds={config.drain_seconds} must not be negative")
     if not 0 <= config.port < 65536:
         raise UserError(f"config.port={config.port} is not in 0 .. 65535 (0: any that is free)")
-    if not _is_loopback(config.host) and not config.api.open:
+    if not _is_loopback(config.host) and not (config.api.keys or config.api.open):
         raise UserError(
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
-            "keep 127.0.0.1 behind a proxy that does, or set config.api.open=True"
+            "set config.api.keys=True, or config.api.open=True to let everybody use the API"
         )
 
 
@@ -187,6 +202,11 @@ def _serve(served: object, listener: socket.socket, drain_seconds: float) -> Non
         raise RuntimeError("the server did not start")
 
 
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class _Announced(uvicorn.Server):
     """Says where it listens, once it does."""
 
@@ -198,9 +218,7 @@ class _Announced(uvicorn.Server):
         """As uvicorn's."""
         await super().startup(sockets)
         if self.started:
-            host, port = self._listener.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            print(f"gptlab serve: http://{host}:{port}/v1", file=sys.stderr, flush=True)
+            print(f"gptlab serve: {_address(self._listener)}/v1", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def create(
 
 
 @router.get("/campaigns/{campaign}")
-def page(
-    campaign: str, request: Request, site: SiteOf, visitor: Admin, said: str = ""
-) -> Response:
+def page(campaign: str, request: Request, site: SiteOf, visitor: Admin, said: str = "") -> Response:
     """One campaign: progress, statistics, settings, tasks."""
     found = site.store.campaigns.get(campaign)
     return site.page(
@@ -174,9 +172,7 @@ def queue_gold(
     if not question.strip() or not all(parts):
         raise Invalid("a gold check is a question and replies with a line of --- between them")
     key = _key("\n---\n".join((question, *parts)))
-    candidates = tuple(
-        Candidate(f"{key}-{i}", part, "human", True) for i, part in enumerate(parts)
-    )
+    candidates = tuple(Candidate(f"{key}-{i}", part, "human", True) for i, part in enumerate(parts))
     item = CandidateSet(key, Prompt(key, (Message("user", question.strip()),), _SOURCE), candidates)
     ranks = range(1, len(parts) + 1)
     added = site.store.campaigns.queue_gold(found.id, item, ranks, visitor.person.id)

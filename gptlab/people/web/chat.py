@@ -14,7 +14,7 @@ from gptlab.people.store import Invalid, NotFound
 from gptlab.people.store.conversations import Conversation, Message
 from gptlab.people.store.feedback import FLAGGING, REASONS, Given
 from gptlab.people.web import markdown, replies
-from gptlab.people.web.entry import CONSENT_VERSION
+from gptlab.people.web.entry import asks_consent
 from gptlab.people.web.security import SignedIn
 from gptlab.people.web.site import Site, SiteOf
 
@@ -87,8 +87,7 @@ def page(
         visitor,
         conversation=conversation or "",
         models=site.backend.models(),
-        ask_consent="training" not in site.store.accounts.consents(visitor.person.id),
-        consent_version=CONSENT_VERSION,
+        ask_consent=asks_consent(site, visitor),
         reasons=REASONS,
         flagging=FLAGGING,
     )

@@ -65,7 +65,7 @@ async def start(request: Request, site: SiteOf, visitor: MaybeVisitor) -> Respon
 
 @router.get("/join/{token}", include_in_schema=False)
 def invitation(token: str, request: Request, site: SiteOf) -> Response:
-    """What an invitation is good for. It is used by the form only: links are fetched by programs."""
+    """What an invitation is good for. Only the form uses it: programs look into links, too."""
     found = site.store.accounts.invitation(token)
     if found is None:
         raise NotFound("this link is not valid (any more): ask for a new one")
@@ -160,6 +160,11 @@ async def delete_someone(site: Site, person: str, actor: str) -> list[Export]:
         reply.stop()
         await reply.ended()
     return await run_in_threadpool(site.store.delete_person, person, actor)
+
+
+def asks_consent(site: Site, visitor: Visitor) -> bool:
+    """Whether the person has still to be asked whether models may learn from them."""
+    return "training" not in site.store.accounts.consents(visitor.person.id)
 
 
 def _home(person: Person) -> str:

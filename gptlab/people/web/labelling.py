@@ -16,6 +16,7 @@ from gptlab.people.store.judgements import FLAGS, RATINGS, Flag, Turn
 from gptlab.people.store.work import SKIP_REASONS, Lease
 from gptlab.people.web import markdown
 from gptlab.people.web.chat import find_model, stream
+from gptlab.people.web.entry import asks_consent
 from gptlab.people.web.security import Labeller
 from gptlab.people.web.site import SiteOf
 
@@ -192,9 +193,7 @@ async def suggest(lease: str, body: SuggestIn, site: SiteOf, visitor: Labeller) 
     if held.kind != "demonstration" or not prompt or prompt[-1].role != "user":
         raise Invalid("a suggestion follows a user's turn of a demonstration")
     model = find_model(site, body.model)
-    ask = Ask(
-        model.name, prompt, settings.max_tokens, settings.temperature, top_p=settings.top_p
-    )
+    ask = Ask(model.name, prompt, settings.max_tokens, settings.temperature, top_p=settings.top_p)
 
     def keep(text: str, finished: bool, refusal: str | None, policy: str | None) -> Any:
         if refusal is not None:
@@ -212,7 +211,7 @@ async def suggest(lease: str, body: SuggestIn, site: SiteOf, visitor: Labeller) 
 @router.get("/label", include_in_schema=False)
 def overview(request: Request, site: SiteOf, visitor: Labeller) -> Response:
     """What there is to do."""
-    return site.page(request, "label.html", visitor, campaigns=campaigns(site, visitor))
+    return site.page(request, "label.html", visitor, campaigns=campaigns(site, visitor), ask_consent=asks_consent(site, visitor))
 
 
 @router.get("/label/{campaign}", include_in_schema=False)
@@ -225,6 +224,7 @@ def page(campaign: str, request: Request, site: SiteOf, visitor: Labeller) -> Re
         template,
         visitor,
         campaign=found,
+        ask_consent=asks_consent(site, visitor),
         flags=FLAGS,
         ratings=range(RATINGS[0], RATINGS[1] + 1),
         skip_reasons=SKIP_REASONS,
@@ -248,9 +248,7 @@ def _messages(turns: list[TurnIn]) -> tuple[Message, ...]:
 
 def _shown(message: Message) -> Shown:
     html = markdown.render(message.content) if message.role == "assistant" else None
-    return Shown(
-        role=message.role, content=message.content, context=message.context, html=html
-    )
+    return Shown(role=message.role, content=message.content, context=message.context, html=html)
 
 
 def _task(found: Lease, now: float) -> TaskOut:

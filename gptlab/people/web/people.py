@@ -138,9 +138,7 @@ def audit(
     )
 
 
-def _people(
-    request: Request, site: Site, visitor: Visitor, link: str | None = None
-) -> Response:
+def _people(request: Request, site: Site, visitor: Visitor, link: str | None = None) -> Response:
     return site.page(
         request,
         "people.html",
@@ -153,9 +151,7 @@ def _people(
     )
 
 
-def _keys(
-    request: Request, site: Site, visitor: Visitor, token: str | None = None
-) -> Response:
+def _keys(request: Request, site: Site, visitor: Visitor, token: str | None = None) -> Response:
     people = site.store.accounts.people()
     return site.page(
         request,

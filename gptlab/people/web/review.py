@@ -28,9 +28,7 @@ def overview(request: Request, site: SiteOf, visitor: Reviewer) -> Response:
 
 
 @router.get("/review/{campaign}/{task}")
-def case(
-    campaign: str, task: str, request: Request, site: SiteOf, visitor: Reviewer
-) -> Response:
+def case(campaign: str, task: str, request: Request, site: SiteOf, visitor: Reviewer) -> Response:
     """One case: what was answered, and the form to decide it."""
     found = _find(site, campaign, task, visitor)
     names = {person.id: person.name for person in site.store.accounts.people()}

@@ -387,19 +387,6 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-for (const button of document.querySelectorAll("[data-consent]")) {
-  button.addEventListener("click", async () => {
-    try {
-      await call("POST", "/api/consent", { scope: "training", given: button.dataset.consent === "yes" });
-      $("consent-banner").remove();
-      toast("Saved. You can change it under 'Your data and consent'.");
-      $("message").focus();
-    } catch (error) {
-      complain(error);
-    }
-  });
-}
-
 if (root.dataset.conversation) open(root.dataset.conversation);
 else {
   show();

@@ -144,3 +144,16 @@ document.addEventListener("keydown", (event) => {
     menu.querySelector("summary").focus();
   }
 });
+
+for (const button of document.querySelectorAll("[data-consent]")) {
+  button.addEventListener("click", async () => {
+    try {
+      await call("POST", "/api/consent", { scope: "training", given: button.dataset.consent === "yes" });
+      document.getElementById("consent-banner").remove();
+      toast("Saved. You can change it under 'Your data and consent'.");
+      (document.getElementById("message") ?? document.getElementById("main")).focus();
+    } catch (error) {
+      complain(error);
+    }
+  });
+}
