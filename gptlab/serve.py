@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       UserError: a model, an address or a config value is wrong.
     """
-    check(config)
+    scorer = check(config)
     directory = storage.resolve(workdir)
     if storage.in_bucket(directory):
         raise UserError(f"--workdir={workdir}: a server keeps its data on a disk, not in a bucket")
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             config.upstream, os.environ.get(UPSTREAM_KEY), config.engine.deadline_seconds
         )
         served = app.make(
-            _moderated(config, backend, Path(directory)),
+            _moderated(config, scorer, backend, Path(directory)),
             check_key=store.accounts.check_api_key if config.api.keys else None,
             limits=api.Limits(config.api.requests_per_minute, config.api.max_choices),
             max_body_bytes=config.api.max_body_bytes,
@@ -94,8 +94,11 @@ def run(config: ConfigDict, workdir: str) -> None:
         held.close()
 
 
-def check(config: ConfigDict) -> None:
-    """UserError for a config that could only fail later, or would be open to everybody."""
+def check(config: ConfigDict) -> registry.Scorer | None:
+    """The scorer that moderates, if the config names one.
+
+    Raises UserError for a config that could only fail later, or would be open to everybody.
+    """
     if processes.count() > 1:
         raise UserError("gptlab.serve runs as one process; start several servers behind a proxy")
     if not config.upstream and not any(config.models.values()):
@@ -122,6 +125,12 @@ def check(config: ConfigDict) -> None:
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
             "set config.api.keys=True, or config.api.open=True to let everybody use the API"
         )
+    settings = config.moderation
+    if settings.scorer.name is None:
+        return None
+    if not (settings.input or settings.output):
+        raise UserError("config.moderation.scorer reads nothing: set its input or output to True")
+    return registry.make(settings.scorer)
 
 
 def _is_loopback(host: str) -> bool:
@@ -155,14 +164,13 @@ def _embedded(config: ConfigDict) -> Embedded:
     )
 
 
-def _moderated(config: ConfigDict, backend: Backend, directory: Path) -> Backend:
-    """The backend behind the scorer that the config names, if it names one."""
-    settings = config.moderation
-    if settings.scorer.name is None:
+def _moderated(
+    config: ConfigDict, scorer: registry.Scorer | None, backend: Backend, directory: Path
+) -> Backend:
+    """The backend behind its moderation, if there is one."""
+    if scorer is None:
         return backend
-    if not (settings.input or settings.output):
-        raise UserError("config.moderation.scorer reads nothing: set its input or output to True")
-    scorer = registry.make(settings.scorer)
+    settings = config.moderation
     path, guard = directory / "refusals.jsonl", threading.Lock()
 
     def record(refusal: Refusal) -> None:
@@ -174,10 +182,15 @@ def _moderated(config: ConfigDict, backend: Backend, directory: Path) -> Backend
             "score": refusal.score,
             "text": refusal.text,
         }
-        with guard, path.open("a", encoding="utf-8", errors="replace") as file:
+        # What people wrote is nobody else's business on this machine.
+        with guard, open(path, "a", encoding="utf-8", opener=_private) as file:
             file.write(json.dumps(line) + "\n")
 
     return Moderated(backend, scorer, settings.least, settings.input, settings.output, record)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _serve(served: object, listener: socket.socket, drain_seconds: float) -> None:

@@ -106,6 +106,7 @@ def wait_for(condition, seconds=60.0):
 @contextlib.contextmanager
 def program(tmp_path, *flags, config="configs/serve.py"):
     """(the process of gptlab.serve, its URL); killed at the end if it still runs."""
+    tmp_path.mkdir(exist_ok=True)
     log = tmp_path / "serve.log"
     command = [
         sys.executable, "-m", "gptlab.serve", f"--config={config}",

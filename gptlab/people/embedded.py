@@ -13,7 +13,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from etils import epath
 from jax.sharding import Mesh
@@ -61,6 +61,7 @@ class Embedded:
         mesh: Mesh,
         deadline_seconds: float,
         watch_seconds: float | None,
+        load: Callable[[epath.PathLike, str, Mesh], policies.Policy] = policies.load,
     ):
         """Loads and compiles every model.
 
@@ -71,6 +72,7 @@ class Embedded:
           mesh: where they live.
           deadline_seconds: of requests without one of their own.
           watch_seconds: how often to look for newly promoted policies; None: never.
+          load: makes a policy of an artifact.
 
         Raises:
           UserError: a workdir holds no language model, or the options don't fit it.
@@ -78,7 +80,7 @@ class Embedded:
         if not workdirs:
             raise UserError("config.models names no model")
         self._options, self._dtype, self._mesh = options, dtype, mesh
-        self._deadline, self._draining = deadline_seconds, False
+        self._deadline, self._draining, self._load = deadline_seconds, False, load
         self._served = {name: self._serve(workdir) for name, workdir in workdirs.items()}
         self._retiring: list[threading.Thread] = []
         self._closed = threading.Event()
@@ -149,7 +151,7 @@ class Embedded:
 
     def _serve(self, workdir: str) -> _Served:
         path = policies.find(workdir)
-        policy = policies.load(path, self._dtype, self._mesh)
+        policy = self._load(path, self._dtype, self._mesh)
         return _Served(workdir, path, Engine(policy, self._options, self._mesh), int(time.time()))
 
     def _watch(self, seconds: float) -> None:

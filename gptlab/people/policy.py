@@ -103,8 +103,7 @@ def load(workdir: epath.PathLike, dtype: str, mesh: Mesh | None = None) -> Polic
         UserError: no artifact, no language model or no vocabulary in its lineage.
     """
     workdir = find(workdir)
-    tree = artifact.lineage(workdir)
-    tokenizer = Tokenizer.load(_find_vocabulary(tree, workdir))
+    tokenizer = find_tokenizer(workdir)
     compute = {"dtype": dtype, "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
     model = LanguageModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
     if mesh is None:
@@ -115,13 +114,17 @@ def load(workdir: epath.PathLike, dtype: str, mesh: Mesh | None = None) -> Polic
     return Policy(model, params, tokenizer, artifact.read_manifest(workdir, True)["identity"])
 
 
-def _find_vocabulary(tree: Mapping[str, Any], workdir: epath.PathLike) -> str:
-    """The nearest artifact with a vocabulary among what an artifact was made from, and itself."""
-    level = [tree]
+def find_tokenizer(workdir: epath.PathLike) -> Tokenizer:
+    """The nearest vocabulary in what an artifact was made from, and itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    level: list[Mapping[str, Any]] = [artifact.lineage(workdir)]
     while level:
         for node in level:
             if find_vocabulary(node["path"]) is not None:
-                return str(node["path"])
+                return Tokenizer.load(node["path"])
         level = [child for node in level for child in node["inputs"].values()]
     raise UserError(
         f"{workdir} was made without a train_tokenizer artifact or an imported model: its "

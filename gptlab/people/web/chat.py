@@ -165,8 +165,9 @@ async def reply(message: str, body: AskReply, site: SiteOf, visitor: SignedIn) -
     ask = Ask(
         model.name,
         tuple(item.record() for item in path),
-        max_tokens=settings.max_tokens,
-        **sampling,
+        settings.max_tokens,
+        settings.temperature,
+        settings.top_p,
     )
 
     def keep(text: str, finished: bool, refusal: str | None, policy: str | None) -> Any:

@@ -58,11 +58,15 @@ def first_invitation(store: Store, valid_seconds: float = 86400.0) -> str | None
 
 
 async def _end(site: Site) -> None:
-    works = [*site.running.values(), *site.sampling.values()]
-    for work in works:
-        work.stop()
-    for work in works:
-        await work.ended()
+    replies, samplings = list(site.running.values()), list(site.sampling.values())
+    for reply in replies:
+        reply.stop()
+    for sampling in samplings:
+        sampling.stop()
+    for reply in replies:
+        await reply.ended()
+    for sampling in samplings:
+        await sampling.ended()
 
 
 async def _answer(request: Request, error: Exception) -> Response:
