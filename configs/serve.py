@@ -52,7 +52,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "keys": False,  # True: /v1 is for holders of an API key, which an admin makes
                 "open": False,  # True: an address that others reach may be served without keys
             },
-            # What people say: sqlite:///PATH or postgresql+psycopg://HOST/NAME. None: in the workdir.
+            # What people say: sqlite:///PATH or postgresql+psycopg://HOST/NAME. None: that of
+            # $GPTLAB_STORE, or else store.sqlite in the workdir.
             "store": {"url": placeholder(str)},
             "web": {
                 "name": "gptlab",  # what the app is called on its pages

@@ -38,8 +38,8 @@ from gptlab.people.backend import Backend
 from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options
 from gptlab.people.moderation import Moderated, Refusal
+from gptlab.people.store import Store, resolve_url
 from gptlab.people.upstream import Upstream
-from gptlab.people.store import Store
 from gptlab.run import lock, processes, program, storage
 from gptlab.run.errors import UserError
 from gptlab.scorers import registry
@@ -62,8 +62,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     held = lock.take(epath.Path(directory))
     listener = _listen(config.host, config.port)
-    store = Store.open(config.store.url or f"sqlite:///{Path(directory) / 'store.sqlite'}")
+    store = None
     try:
+        store = Store.open(_store_url(config, Path(directory)))
         embedded = None if config.upstream else _embedded(config)
         backend: Backend = embedded or Upstream(
             config.upstream, os.environ.get(UPSTREAM_KEY), config.engine.deadline_seconds
@@ -80,16 +81,10 @@ def run(config: ConfigDict, workdir: str) -> None:
             failures=tuple if embedded is None else embedded.failures,
         )
         web.add_pages(served, served.state.backend, store, web.Settings(**config.web))
-        invitation = web.first_invitation(store)
-        if invitation is not None:
-            print(
-                f"gptlab serve: {_address(listener)}{invitation} makes you admin, once, today",
-                file=sys.stderr,
-                flush=True,
-            )
-        _serve(served, listener, config.drain_seconds)
+        _serve(served, listener, config.drain_seconds, web.first_invitation(store))
     finally:
-        store.close()
+        if store is not None:
+            store.close()
         listener.close()
         held.close()
 
@@ -138,6 +133,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _store_url(config: ConfigDict, directory: Path) -> str:
+    if config.store.url is None and "GPTLAB_STORE" not in os.environ:
+        return f"sqlite:///{directory / 'store.sqlite'}"
+    return resolve_url(config.store.url)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -193,7 +194,9 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _serve(served: object, listener: socket.socket, drain_seconds: float) -> None:
+def _serve(
+    served: object, listener: socket.socket, drain_seconds: float, invitation: str | None
+) -> None:
     """Runs uvicorn until a signal; afterwards everything is closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
@@ -206,7 +209,7 @@ def _serve(served: object, listener: socket.socket, drain_seconds: float) -> Non
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
-    server = _Announced(settings, listener)
+    server = _Announced(settings, listener, invitation)
     # At its end uvicorn raises the signals that it took once more, for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -221,17 +224,23 @@ def _address(listener: socket.socket) -> str:
 
 
 class _Announced(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """Says where it listens, once it does, and how the first admin comes in."""
 
-    def __init__(self, settings: uvicorn.Config, listener: socket.socket):
+    def __init__(self, settings: uvicorn.Config, listener: socket.socket, invitation: str | None):
         super().__init__(settings)
-        self._listener = listener
+        self._listener, self._invitation = listener, invitation
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
         await super().startup(sockets)
         if self.started:
-            print(f"gptlab serve: {_address(self._listener)}/v1", file=sys.stderr, flush=True)
+            at = _address(self._listener)
+            print(f"gptlab serve: {at}/v1", file=sys.stderr, flush=True)
+            if self._invitation is not None:
+                link = f"{at}{self._invitation}"
+                print(
+                    f"gptlab serve: the first admin comes in by {link}", file=sys.stderr, flush=True
+                )
 
 
 if __name__ == "__main__":

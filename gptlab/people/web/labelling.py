@@ -211,7 +211,13 @@ async def suggest(lease: str, body: SuggestIn, site: SiteOf, visitor: Labeller) 
 @router.get("/label", include_in_schema=False)
 def overview(request: Request, site: SiteOf, visitor: Labeller) -> Response:
     """What there is to do."""
-    return site.page(request, "label.html", visitor, campaigns=campaigns(site, visitor), ask_consent=asks_consent(site, visitor))
+    return site.page(
+        request,
+        "label.html",
+        visitor,
+        campaigns=campaigns(site, visitor),
+        ask_consent=asks_consent(site, visitor),
+    )
 
 
 @router.get("/label/{campaign}", include_in_schema=False)
