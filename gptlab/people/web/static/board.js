@@ -33,12 +33,12 @@ export function board({ names, letters, move, key, focus }) {
     const from = { x: event.clientX, y: event.clientY };
     let dragged = false;
     let over = null;
+    chip.setPointerCapture(event.pointerId); // at once: a quick mouse has left it by the first move
     const moved = (to) => {
       const [x, y] = [to.clientX - from.x, to.clientY - from.y];
       if (!dragged && Math.hypot(x, y) < FAR) return;
       if (!dragged) {
         dragged = true;
-        chip.setPointerCapture(event.pointerId);
         chip.classList.add("dragging");
       }
       chip.style.transform = `translate(${x}px, ${y}px)`;

@@ -62,7 +62,7 @@ function setRank(i, rank) {
 
 function focusCard(i) {
   cards[i].focus({ preventScroll: true });
-  cards[i].scrollIntoView({ block: "nearest", behavior: "smooth" });
+  cards[i].scrollIntoView({ block: "nearest" });
 }
 
 function onKey(event, i) {
