@@ -6,7 +6,8 @@ uses the key `fold_in(request_key, position)`, so what a request receives depend
 other rows of its batch nor on how far its prompt was padded.
 
 The layers are the training `Block`s, run one by one over slices of the stacked parameters: each
-layer's cache is a buffer of its own, which XLA updates in place inside the loop.
+layer's cache is a buffer of its own, which XLA updates in place inside the loop. On a mesh, the
+`context` axis has no sequence to split here, so it splits rows too.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gptlab.model import attention as attn
+from gptlab.model import sharding
 from gptlab.model.transformer import Backbone, Block, LanguageModel, ModelConfig
 from gptlab.run.errors import UserError
 
@@ -95,6 +97,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
+@sharding.decoding()
 def extend(
     model: LanguageModel,
     params: Mapping[str, Any],
@@ -129,6 +132,7 @@ def extend(
     return tuple(filled), x
 
 
+@sharding.decoding()
 def next_logits(model: LanguageModel, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     """The last layer's output at one position of each row, [B, D] -> logits float32 [B, V]."""
     variables = {"params": {k: v for k, v in params["backbone"].items() if k != "layers"}}

@@ -77,7 +77,7 @@ def init(config: ModelConfig, slots: int, length: int) -> Slots:
 def _placed(slots: Slots) -> Slots:
     """Slots over the data axes, heads over `tensor`; all that is small, everywhere."""
     cache = jax.tree.map(
-        lambda x: constrain(x, "batch", "act_heads", "kv_length", None), slots.cache
+        lambda x: constrain(x, "decoding_batch", "act_heads", "kv_length", None), slots.cache
     )
     rest = jax.tree.map(lambda x: constrain(x, None), dataclasses.replace(slots, cache=()))
     return dataclasses.replace(rest, cache=cache)

@@ -5,6 +5,7 @@ otherwise, `tensor` innermost so that it lands on the fastest links. Batches are
 three data axes; the parameters' layout is model/sharding.py's business.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -126,20 +127,39 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
     return blocks.index(tuple(sorted(owned[jax.process_index()]))), len(blocks)
 
 
-def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Rows over the data axes; the tokens of a [B, T] array over `context` if it divides them."""
-    if not shape:
-        return NamedSharding(mesh, PartitionSpec())
-    if len(shape) == 2 and shape[1] % mesh.shape["context"]:  # [B, N] candidates, say
-        return NamedSharding(mesh, PartitionSpec(DATA_AXES))
-    return NamedSharding(mesh, batch_spec(len(shape)))
+def batch_shardings(batch: Any, mesh: Mesh, blocks: int = 1) -> Any:
+    """Where each array of a batch (any pytree) lies: a tree of NamedShardings.
+
+    A dataclass says in its fields' metadata which logical `axes` an array has (data/batches.py); of
+    any other only the rows are split. `blocks` are the processes' parts that make the whole.
+    """
+
+    def place(x: Any, axes: tuple[str | None, ...]) -> NamedSharding:
+        shape = np.shape(x)
+        shape = (shape[0] * blocks, *shape[1:]) if shape else ()
+        return NamedSharding(mesh, batch_spec(shape, axes, mesh))
+
+    def node(x: Any) -> Any:
+        if not dataclasses.is_dataclass(x):
+            return place(x, ("batch",))
+        fields = {
+            f.name: (getattr(x, f.name), f.metadata.get("axes")) for f in dataclasses.fields(x)
+        }
+        placed = {
+            name: place(value, axes) if axes else batch_shardings(value, mesh, blocks)
+            for name, (value, axes) in fields.items()
+        }
+        return dataclasses.replace(x, **placed)  # type: ignore[type-var]
+
+    return jax.tree.map(node, batch, is_leaf=dataclasses.is_dataclass)
 
 
 def abstract_batch(batch: Any, mesh: Mesh) -> Any:
     """Global shapes and dtypes, with the shardings that `put_batch` gives such arrays."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         batch,
+        batch_shardings(batch, mesh),
     )
 
 
@@ -147,12 +167,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch (numpy, any pytree) as global arrays on the mesh."""
     _, blocks = process_block(mesh)
 
-    def put(x: np.ndarray) -> jax.Array:
+    def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)
-        sharding = batch_sharding(mesh, x.shape)
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
         shape = (x.shape[0] * blocks, *x.shape[1:]) if x.ndim else ()
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh, blocks))

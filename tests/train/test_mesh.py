@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from configs import common
+from gptlab.data.batches import ComparisonBatch, PromptBatch, TokenBatch
 from gptlab.run.errors import UserError
 from gptlab.train import mesh as mesh_lib
 
@@ -41,18 +42,27 @@ def test_a_batch_shrinks_to_what_few_rows_fill():
 
 
 def test_rows_are_split_over_the_data_axes_and_tokens_over_context():
+    """By what an array is: ranks of as many candidates as tokens would divide lie whole."""
     mesh = mesh_lib.make_mesh(common.mesh(data=2, fsdp=2, context=2))
-    batch = {
-        "tokens": np.arange(8 * 6).reshape(8, 6),
-        "ranks": np.arange(8 * 3).reshape(8, 3),
-        "weight": np.arange(8.0, dtype=np.float32),
-        "scale": np.float32(2.0),
-    }
+    ranks, per_token = np.ones((8, 4), np.int32), np.arange(8 * 6).reshape(8, 6)
+    batch = (
+        TokenBatch(*[per_token] * 5),
+        ComparisonBatch(np.ones((8, 4, 6), np.int32), ranks, ranks, np.ones(8)),
+        PromptBatch(per_token, np.ones(8), np.ones(8)),
+        {"scale": np.float32(2.0), "rows": (per_token, None)},
+    )
     placed = mesh_lib.put_batch(batch, mesh)
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
-    shards = {name: x.addressable_shards[0].data.shape for name, x in placed.items()}
-    assert shards == {"tokens": (2, 3), "ranks": (2, 3), "weight": (2,), "scale": ()}
-    assert placed["ranks"].sharding.spec == PartitionSpec(mesh_lib.DATA_AXES)
+    tokens, comparisons, prompts, others = jax.tree.map(
+        lambda x: x.addressable_shards[0].data.shape, placed
+    )
+    assert tokens == TokenBatch(*[(2, 3)] * 5)
+    assert comparisons == ComparisonBatch((2, 4, 6), (2, 4), (2, 4), (2,))
+    assert prompts == PromptBatch((2, 6), (2,), (2,))
+    assert others == {"scale": (), "rows": ((2, 6), None)}
+    assert placed[1].ranks.sharding.spec == PartitionSpec(mesh_lib.DATA_AXES, None)
+    abstract = mesh_lib.abstract_batch(batch, mesh)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.sharding, y.sharding), abstract, placed)
 
 
 def test_a_single_process_reads_every_row():
