@@ -14,9 +14,9 @@ Prints a table, then the same figures as one line of JSON; medians with quartile
 """
 
 import argparse
+import functools
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from benchmarks.torch_process import TorchProcess
 from configs import convert as convert_config
-from gptlab import chat, convert
+from gptlab import convert
 from gptlab.model import decode
+from gptlab.people import policy as policies
 from gptlab.run import program
 
 DTYPES = ("float32", "bfloat16")
@@ -60,10 +62,10 @@ def main() -> None:
     for dtype in DTYPES:
         ways[dtype, "gptlab"], ways[dtype, "chat"] = ours[dtype].reply, ours[dtype].stream
     if args.torch:
-        other = Torch(args.torch, args.model, prompt)
+        other = start_torch(args.torch, args.model)
         figures |= other.about
         for dtype in DTYPES:
-            ways[dtype, "transformers"] = other.way(dtype)
+            ways[dtype, "transformers"] = functools.partial(torch_reply, other, dtype, prompt)
     times, replies = in_turns(ways, args.new, args.rounds)
     for dtype in DTYPES:
         names = [name for kind, name in ways if kind == dtype]
@@ -87,7 +89,7 @@ class Ours:
 
     def __init__(self, workdir: str, dtype: str, prompt: int):
         """Loads it; compiles nothing yet."""
-        self._policy = chat.load_policy(workdir, dtype)
+        self._policy = policies.load(workdir, dtype)
         config = self._policy.model.config
         self.parameters = config.num_params()
         self.prompt = self._policy.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:prompt]
@@ -123,45 +125,22 @@ def greedy(new: int) -> decode.Sampling:
     return decode.Sampling(0.0, 0, 1.0, new, ())
 
 
-class Torch:
-    """transformers, in a process of its own that waits while we work."""
+def start_torch(python: str, workdir: str) -> TorchProcess:
+    """Exports the model and loads it with transformers."""
+    with tempfile.TemporaryDirectory() as place:
+        config = convert_config.get_config("export")
+        config.inputs.model = config.inputs.vocabulary = workdir
+        convert.run(config, f"{place}/exported")
+        folder = f"--folder={place}/exported/{convert.EXPORTED}"
+        return TorchProcess(python, "imported_torch.py", folder)  # which has read everything
 
-    def __init__(self, python: str, workdir: str, prompt: list[int]):
-        """Exports the model and loads it there."""
-        script = Path(__file__).with_name("imported_torch.py")
-        kept = {name: str(value) for name, (_, value) in program.KEPT_MEMORY.items()}
-        with tempfile.TemporaryDirectory() as place:
-            config = convert_config.get_config("export")
-            config.inputs.model = config.inputs.vocabulary = workdir
-            convert.run(config, f"{place}/exported")
-            self._process = subprocess.Popen(
-                [python, str(script), f"--folder={place}/exported/{convert.EXPORTED}"],
-                env={**os.environ, **kept},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self.about = self._answer()  # everything is read
-        self._prompt = prompt
 
-    def way(self, dtype: str) -> Callable[[int], tuple[float, list[int]]]:
-        """What replies with one dtype."""
-        return lambda new: self._reply(dtype, new)
-
-    def _reply(self, dtype: str, new: int) -> tuple[float, list[int]]:
-        assert self._process.stdin is not None
-        order = {"dtype": dtype, "prompt": self._prompt, "new": new}
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        found = self._answer()
-        return found["seconds"], found["tokens"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("imported_torch.py ended: has --torch PyTorch and transformers?")
-        return json.loads(line)
+def torch_reply(
+    other: TorchProcess, dtype: str, prompt: list[int], new: int
+) -> tuple[float, list[int]]:
+    """Seconds of a reply by transformers, and its tokens."""
+    found = other.ask(dtype=dtype, prompt=prompt, new=new)
+    return found["seconds"], found["tokens"]
 
 
 Times = dict[int, np.ndarray]  # by new tokens, 1 and all: seconds of each round

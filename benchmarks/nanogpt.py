@@ -15,8 +15,6 @@ keep the memory that they free. Prints a table, then the same figures as one lin
 import argparse
 import functools
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import measure
+from benchmarks.torch_process import TorchProcess
 from configs import common
 from configs import pretrain as pretrain_config
 from gptlab import pretrain
@@ -59,9 +58,11 @@ def main() -> None:
     train: dict[str, Callable[[int], float]] = {"gptlab": ours.train, "products": ours.products}
     evaluate: dict[str, Callable[[], float]] = {"gptlab": ours.held_out_loss}
     if args.torch:
-        other = Torch(args.torch_python, args.text, args.steps)
+        told = f"--text={args.text}", f"--steps={args.steps}"
+        other = TorchProcess(args.torch_python, "nanogpt_torch.py", *told)
         figures |= other.about
-        train["torch"], evaluate["torch"] = other.train, other.held_out_loss
+        train["torch"] = lambda steps: other.ask(train=steps)["seconds"]
+        evaluate["torch"] = lambda: other.ask(evaluate=True)["held_out_loss"]
     taken: dict[str, list[float]] = {name: [] for name in train}
     for start in range(0, args.steps, args.stretch):
         steps = min(args.stretch, args.steps - start)
@@ -183,44 +184,6 @@ def linear_network(weights: list[jax.Array], x: jax.Array) -> jax.Array:
     for kernel in weights:
         x = product(x, kernel, x.dtype.name)
     return jnp.sum(jnp.square(x))
-
-
-class Torch:
-    """The same in PyTorch, in a process of its own that waits while we work."""
-
-    def __init__(self, python: str, text: str, steps: int):
-        """Starts it."""
-        script = Path(__file__).with_name("nanogpt_torch.py")
-        kept = {name: str(value) for name, (_, value) in program.KEPT_MEMORY.items()}
-        self._process = subprocess.Popen(
-            [python, str(script), f"--text={text}", f"--steps={steps}"],
-            env={**os.environ, **kept},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.about = self._answer()
-
-    def train(self, steps: int) -> float:
-        """Makes some steps; returns the seconds taken."""
-        return self._ask(f"train {steps}")["seconds"]
-
-    def held_out_loss(self) -> float:
-        """Mean nats a character over the same windows."""
-        return self._ask("eval")["held_out_loss"]
-
-    def _ask(self, order: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(order + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("nanogpt_torch.py ended: is there PyTorch in --torch_python?")
-        return json.loads(line)
 
 
 def windows(ids: np.ndarray, starts: np.ndarray) -> TokenBatch:

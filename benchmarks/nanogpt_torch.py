@@ -3,9 +3,9 @@
     python benchmarks/nanogpt_torch.py --text=PATH/TO/input.txt
 
 Needs PyTorch and NumPy only, so it runs in any Python. It takes its orders from standard input, one
-a line, so that both sides can work in turns: `train N` answers {"seconds": of N steps}, `eval`
-{"held_out_loss": nats a character}. Batches, schedule and held-out windows are those of
-benchmarks/nanogpt.py, drawn alike from the same seed.
+a line, so that both sides can work in turns: {"train": N} is answered with {"seconds": of N steps},
+{"evaluate": true} with {"held_out_loss": nats a character}. Batches, schedule and held-out windows
+are those of benchmarks/nanogpt.py, drawn alike from the same seed.
 """
 
 import argparse
@@ -132,9 +132,9 @@ def main() -> None:
     about = {"torch_version": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
-        order, *count = line.split()
-        if order == "train":
-            answer = {"seconds": trainer.train(int(count[0]))}
+        order = json.loads(line)
+        if "train" in order:
+            answer = {"seconds": trainer.train(order["train"])}
         else:
             answer = {"held_out_loss": trainer.held_out_loss()}
         print(json.dumps(answer), flush=True)

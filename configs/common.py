@@ -45,7 +45,8 @@ def lora(
 ) -> ConfigDict:
     """Low-rank adapters of the layers' `targets`, everything else frozen; rank 0: all is trained.
 
-    See model/lora.py. frozen_dtype='bfloat16' keeps the frozen matrices in half the memory.
+    See model/lora.py. frozen_dtype='bfloat16' keeps the frozen matrices in half the memory, rounded
+    for all who share them: in PPO also the reference and the reward model.
     """
     return ConfigDict(
         {"rank": rank, "alpha": alpha, "targets": tuple(targets), "frozen_dtype": frozen_dtype}

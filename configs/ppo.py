@@ -5,9 +5,8 @@
         --config.inputs.prompts=runs/clean --config.inputs.vocabulary=runs/vocabulary
 
 Arguments name a recipe:
-  'cpu' (the default): 60 steps of 64 episodes. A step takes about 1.8 s on two cores: 0.3 sampling,
-    0.5 scoring, 1.0 updating. What to expect depends on the reward model and the KL coefficient:
-    EXPERIMENTS.md has a table.
+  'cpu' (the default): 60 steps of 64 episodes, a few minutes on two cores. What to expect depends
+    on the reward model and the KL coefficient: EXPERIMENTS.md has a table.
   'scorer': the same, paid by a program, the share of some words: a canary.
   'instructgpt' (arXiv 2203.02155, appendix C.4): one inner epoch of 8 minibatches, fixed KL
     coefficient, constant learning rate, PPO-ptx (on inputs.tokens). Not as there: no moving average

@@ -12,74 +12,26 @@ The first reply takes some seconds for compiling, later starts take them from th
 """
 
 import argparse
-import codecs
-import functools
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TextIO
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from etils import epath
-from jax.sharding import AxisType
 
 from gptlab.data import chat
 from gptlab.data.records import Message
-from gptlab.data.tokenizer import Tokenizer, find_vocabulary
 from gptlab.model import decode
-from gptlab.model.sharding import MESH_AXES
-from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
-from gptlab.rl import rollout
-from gptlab.run import artifact, program
+from gptlab.people import policy as policies
+from gptlab.run import program
 from gptlab.run.errors import EXIT_USER_ERROR, UserError
-from gptlab.train import checkpoint
 
 HELP = "/reset forgets the conversation; /system TEXT; /context TEXT for the next message; /quit"
-
-_prefill = jax.jit(decode.prefill, static_argnames=("model", "slots"))
-_sample = jax.jit(decode.sample, static_argnames="sampling")
-
-
-class Policy:
-    """A language model on one device, ready to stream."""
-
-    def __init__(self, model: LanguageModel, params: Any, tokenizer: Tokenizer):
-        unstack = jax.jit(decode.unstack_layers, static_argnums=0)
-        self.model, self.tokenizer = model, tokenizer
-        self.params = unstack(model.config, params)
-
-    def stream(
-        self, prompt: Sequence[int], key: jax.Array, sampling: decode.Sampling
-    ) -> Iterator[int]:
-        """The reply's tokens, one by one, up to and without its stop token.
-
-        What `decode.generate` would draw for this prompt and key. Prompt and reply together fit
-        the context window (Session sees to it).
-        """
-        window = self.model.config.max_len
-        # A few widths only, so that few programs are compiled.
-        width = min(window, max(16, 1 << (len(prompt) - 1).bit_length()))
-        tokens = np.zeros((1, width), np.int32)
-        tokens[0, : len(prompt)] = prompt
-        at, keys = jnp.array([len(prompt)], jnp.int32), key[None]
-        cache, logits = _prefill(self.model, self.params, tokens, at, slots=window)
-        token, _ = _sample(logits, keys, at, sampling=sampling)
-        for _ in range(sampling.max_new_tokens):
-            drawn = int(token[0])
-            if drawn in sampling.stop_tokens:
-                return
-            yield drawn
-            cache, token, _ = decode.decode_step(
-                self.model, self.params, cache, token, at, keys, sampling
-            )
-            at = at + 1
 
 
 class Session:
     """One conversation with a policy."""
 
-    def __init__(self, policy: Policy, sampling: decode.Sampling, seed: int):
+    def __init__(self, policy: policies.Policy, sampling: decode.Sampling, seed: int):
         self._policy, self._sampling = policy, sampling
         self._key, self._turn = jax.random.key(seed), 0
         self.system: str | None = None
@@ -126,19 +78,15 @@ class Session:
         self.notice = self._look_at(asked)
         key = jax.random.fold_in(self._key, self._turn)
         self._turn += 1
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         tokenizer = self._policy.tokenizer
+        reader = chat.ReplyText(tokenizer, chat.blanks_before_reply(tokenizer))
         said: list[str] = []
-        blanks = chat.blanks_before_reply(tokenizer)
         try:
             for token in self._policy.stream(asked.ids, key, self._sampling):
-                piece = utf8.decode(tokenizer.decode_bytes([token]))
-                if piece and blanks:
-                    piece, blanks = piece.removeprefix(blanks), ""
-                if piece:
+                if piece := reader.feed(token):
                     said.append(piece)
                     yield piece
-            if rest := utf8.decode(b"", final=True):
+            if rest := reader.end():
                 said.append(rest)
                 yield rest
         finally:
@@ -146,65 +94,10 @@ class Session:
 
     def _look_at(self, asked: chat.Asked) -> str | None:
         """What of the conversation is newly missing in a prompt, in words."""
-        window = self._policy.model.config.max_len
         before, self._left_out = self._left_out, len(self.messages) - asked.turns
-        if asked.trimmed:
-            return f"your message is too long for the window of {window} tokens: a part is read"
-        if self._left_out > before:
-            return (
-                f"the window of {window} tokens is full: the oldest {self._left_out} of "
-                f"{len(self.messages)} messages are no longer read"
-            )
-        return None
-
-
-def policy_workdir(workdir: epath.PathLike) -> epath.Path:
-    """The artifact to talk to: of a rounds workdir its promoted policy, else the workdir itself."""
-    manifest = artifact.read_manifest(workdir, allow_unfinished=True)
-    if manifest["stage"] != "rounds":
-        return epath.Path(workdir)
-    policy = manifest.get("results", {}).get("policy")
-    if policy is None:
-        raise UserError(
-            f"{workdir}: no round has finished yet; give the workdir of a stage under "
-            f"{epath.Path(workdir) / 'artifacts'}"
-        )
-    # The whole tree may have been moved since.
-    for path in (epath.Path(policy), epath.Path(workdir) / "artifacts" / epath.Path(policy).name):
-        if path.exists():
-            return path
-    raise UserError(f"{workdir}: its policy {policy} is gone")
-
-
-def load_policy(workdir: epath.PathLike, dtype: str) -> Policy:
-    """Loads a stage's best checkpoint on this process's first device.
-
-    Raises:
-        UserError: no artifact, no language model or no vocabulary in its lineage.
-    """
-    workdir = policy_workdir(workdir)
-    tokenizer = Tokenizer.load(_find_vocabulary(artifact.lineage(workdir), workdir))
-    compute = {"dtype": dtype, "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
-    model = LanguageModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
-    mesh = jax.make_mesh(
-        (1,) * 5, MESH_AXES, axis_types=(AxisType.Auto,) * 5, devices=jax.local_devices()[:1]
-    )
-    params = checkpoint.load_params(workdir, mesh, functools.partial(init_params, model))
-    return Policy(model, params, tokenizer)
-
-
-def _find_vocabulary(tree: Mapping[str, Any], workdir: epath.PathLike) -> str:
-    """The nearest artifact with a vocabulary among what an artifact was made from, and itself."""
-    level = [tree]
-    while level:
-        for node in level:
-            if find_vocabulary(node["path"]) is not None:
-                return str(node["path"])
-        level = [child for node in level for child in node["inputs"].values()]
-    raise UserError(
-        f"{workdir} was made without a train_tokenizer artifact or an imported model: its "
-        "vocabulary is unknown"
-    )
+        if not asked.trimmed and self._left_out <= before:
+            return None
+        return chat.left_out(asked, len(self.messages), self._policy.model.config.max_len)
 
 
 def converse(session: Session, lines: TextIO, interactive: bool) -> None:
@@ -306,15 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _arguments(argv)
         program.keep_freed_memory()
         program.enable_compilation_cache()
-        policy = load_policy(args.workdir, args.dtype)
-        tokenizer = policy.tokenizer
-        halts = rollout.halt_tokens(tokenizer, policy.model.config.vocab_size)
+        policy = policies.load(args.workdir, args.dtype)
         sampling = decode.Sampling(
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
-            stop_tokens=(*chat.stop_tokens(tokenizer), *halts),
+            stop_tokens=policy.end_tokens,
         )
         session = Session(policy, sampling, args.seed)
         session.system = args.system

@@ -100,7 +100,11 @@ def run_import(config: ConfigDict, workdir: str) -> None:
 
             with run.goodput.measure("data"):
                 params = weights.load(abstract, shardings, source.weights, source.tensors, each)
-            with run.goodput.measure("save"), Checkpoints(run.workdir, config.checkpoint) as saved:
+            largest = max(x.nbytes for x in jax.tree.leaves(params))
+            with (
+                run.goodput.measure("save"),
+                Checkpoints(run.workdir, config.checkpoint, write_bytes=largest) as saved,
+            ):
                 saved.save(0, {"params": params}, {})
             digest = state_lib.digest(params)
 

@@ -15,7 +15,8 @@ counts) say otherwise; `--devices=cpu:8` plans for this machine. With --workdir=
 kept there as JSON, by the hash of the config and libtpu's version, and read again.
 
 TPUs need libtpu: `pip install -c constraints.txt -e '.[tpu]'` in an environment of its own. About
-1B parameters compile in 1 to 3 minutes on two cores, 8B in 10 to 20.
+1B parameters compile in 1 to 3 minutes on two cores, 8B in 10 to 20. What $LIBTPU_INIT_ARGS says
+counts, as it does on a TPU.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from ml_collections import ConfigDict
 
 from gptlab import ppo, pretrain, reward, sft
 from gptlab.data.batches import ComparisonBatch, PromptBatch, TokenBatch
-from gptlab.model import lora
+from gptlab.model import lora, sharding
 from gptlab.model.decode import Sampling
 from gptlab.model.heads import ScalarModel
 from gptlab.model.presets import PRESETS
@@ -181,7 +182,7 @@ def make_plan(job: Job, target: Target) -> Plan:
         phases=phases,
         chip=target.chip,
         useful_flops=useful_flops(job),
-        libtpu=chips.libtpu_version(),
+        libtpu=chips.compiler(),
         commit=artifact.git_commit(),
     )
 
@@ -271,11 +272,14 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
     sampling = Sampling(**config.sampling.to_dict(), stop_tokens=(1,))
     functions = actor.jit_functions(model, scalar, sampling, pad_id=0)
     asked = PromptBatch(ints(rows, prompt), ints(rows), ints(rows))
+    cache = abstract_cache(job.model, rows, length, mesh)
+    own_rows = cache.sharding.shard_shape(cache.shape)[0]
+    repeated = own_rows * mesh.size // (mesh.shape["tensor"] * rows)  # rows that don't divide
     rollout, samples = measure(
         "rollout",
         functions.sample,
         (policy.params, mesh_lib.abstract_batch(asked, mesh), key_on(mesh)),
-        counted_flops=flops.generate(job.model, rows, prompt, new, adapters),
+        counted_flops=repeated * flops.generate(job.model, rows, prompt, new, adapters),
         beside_bytes=kept - memory["params"],
     )
     if samples is None:  # as any batch lies, to go on with the other phases
@@ -329,12 +333,17 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         kernel_flops=inside,
         beside_bytes=sum(frozen.values()) - sum(fetched.values()),
     )
-    cache = 2 * job.model.num_layers * rows * job.model.d_kv * length
-    cache *= jnp.dtype(job.model.dtype).itemsize
-    spread = mesh_lib.data_size(mesh) * mesh.shape["tensor"]
-    memory["KV cache (rollout)"] = cache // spread
+    memory["KV cache (rollout)"] = 2 * job.model.num_layers * per_device(cache)
     memory |= {f"{name}, scoring only": size for name, size in fetched.items()}
     return [rollout, score, value, learn], memory, rows * length
+
+
+def abstract_cache(model: ModelConfig, rows: int, slots: int, mesh: Mesh) -> Any:
+    """The keys of a layer's cache while decoding; its values lie alike."""
+    shape = (rows, model.num_kv_heads, slots, model.head_dim)
+    with sharding.decoding():
+        spec = sharding.activation_spec(shape, ("batch", "act_heads", "kv_length", None))
+    return jax.ShapeDtypeStruct(shape, model.dtype, sharding=NamedSharding(mesh, spec))
 
 
 def abstract_samples(rows: int, prompt: int, new: int) -> Samples:
@@ -442,7 +451,7 @@ def cache_key(job: Job, target: Target) -> str:
         dataclasses.asdict(job.model),
         dataclasses.asdict(job.paid_by),
         target.name,
-        chips.libtpu_version() if target.chip else jax.__version__,
+        chips.compiler() if target.chip else jax.__version__,
         SCHEMA_VERSION,
     ]
     text = json.dumps(told, sort_keys=True, default=str)

@@ -33,7 +33,7 @@ from gptlab.data.batches import PromptBatches, TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import lora
 from gptlab.model.heads import ScalarModel
-from gptlab.model.sharding import constrain
+from gptlab.model.sharding import split_rows
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params, score_batch
 from gptlab.rl import advantages as adv
 from gptlab.rl import episodes as episodes_lib
@@ -154,7 +154,8 @@ def make_update(
         """One optimiser step of policy and critic on one minibatch."""
         policy, critic = state
         rows, ptx = inputs  # rows int32 [B / minibatches]
-        batch = jax.tree.map(lambda x: _split_rows(x[rows]), episodes)
+        # A gather by permuted indices leaves rows on every device.
+        batch = jax.tree.map(lambda x: split_rows(x[rows]), episodes)
         if config.whiten_advantages == "minibatch":
             mask = batch.samples.response_mask
             white = adv.whiten(batch.advantages, mask, keep_mean=False)
@@ -210,11 +211,6 @@ def jit_update(
     return step_lib.jit_step(update, shardings, mesh)
 
 
-def _split_rows(x: jax.Array) -> jax.Array:
-    """Rows over the data axes again: a gather by permuted indices leaves them on every device."""
-    return constrain(x, "batch", *[None] * (x.ndim - 1))
-
-
 def _stack(x: jax.Array, parts: int) -> jax.Array:
     """[parts * b, ...] -> [parts, b, ...], each part with a share of every device's rows."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
@@ -246,6 +242,9 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     model_config = ModelConfig.build(checkpoint.load_model_config(config.inputs.init), compute)
     check_vocabulary(model_config, tokenizer, "config.inputs.init")
     lora.check(config.lora, model_config)
+    if config.reward.kind == "model":
+        paid_by = rewards.reward_model_config(config.inputs.reward, model_config, compute)
+        lora.check(config.lora, paid_by)  # of the critic, too
     model = LanguageModel(model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     episodes = config.batch_size  # B
@@ -283,7 +282,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
         policy_tx, schedule = make_optimizer(config.optimizer, total * updates)
         critic_tx, _ = make_optimizer(config.value_optimizer, total * updates)
-        lora.check(config.lora, scalar_model.config)
         reward_params = None
         if config.reward.kind == "model":  # the critic starts as a copy of what pays
             apart = {"head": critic["head"]} if config.lora.rank else critic
@@ -303,7 +301,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         )
 
         # (4) The newest checkpoint, if there is one; prompts, keys and metrics follow its step.
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint, run.metrics))
         start, state = restore(checkpoints, state, shardings, updates)
         run.metrics.rewind(start)
         log = StepLog(run, config, episodes * length, flops_per_token=None)
@@ -352,7 +350,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 run.metrics.write(done, figures)
             if save:
                 with run.goodput.measure("save"):
-                    run.metrics.flush()
                     checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
             if stop:
                 checkpoints.wait()

@@ -134,7 +134,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     if config.sample_every_steps:
         sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, (tokenizer.eos_id,))
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint, run.metrics))
         state, shardings = state_lib.init_state(
             lambda key: transformer.init_params(model, key), tx, mesh, init_key
         )
@@ -180,7 +180,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                     run.metrics.write_sample({"step": done, **entry})
             if save:
                 with run.goodput.measure("save"):
-                    run.metrics.flush()
                     checkpoints.save_state(state, {}, figures if evaluate else None)
             if stop:
                 checkpoints.wait()

@@ -151,7 +151,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
         # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint, run.metrics))
         state, _ = checkpoints.restore_state(state, shardings)
         start = int(state.step)
         run.metrics.rewind(start)
@@ -183,7 +183,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                 run.metrics.write(done, chosen_by)
             if save:
                 with run.goodput.measure("save"):
-                    run.metrics.flush()
                     checkpoints.save_state(state, {}, chosen_by if evaluate else None)
             if stop:
                 checkpoints.wait()

@@ -107,7 +107,10 @@ class Planner:
 
     def step(self, name: str, round_number: int, **inputs: Step | None) -> Step:
         """The step of a stage whose inputs are other steps; one that is None stays empty."""
-        config = ConfigDict(self._config.stages[name].to_dict())
+        stage = self._config.stages[name]
+        optional = {k: t for k, t in program.may_be_empty(stage).items() if t in (int, float, str)}
+        # Its own: what stages share by reference would change in all of them.
+        config = program.with_placeholders(stage.to_dict(), optional)
         if round_number and name != "evaluate":  # the same prompts and SFT replies in all rounds
             config.seed = config.seed + _SEEDS_APART * round_number
         for key, value in inputs.items():
@@ -205,12 +208,16 @@ def write_config(step: Step, directory: epath.Path) -> epath.Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{step.workdir.name}.py"
     command = command_line(step, path)
+    kinds = program.may_be_empty(step.config)
+    optional = ", ".join(f"{json.dumps(key)}: {kind.__name__}" for key, kind in kinds.items())
     files.atomic_write(
         path,
         f'"""{step.title}, exactly as gptlab.rounds runs it.\n\n{shlex.join(command)}\n"""\n\n'
-        "import json\n\nfrom ml_collections import ConfigDict\n\n"
-        f"CONFIG = {json.dumps(step.config.to_json(indent=1))}\n\n\n"
-        "def get_config(arg=None):\n    return ConfigDict(json.loads(CONFIG))\n",
+        "import json\n\nfrom gptlab.run import program\n\n"
+        f"CONFIG = {json.dumps(step.config.to_json(indent=1))}\n"
+        f"MAY_BE_EMPTY = {{{optional}}}\n\n\n"
+        "def get_config(arg=None):\n"
+        "    return program.with_placeholders(json.loads(CONFIG), MAY_BE_EMPTY)\n",
     )
     return epath.Path(storage.local_copy(path))  # a config is read from a disk
 

@@ -172,7 +172,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         stops = chat.stop_tokens(tokenizer)
         sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, stops)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint, run.metrics))
         params = load_params(
             config.inputs.init, mesh, lambda key: transformer.init_params(model, key)
         )
@@ -224,7 +224,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                     run.metrics.write_sample({"step": done, **entry})
             if save:
                 with run.goodput.measure("save"):
-                    run.metrics.flush()
                     kept = {"pretrained": meta["pretrained"]}
                     checkpoints.save_state(state, kept, figures if evaluate else None)
             if stop:

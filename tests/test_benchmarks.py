@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import serving
 from tests.data import hf_vocabularies
 from tests.rl import artifacts
 
@@ -143,3 +144,16 @@ def test_an_imported_model_decodes_in_both_dtypes(tmp_path, tiny_model):
     if other:
         assert figures["float32"]["transformers"]["same_tokens"] == 1
         assert set(figures["float32"]["chat"]["time_to_transformers"]) == SPREAD
+
+
+@pytest.mark.slow
+def test_the_server_is_measured_under_several_clients(tmp_path, tiny_model, tiny_vocabulary):
+    workdir = serving.write_model(tmp_path / "model", tiny_model, tiny_vocabulary)
+    tiny = f"--model={workdir} --prompt=8 --new=4 --rounds=2 --requests=4 --clients=1,2 --slots=2"
+    figures = figures_of("-m", "benchmarks.serve", *tiny.split(), "--chunk=8")
+    for name in ("clients_1", "clients_2"):
+        of_clients = figures["gptlab"][name]
+        assert all(set(of_clients[key]) == SPREAD for key in of_clients)
+        assert of_clients["tokens_per_sec"]["median"] > 0
+        assert of_clients["first_token_ms"]["median"] > 0
+    assert figures["gptlab"]["clients_1"]["speedup"]["median"] == 1

@@ -16,6 +16,7 @@ from gptlab import chat
 from gptlab.data.records import Message
 from gptlab.model import decode
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
+from gptlab.people import policy as policies
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
 from gptlab.train.checkpoint import Checkpoints
@@ -45,7 +46,7 @@ def workdir(tmp_path_factory, tiny_corpus, tiny_model):
 
 @pytest.fixture(scope="module")
 def policy(workdir):
-    return chat.load_policy(workdir, "float32")
+    return policies.load(workdir, "float32")
 
 
 def session(policy, sampling=SAMPLING):
@@ -183,10 +184,10 @@ def test_commands(policy, capsys):
 def test_a_rounds_workdir_leads_to_its_promoted_policy(workdir, tmp_path):
     with artifact.open_run(ConfigDict({"seed": 0, "inputs": {}}), tmp_path / "r", "rounds") as run:
         with pytest.raises(UserError, match="no round has finished"):
-            chat.policy_workdir(tmp_path / "r")
+            policies.find(tmp_path / "r")
         run.results(policy=str(workdir))
         run.complete()
-    assert chat.policy_workdir(tmp_path / "r") == workdir
+    assert policies.find(tmp_path / "r") == workdir
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from gptlab.data import batches, chat, records
 from gptlab.data.records import CandidateSet, Comparison, Conversation, Document, TokenExample
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import decode
+from gptlab.people import policy as policies
 from gptlab.rl import rollout
 from gptlab.run import artifact, metrics
 from gptlab.run.errors import UserError
@@ -145,7 +146,7 @@ def test_reward_and_ppo_run_on_it(tuned, imported, tiny_clean, tiny_comparisons,
 
 
 def test_chat_finds_the_vocabulary_and_answers(tuned, capsys):
-    policy = chat_program.load_policy(tuned, "float32")
+    policy = policies.load(tuned, "float32")
     assert isinstance(policy.tokenizer, type(Tokenizer.load(hf_directory(tuned))))
     halts = rollout.halt_tokens(policy.tokenizer, policy.model.config.vocab_size)
     stops = chat.stop_tokens(policy.tokenizer)
@@ -166,7 +167,7 @@ def hf_directory(tuned):
 
 
 def test_chat_streams_a_reply_without_the_templates_blank(tuned):
-    policy = chat_program.load_policy(tuned, "float32")
+    policy = policies.load(tuned, "float32")
     policy.tokenizer = hf.tokenizer("llama2")
     said = chat.encode_reply(policy.tokenizer, "you are é good")
     policy.stream = lambda prompt, key, sampling: iter(said[:-1])

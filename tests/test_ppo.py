@@ -14,8 +14,9 @@ from configs import common
 from configs import ppo as ppo_config
 from configs import reward as reward_config
 from gptlab import ppo, reward
+from gptlab.model.presets import PRESETS
 from gptlab.run import artifact, metrics
-from gptlab.run.errors import Interrupted, UserError
+from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
 from tests.rl import artifacts
 
@@ -368,24 +369,6 @@ def test_adaptive_kl_moves_after_the_batch(adaptive):
     assert abs(results["kl_coef"] - coef) < 1e-6 and abs(coef - 0.2) > 1e-3
 
 
-def test_stopped_and_resumed_is_bit_identical(config, adaptive, tmp_path, monkeypatch):
-    """The adaptive coefficient, both optimisers, prompts and keys go on where they were."""
-    asked = iter(range(1, 100))
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact.Run, "stop_requested", lambda self: next(asked) >= 2)
-        with pytest.raises(Interrupted):
-            rerun(config, tmp_path / "run", **ADAPTIVE)
-    resumed = rerun(config, tmp_path / "run", **ADAPTIVE)
-    ours, theirs = (artifact.read_manifest(path) for path in (tmp_path / "run", adaptive))
-    assert ours["digest"] == theirs["digest"]
-    assert ours["results"]["kl_coef"] == theirs["results"]["kl_coef"]
-    plain = [
-        [{k: v for k, v in m.items() if k.startswith(("ppo/", "train/"))} for m in lines]
-        for lines in (resumed, lines_of(adaptive))
-    ]
-    assert plain[0] == plain[1]
-
-
 def test_a_run_that_broke_off_at_its_end_writes_every_line_once(config, adaptive, tmp_path):
     def broken(self, digest):
         raise RuntimeError("killed")
@@ -511,6 +494,32 @@ def test_a_vocabulary_of_another_size_is_refused_before_anything_is_sampled(
     monkeypatch.setattr(ppo, "Actor", None)
     with pytest.raises(UserError, match="inputs.init has a vocabulary of 320 .* of 330"):
         rerun(config, tmp_path / "run", **{"inputs.vocabulary": str(other_vocabulary)})
+
+
+@pytest.mark.parametrize(
+    "other, changes, words",
+    [
+        (
+            {"vocab_size": 330},
+            {},
+            "inputs.reward has a vocabulary of 330, config.inputs.init of 320",
+        ),
+        (
+            {**PRESETS["tiny_gpt2"], "vocab_size": 320},
+            {"lora.rank": 2, "lora.targets": ("gate",)},
+            "has no 'gate'",
+        ),
+    ],
+    ids=["vocabulary", "adapters"],
+)
+def test_a_reward_model_that_cannot_pay_is_refused_before_anything_is_loaded(
+    config, tiny_model, tmp_path, monkeypatch, other, changes, words
+):
+    model = {**tiny_model, **other}
+    pays = artifacts.write_reward(tmp_path / "reward", model, gain=1.0, bias=0.0)
+    monkeypatch.setattr(ppo.checkpoint, "load_params", None)
+    with pytest.raises(UserError, match=words):
+        rerun(config, tmp_path / "run", **{"inputs.reward": str(pays), **changes})
 
 
 def test_ptx_needs_its_corpus(config, tmp_path):

@@ -121,33 +121,6 @@ def test_demonstrations_average_zero(trained, config, tiny_tokenizer, tiny_clean
     assert abs(raw.mean()) > 1e-3 and abs((raw + own["bias"]).mean()) < 1e-5
 
 
-def test_killed_and_resumed_is_bit_identical(trained, config, tmp_path):
-    """Stopped by a signal in the middle; the same command goes on."""
-    with pytest.raises(reward.Interrupted):
-        with_stop(config, tmp_path / "run", after=7)
-    reward.run(config, str(tmp_path / "run"))
-    ours, theirs = artifact.read_manifest(tmp_path / "run"), artifact.read_manifest(trained)
-    assert ours["digest"] == theirs["digest"]
-    assert ours["results"]["accuracy"] == theirs["results"]["accuracy"]
-    keep = lambda m: {k: v for k, v in m.items() if k.startswith("train/")}  # noqa: E731
-    a, b = (
-        {m["step"]: keep(m) for m in metrics.read_metrics(path) if "train/loss" in m}
-        for path in (tmp_path / "run", trained)
-    )
-    assert a == b
-
-
-def with_stop(config, workdir, after):
-    """Runs until the `after`-th question whether to stop, which is answered with yes."""
-    asked = iter(range(1, 10**6))
-    original = artifact.Run.stop_requested
-    artifact.Run.stop_requested = lambda self: next(asked) >= after
-    try:
-        reward.run(config, str(workdir))
-    finally:
-        artifact.Run.stop_requested = original
-
-
 def test_rounds_are_pooled(config, tiny_comparisons, tiny_clean):
     changed = ConfigDict(config.to_dict())
     one = len(reward.read_comparisons(changed, "train"))

@@ -239,6 +239,23 @@ def test_written_configs_are_the_exact_ones(root, done):
         assert path.stem == f"{manifest['stage']}-{found}"
 
 
+def test_a_written_configs_empty_keys_may_be_filled_and_others_emptied(tmp_path, documents):
+    planner = rounds.Planner(rounds_driver.tiny_config(documents), tmp_path)
+    path = rounds.write_config(planner.step("sft", 0), tmp_path / "configs")
+    code = (
+        "import sys\nfrom gptlab.run import program\n"
+        "program.main(lambda config, workdir: print(config.to_json()), 'sft')\n"
+    )
+    given = ("--config.total_steps", "None", "--config.total_epochs=1.5", "--workdir=unused")
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--config={path}", *given],
+        text=True, capture_output=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)
+    assert (read["total_steps"], read["total_epochs"]) == (None, 1.5)
+
+
 @pytest.fixture
 def driver(documents):
     """Starts rounds in a process of their own: (root, SECONDS, perhaps MOMENT) -> Popen."""

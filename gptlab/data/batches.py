@@ -28,15 +28,20 @@ _PREFETCH = 2  # batches
 _MIN_PROMPT_TOKENS = 16  # A reply that leaves its prompt less room than this is not used.
 
 
+def _per_token() -> Any:
+    """A field [B, T]: a mesh may split its tokens (train/mesh.py); of others, the rows alone."""
+    return flax.struct.field(metadata={"axes": ("batch", "length")})
+
+
 @flax.struct.dataclass
 class TokenBatch:
     """Packed rows."""
 
-    tokens: np.ndarray  # int32 [B, T]
-    targets: np.ndarray  # int32 [B, T]
-    loss_mask: np.ndarray  # float32 [B, T], 1 where the target counts
-    segment_ids: np.ndarray  # int32 [B, T], from 1; 0 is padding
-    positions: np.ndarray  # int32 [B, T], from 0 in each segment
+    tokens: np.ndarray = _per_token()  # int32 [B, T]
+    targets: np.ndarray = _per_token()  # int32 [B, T]
+    loss_mask: np.ndarray = _per_token()  # float32 [B, T], 1 where the target counts
+    segment_ids: np.ndarray = _per_token()  # int32 [B, T], from 1; 0 is padding
+    positions: np.ndarray = _per_token()  # int32 [B, T], from 0 in each segment
 
 
 @flax.struct.dataclass

@@ -14,6 +14,7 @@ stop, not to speak for the others.
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Iterable, Sequence
 
@@ -68,6 +69,38 @@ def decode_reply(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 def blanks_before_reply(tokenizer: Tokenizer) -> str:
     """What the ids of a reply spell before its text: '' but with some templates."""
     return _format(tokenizer).before
+
+
+class ReplyText:
+    """A reply's text as its tokens come: whole characters only, without a template's blanks."""
+
+    def __init__(self, tokenizer: Tokenizer, before: str):
+        """`before` is what the ids spell before the text: see `blanks_before_reply`."""
+        self._decode_bytes, self._before = tokenizer.decode_bytes, before
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """What is new in the text with one token more; may be empty."""
+        piece = self._utf8.decode(self._decode_bytes([token]))
+        if piece and self._before:
+            piece, self._before = piece.removeprefix(self._before), ""
+        return piece
+
+    def end(self) -> str:
+        """What is left when no token follows: half a character becomes U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def left_out(asked: Asked, messages: int, window: int) -> str | None:
+    """In words, what of a conversation of so many messages (no system) is not in its prompt."""
+    if asked.trimmed:
+        return f"your message is too long for the window of {window} tokens: a part is read"
+    if asked.turns < messages:
+        return (
+            f"the window of {window} tokens is full: the oldest {messages - asked.turns} of "
+            f"{messages} messages are no longer read"
+        )
+    return None
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -167,8 +167,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
 
 
 def write_cache(
-    cache: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, start: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    cache: tuple[jax.Array, jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    row: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Puts T new keys and values of each row into its slots start[b] .. start[b] + T - 1.
 
     Args:
@@ -176,10 +180,20 @@ def write_cache(
         k: [B, Hkv, T, K].
         v: [B, Hkv, T, K].
         start: int32 [B], with start + T <= S (a larger start would be moved back to fit).
+        row: int32 []: k, v and start are of this one row of a larger cache.
 
     Returns:
-        The updated cache; XLA writes it in place when it is donated or carried by a loop.
+        The updated cache, and of it what the rows of k and v attend to: keys and values
+        [B, Hkv, S, K]. XLA writes in place when the cache is donated or carried by a loop.
     """
-    write = jax.vmap(lambda slots, new, at: jax.lax.dynamic_update_slice(slots, new, (0, at, 0)))
     keys, values = cache
-    return write(keys, k.astype(keys.dtype), start), write(values, v.astype(values.dtype), start)
+    k, v = k.astype(keys.dtype), v.astype(values.dtype)
+    if row is None:
+        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
+        cache = write(keys, k, start), write(values, v, start)
+        return cache, cache
+    at = (row, 0, start[0], 0)
+    keys = jax.lax.dynamic_update_slice(keys, k, at)
+    values = jax.lax.dynamic_update_slice(values, v, at)
+    read = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (keys, values)]
+    return (keys, values), (read[0], read[1])

@@ -6,7 +6,8 @@ uses the key `fold_in(request_key, position)`, so what a request receives depend
 other rows of its batch nor on how far its prompt was padded.
 
 The layers are the training `Block`s, run one by one over slices of the stacked parameters: each
-layer's cache is a buffer of its own, which XLA updates in place inside the loop.
+layer's cache is a buffer of its own, which XLA updates in place inside the loop. On a mesh, the
+`context` axis has no sequence to split here, so it splits rows too.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from gptlab.model import attention as attn
+from gptlab.model import sharding
 from gptlab.model.transformer import Backbone, Block, LanguageModel, ModelConfig
 from gptlab.run.errors import UserError
 
@@ -47,6 +49,15 @@ class Sampling:
             raise UserError(f"top_p={self.top_p} must be in (0, 1]")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+
+
+@flax.struct.dataclass
+class RowSampling:
+    """How each row's tokens are drawn: any mixture of samplings is one compiled function."""
+
+    temperature: jax.Array  # float32 [B]; as in Sampling
+    top_k: jax.Array  # int32 [B]
+    top_p: jax.Array  # float32 [B]
 
 
 @flax.struct.dataclass
@@ -86,12 +97,14 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     return tuple((zeros(), zeros()) for _ in range(config.num_layers))
 
 
+@sharding.decoding()
 def extend(
     model: LanguageModel,
     params: Mapping[str, Any],
     cache: Cache,
     tokens: jax.Array,
     start: jax.Array,
+    row: jax.Array | None = None,
 ) -> tuple[Cache, jax.Array]:
     """Runs T more tokens of each row through the layers, reading and filling the cache.
 
@@ -101,6 +114,7 @@ def extend(
         cache: S slots, of which row b's first start[b] are filled.
         tokens: int32 [B, T], at positions start[b] .. start[b] + T - 1 <= S - 1.
         start: int32 [B].
+        row: int32 []: tokens and start, with B = 1, are of this one row of a cache of more.
 
     Returns:
         The cache and the last layer's output [B, T, D] (before the final norm).
@@ -113,11 +127,12 @@ def extend(
     mask = attn.cache_mask(positions, cache[0][0].shape[2])
     block, filled = Block(config), []
     for layer, slots in zip(backbone["layers"], cache, strict=True):
-        x, slots = block.apply({"params": layer}, x, mask, rope, slots, start)
+        x, slots = block.apply({"params": layer}, x, mask, rope, slots, start, row)
         filled.append(slots)
     return tuple(filled), x
 
 
+@sharding.decoding()
 def next_logits(model: LanguageModel, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     """The last layer's output at one position of each row, [B, D] -> logits float32 [B, V]."""
     variables = {"params": {k: v for k, v in params["backbone"].items() if k != "layers"}}
@@ -181,16 +196,43 @@ def _threshold(probs: jax.Array, enough: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [B, V] with what top-k, then top-p of the rest, exclude set to -inf; ties stay."""
+def _keep_k(logits: jax.Array, top_k: jax.Array | int) -> jax.Array:
+    """Logits [B, V] with all but the k >= 1 most likely set to -inf, k one number or [B]."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    t = _threshold(probs, lambda kept: kept.sum(-1) >= top_k)
+    return jnp.where(probs >= t[:, None], logits, -jnp.inf)
+
+
+def _keep_p(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """The same for the most likely that hold this probability together."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    t = _threshold(probs, lambda kept: (probs * kept).sum(-1) >= top_p)
+    return jnp.where(probs >= t[:, None], logits, -jnp.inf)
+
+
+def _restrict(logits: jax.Array, sampling: Sampling | RowSampling) -> jax.Array:
+    """Logits [B, V] with what top-k, then top-p of the rest, exclude set to -inf; ties stay.
+
+    Rows without a filter keep their logits, bit for bit, whatever the other rows ask for.
+    """
+    if isinstance(sampling, RowSampling):
+        for keep, bound, asked in (
+            (_keep_k, jnp.maximum(sampling.top_k, 1), sampling.top_k > 0),
+            (_keep_p, sampling.top_p, sampling.top_p < 1),
+        ):
+            logits = jax.lax.cond(
+                asked.any(),
+                lambda x, keep=keep, bound=bound, asked=asked: jnp.where(
+                    asked[:, None], keep(x, bound), x
+                ),
+                lambda x: x,
+                logits,
+            )
+        return logits
     if 0 < sampling.top_k < logits.shape[-1]:
-        probs = jax.nn.softmax(logits, axis=-1)
-        t = _threshold(probs, lambda kept: kept.sum(-1) >= sampling.top_k)
-        logits = jnp.where(probs >= t[:, None], logits, -jnp.inf)
+        logits = _keep_k(logits, sampling.top_k)
     if sampling.top_p < 1:
-        probs = jax.nn.softmax(logits, axis=-1)
-        t = _threshold(probs, lambda kept: (probs * kept).sum(-1) >= sampling.top_p)
-        logits = jnp.where(probs >= t[:, None], logits, -jnp.inf)
+        logits = _keep_p(logits, sampling.top_p)
     return logits
 
 
@@ -207,8 +249,15 @@ def _invert(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     return (below <= uniform[:, None] * below[:, -1:]).sum(axis=-1)
 
 
+def tempered(logits: jax.Array, sampling: Sampling | RowSampling) -> jax.Array:
+    """Logits [B, V] over the temperature; as they are where that is 0."""
+    if isinstance(sampling, RowSampling):
+        return logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    return logits / sampling.temperature if sampling.temperature > 0 else logits
+
+
 def sample(
-    logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling
+    logits: jax.Array, keys: jax.Array, positions: jax.Array, sampling: Sampling | RowSampling
 ) -> tuple[jax.Array, jax.Array]:
     """Draws each row's next token.
 
@@ -216,17 +265,20 @@ def sample(
         logits: float32 [B, V].
         keys: typed keys [B], one per request.
         positions: int32 [B], where the drawn tokens will stand.
-        sampling: temperature, top_k and top_p.
+        sampling: temperature, top_k and top_p, of all rows or of each.
 
     Returns:
         Tokens int32 [B] and their log-probabilities float32 [B] under softmax(logits / temperature)
         of the *whole* vocabulary (what RL needs; at temperature 0, under softmax(logits)).
     """
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
+    rows = isinstance(sampling, RowSampling)
+    if rows or sampling.temperature > 0:
+        logits = tempered(logits, sampling)
         keys = jax.vmap(jax.random.fold_in)(keys, positions)
         uniform = jax.vmap(jax.random.uniform)(keys)  # float32 [B], in [0, 1)
         tokens = _invert(_restrict(logits, sampling), uniform)
+        if rows:
+            tokens = jnp.where(sampling.temperature > 0, tokens, jnp.argmax(logits, axis=-1))
     else:
         tokens = jnp.argmax(logits, axis=-1)
     logprobs = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]

@@ -6,7 +6,9 @@ Adapters lie beside the kernel that they adapt, in the one tree of parameters: `
 and `lora_scale`, which is alpha / r. What is trained follows from the tree alone (`split`), and
 every function of parameters takes it with adapters or without. Two functions of the adapted model
 need no copy of it: `off` is the model as it was before training, which is how a policy and its
-reference share one frozen base, and `merge` is the model after it, as an ordinary tree.
+reference share one frozen base, and `merge` is the model after it, as an ordinary tree. With
+frozen_dtype='bfloat16' whoever shares a base reads its rounded matrices: PPO's reference and reward
+model too.
 """
 
 from typing import Any
@@ -18,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from gptlab.model.transformer import ModelConfig
+from gptlab.run import program
 from gptlab.run.errors import UserError
 
 FROZEN_DTYPES = ("float32", "bfloat16")
@@ -27,7 +30,17 @@ Flat = dict[tuple[str, ...], Any]
 
 
 def check(config: ConfigDict, model: ModelConfig) -> None:
-    """UserError for a `config.lora` (rank, alpha, targets, frozen_dtype) without meaning."""
+    """UserError for a `config.lora` (rank, alpha, targets, frozen_dtype) without meaning.
+
+    With rank 0, also for keys given on the command line that then nobody reads; if the rank is
+    given there too, it is meant.
+    """
+    given = [key for key in program.given_keys() if key.startswith("lora.")]
+    if not config.rank and given and "lora.rank" not in given:
+        raise UserError(
+            f"--config.{given[0]} means nothing while config.lora.rank is 0 (no LoRA): give "
+            "--config.lora.rank=16, say, too"
+        )
     if config.rank < 0 or not config.alpha > 0:
         raise UserError(
             f"config.lora.rank={config.rank} must not be negative (0: no LoRA) and "

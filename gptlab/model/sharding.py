@@ -7,7 +7,9 @@ slow network), `data`, `fsdp` (parameters split, gathered when used), `context` 
 one device and a pod run the same program.
 """
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +30,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "ff": "tensor",
     "batch": ("replica", "data", "fsdp"),
     "length": "context",
+    # A step of decoding has no sequence to split: its rows are, over `context` too.
+    "decoding_batch": ("replica", "data", "fsdp", "context"),
     "kv_length": None,  # keys and values are gathered over `context` before attention
     "act_embed": None,
     "act_heads": "tensor",
@@ -37,9 +41,12 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 # Sizes that a user may change freely (one row of chat on an eight-device mesh, an adapter's rank):
-# left unsplit where the mesh does not divide them. A *training* batch that is not divisible is
-# refused by train.mesh.
-_FLEXIBLE = frozenset({"batch", "length", "act_rank"})
+# split over as many of their mesh axes, the outermost first, as divide them. A *training* batch
+# that is not divisible is refused by train.mesh.
+_FLEXIBLE = frozenset({"batch", "decoding_batch", "length", "act_rank"})
+# What the layers' names of dimensions stand for while `decoding`.
+_WHILE_DECODING: Mapping[str, str | None] = {"batch": "decoding_batch", "length": None}
+_decoding = contextvars.ContextVar("decoding", default=False)
 
 
 def partition_spec(axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> PartitionSpec:
@@ -67,11 +74,10 @@ def _checked_spec(
     """The spec, with flexible dimensions that do not divide left whole and others refused."""
     entries = list(partition_spec(axes, tuple(sizes)))
     for i, (size, axis) in enumerate(zip(shape, axes, strict=True)):
+        while axis in _FLEXIBLE and size % _ways(entries[i], sizes):
+            entries[i] = entries[i][:-1] if isinstance(entries[i], tuple) else None
         ways = _ways(entries[i], sizes)
         if size % ways == 0:
-            continue
-        if axis in _FLEXIBLE:
-            entries[i] = None
             continue
         raise UserError(
             f"{what}: dimension {axis!r} of size {size} is not divisible by mesh axis "
@@ -106,7 +112,22 @@ def activation_spec(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Par
     Raises:
         UserError: heads, ff or vocabulary are not divisible by the tensor axis.
     """
+    if _decoding.get():
+        axes = tuple(axis and _WHILE_DECODING.get(axis, axis) for axis in axes)
     return _checked_spec(shape, axes, mesh_sizes(), "activation")
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """What is traced within decodes: the layers' activations lie as RULES says for that.
+
+    To be entered by the decoding function itself, or a jitted one could be traced without it.
+    """
+    token = _decoding.set(True)
+    try:
+        yield
+    finally:
+        _decoding.reset(token)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -150,7 +171,12 @@ def logical_to_sharding(mesh: Mesh, abstract_tree: Any) -> Any:
     )
 
 
-def batch_spec(ndim: int) -> PartitionSpec:
-    """The spec of a batch array: rows over replica, data and fsdp; tokens [B, T] over context."""
-    axes = ("batch", "length") if ndim == 2 else ("batch",) + (None,) * (ndim - 1)
-    return partition_spec(axes, MESH_AXES)
+def batch_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec of an array of a batch; dimensions after its logical `axes` are never split."""
+    axes = (*axes, *[None] * len(shape))[: len(shape)]
+    return _checked_spec(shape, axes, dict(mesh.shape), "batch")
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Constrains x [B, ...] to lie as a batch does: its rows over the data axes."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))

@@ -268,7 +268,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, mask, rope, cache=None, start=None):
+    def __call__(self, x, mask, rope, cache=None, start=None, row=None):
         """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], cache with T more slots filled).
 
         Without a cache, the mask is what `attention.visibility` gives.
@@ -285,8 +285,7 @@ class Attention(nn.Module):
             q, k = self._normalize(q, k)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, Hkv, T, K]
         if cache is not None:
-            cache = attn.write_cache(cache, k, v, start)
-            k, v = cache
+            cache, (k, v) = attn.write_cache(cache, k, v, start, row)
         keys = "kv_length" if mask.ndim == 3 else "length"
         q = constrain(q, "batch", "length", "act_heads", None)
         k = constrain(k, "batch", "act_heads", keys, None)
@@ -337,11 +336,11 @@ class Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x, mask, rope, cache=None, start=None):
+    def __call__(self, x, mask, rope, cache=None, start=None, row=None):
         """x [B, T, D] -> (x, cache). Cache: (k, v), each [B, Hkv, S, K], or None when training."""
         c = self.config
         branch = Norm(c.norm, c.norm_eps, c.use_bias, name="attention_norm")(x)
-        branch, cache = Attention(c, name="attention")(branch, mask, rope, cache, start)
+        branch, cache = Attention(c, name="attention")(branch, mask, rope, cache, start, row)
         x = x + self._dropout(branch)
         x = constrain(x, "batch", "length", "act_embed")
         branch = Norm(c.norm, c.norm_eps, c.use_bias, name="feed_forward_norm")(x)

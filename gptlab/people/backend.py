@@ -61,6 +61,7 @@ class Piece:
     tokens: tuple[TokenLogprob, ...] = ()  # empty unless asked for
     finish_reason: str | None = None  # one of FINISH_REASONS on the last piece, else None
     usage: Usage | None = None  # on the last piece
+    policy: str | None = None  # the identity of what writes this reply
     # On the last piece, what the person should know: that the window had no room for the oldest
     # turns, say.
     notice: str | None = None

@@ -124,6 +124,31 @@ def candidate_rewards(
     return rollout.at_last(scalars, lengths).reshape(rows, candidates)
 
 
+def reward_model_config(
+    workdir: str | os.PathLike[str], policy: ModelConfig, compute: Mapping[str, Any]
+) -> ModelConfig:
+    """The network of the reward model that is to pay a policy, before anything is loaded.
+
+    Raises:
+      UserError: it is not finished, holds no reward model, or one of another vocabulary.
+    """
+    _normalisation(workdir)
+    config = ModelConfig.build(checkpoint.load_model_config(workdir), compute)
+    if config.vocab_size != policy.vocab_size:
+        raise UserError(
+            f"config.inputs.reward has a vocabulary of {config.vocab_size}, "
+            f"config.inputs.init of {policy.vocab_size}: they don't belong together"
+        )
+    return config
+
+
+def _normalisation(workdir: str | os.PathLike[str]) -> Mapping[str, Any]:
+    manifest = artifact.read_manifest(workdir)
+    if "normalisation" not in manifest["results"]:
+        raise UserError(f"{workdir} holds a run of {manifest['stage']}, not a reward model")
+    return manifest["results"]["normalisation"]
+
+
 def load_reward_model(
     workdir: str | os.PathLike[str], mesh: Mesh, compute: Mapping[str, Any]
 ) -> tuple[ScalarModel, Any, float, float]:
@@ -141,12 +166,9 @@ def load_reward_model(
     Raises:
       UserError: it is not finished, or holds no reward model.
     """
-    manifest = artifact.read_manifest(workdir)
-    if "normalisation" not in manifest["results"]:
-        raise UserError(f"{workdir} holds a run of {manifest['stage']}, not a reward model")
+    normalisation = _normalisation(workdir)
     model = ScalarModel(ModelConfig.build(checkpoint.load_model_config(workdir), compute))
     params = checkpoint.load_params(workdir, mesh, functools.partial(init_params, model))
-    normalisation = manifest["results"]["normalisation"]
     return model, params, normalisation["gain"], normalisation["bias"]
 
 
@@ -186,17 +208,9 @@ def load_critic(
 
     Returns:
       (model, parameters).
-
-    Raises:
-      UserError: reward model and policy have different vocabularies.
     """
     if workdir is not None:
         model, params, gain, bias = load_reward_model(workdir, mesh, compute)
-        if model.config.vocab_size != policy_config.vocab_size:
-            raise UserError(
-                f"config.inputs.reward has a vocabulary of {model.config.vocab_size}, "
-                f"config.inputs.init of {policy_config.vocab_size}: they don't belong together"
-            )
         return model, jax.jit(fold_normalisation)(params, gain, bias)
     model = ScalarModel(policy_config, "zero")
     language = functools.partial(init_params, LanguageModel(policy_config))

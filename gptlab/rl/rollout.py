@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from gptlab.data import chat
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.model import decode
+from gptlab.model import decode, sharding
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel
 from gptlab.run.errors import UserError
@@ -124,7 +124,7 @@ def sample(
     response, slots = generation.tokens, jnp.arange(sampling.max_new_tokens)[None, :]
     mask = (slots < generation.lengths[:, None]).astype(jnp.float32)
     tokens, lengths = join(prompts, prompt_lengths, response, mask, pad_id)
-    return Samples(
+    samples = Samples(
         tokens=tokens,
         prompt_lengths=prompt_lengths,
         lengths=lengths,
@@ -134,6 +134,8 @@ def sample(
         finished=generation.finished,
         decode_logprobs=generation.logprobs,
     )
+    # Decoding may have spread the rows further; each process reads those of its prompts.
+    return jax.tree.map(sharding.split_rows, samples)
 
 
 def layout(lengths: Int[Array, "B"], width: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:

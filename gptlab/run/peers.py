@@ -4,7 +4,9 @@ A collective waits for all processes, so those that are left would wait for ever
 error that names nobody. Every process writes a beat into JAX's coordination service each second:
 that it is there, and the phase of its run (run/goodput.py). A thread reads the beats of the others.
 When one falls silent, or has ended with an error, the process prints a line and ends by itself:
-with exit code 75 for a lost process, as the same command goes on from the newest checkpoint.
+with exit code 75 for a lost process, as the same command goes on from the newest checkpoint. Whom
+it found stands in its last beat: one that wakes later, from a long stretch without Python's lock,
+would only find that those who ended are gone.
 
 The service is a part of process 0, and when that is lost JAX ends all others on the spot, before
 Python could say anything. So each process has a *witness*, a child that is told the phase at every
@@ -80,6 +82,7 @@ class Peers:
         self._beats = 0
         self._where = f"{socket.gethostname()}, process id {os.getpid()}"
         self._end: dict[str, Any] = {}
+        self._verdict: dict[str, Any] = {}  # peer, what and code, once one of the others is found
         self._last: dict[int, dict[str, Any]] = {}  # the last beat of each other process
         self._since: dict[int, float] = {}  # when it came
         self._answered = clock()
@@ -129,54 +132,74 @@ class Peers:
                 return
             try:
                 self._beat()
-                rows = self._client.key_value_dir_get(_PREFIX)
+                self._listen()
             except Exception:  # an RPC that fails; the service is a part of process 0
                 if self._clock() - self._answered > self._limit:
                     self.lost(0)
                 return
-            now = self._answered = self._clock()
-            for key, value in rows:
-                peer, beat = int(key.rsplit("/", 1)[-1]), json.loads(value)
-                if peer != self._index and beat != self._last.get(peer):
-                    self._last[peer], self._since[peer] = beat, now
             for peer, beat in self._last.items():
-                silent = now - self._since[peer]
+                silent = self._answered - self._since[peer]
                 code = beat["end"].get("code")
-                if code is None and silent > self._limit:
+                if beat["verdict"]:
+                    self._stop(**beat["verdict"])
+                elif code is None and silent > self._limit:
                     self.lost(peer)
                 elif code not in (None, 0, EXIT_INTERRUPTED) and silent > _GRACE_SECONDS / 2:
                     line = f"process {peer} of {self._count} ended: {beat['end']['line']}"
-                    self._stop(line, code)
+                    self._stop(peer, line, code)
 
     def lost(self, peer: int) -> None:
         """Says that a process is lost, and ends this one."""
         beat = self._last.get(peer)
         where = f" ({beat['where']})" if beat else ""
         phase = f" in phase '{beat['phase']}'" if beat else ""
-        self._stop(
-            f"process {peer} of {self._count}{where} was lost{phase}, process {self._index} stops "
-            f"in phase '{self.phase()}'; the same command goes on from the newest checkpoint",
-            EXIT_INTERRUPTED,
-        )
+        what = f"process {peer} of {self._count}{where} was lost{phase}"
+        self._stop(peer, what, EXIT_INTERRUPTED)
 
-    def _stop(self, line: str, code: int) -> None:
-        """Ends this process because of another's end."""
+    def _stop(self, peer: int, what: str, code: int) -> None:
+        """Ends this process because of another's end, and tells those who have not seen it."""
         self._stopping = True
-        self._say(line)
+        self._verdict = {"peer": peer, "what": what, "code": code}
+        if peer == self._index:
+            what = (
+                f"the others took process {peer} of {self._count} for lost, which was silent for "
+                f"{LOST_AFTER_SECONDS:g} s"
+            )
+        if code == EXIT_INTERRUPTED:
+            what += (
+                f", process {self._index} stops in phase '{self.phase()}'; the same command goes "
+                "on from the newest checkpoint"
+            )
+        self._say(what)
+        with contextlib.suppress(Exception):
+            self._beat()
         if self._index == 0:
-            self._outlast()
+            self._outlast(peer)
         self._exit(code)
 
-    def _outlast(self) -> None:
+    def _outlast(self, lost: int) -> None:
         """Keeps the service, and this beat, until the others have seen what process 0 has seen.
 
         Without the service JAX would end them before they could, and they would name process 0.
         """
-        until = self._clock() + max(_GRACE_SECONDS, 2 * self._interval)
-        while self._clock() < until:
+        others = set(range(1, self._count)) - {lost}
+        wait = max(_GRACE_SECONDS, 2 * self._interval, LOST_AFTER_SECONDS / 2)
+        until = self._clock() + wait
+        while others and self._clock() < until:
             with contextlib.suppress(Exception):
                 self._beat()
+                self._listen()
+            others -= {peer for peer, beat in self._last.items() if beat["verdict"] or beat["end"]}
             time.sleep(BEAT_SECONDS / 2)
+
+    def _listen(self) -> None:
+        """Reads the beats of the others."""
+        rows = self._client.key_value_dir_get(_PREFIX)
+        self._answered = self._clock()
+        for key, value in rows:
+            peer, beat = int(key.rsplit("/", 1)[-1]), json.loads(value)
+            if peer != self._index and beat != self._last.get(peer):
+                self._last[peer], self._since[peer] = beat, self._answered
 
     def _run(self) -> None:
         while not self._end:
@@ -187,6 +210,7 @@ class Peers:
         self._beats += 1
         beat = {
             "beat": self._beats, "phase": self.phase(), "where": self._where, "end": self._end,
+            "verdict": self._verdict,
         }  # fmt: skip
         self._client.key_value_set(
             f"{_PREFIX}{self._index}", json.dumps(beat), allow_overwrite=True

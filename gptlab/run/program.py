@@ -190,6 +190,11 @@ def config_path() -> str:
     return path
 
 
+def given_keys() -> list[str]:
+    """The keys, with dots, that this program's command line sets."""
+    return _overridden_keys(sys.argv)
+
+
 def _parse(argv: Sequence[str], known_flags: Sequence[str], needs_workdir: bool) -> Sequence[str]:
     """Parses the command line into absl's FLAGS; every mistake is a UserError."""
     if any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv[1:]):
@@ -239,18 +244,46 @@ def _emptied_keys(argv: Sequence[str], config: ConfigDict) -> tuple[list[str], l
     """
     emptied: list[str] = []
     others: list[str] = []
+    following = iter([*argv[1:], ""])
+    skip = False
     for arg in argv:
-        if (match := re.fullmatch(r"--?config\.([^=]+)=None", arg)) is None:
+        then = next(following)
+        if skip:  # the None of the argument before
+            skip = False
+            continue
+        match = re.fullmatch(r"--?config\.([^=]+)(=None)?", arg)
+        if match is None or not (match[2] or then == "None"):
             others.append(arg)
             emptied = [key for key in emptied if key not in _overridden_keys(["", arg])]
             continue
-        *front, leaf = match[1].split(".")
-        subtree = functools.reduce(operator.getitem, front, config)
-        held = dict(subtree.items(preserve_field_references=True))[leaf]
-        if not isinstance(held, FieldReference):
+        skip = not match[2]
+        if match[1] not in may_be_empty(config):
             raise UserError(f"--config.{match[1]}=None: this key must have a value")
         emptied.append(match[1])
     return emptied, others
+
+
+def may_be_empty(config: ConfigDict) -> dict[str, type]:
+    """The keys (with dots) of a config that may be None, and the type of their values."""
+    found: dict[str, type] = {}
+    for key, held in config.items(preserve_field_references=True):
+        if isinstance(held, FieldReference):
+            found[key] = held.get_type()
+        elif isinstance(held, ConfigDict):
+            found |= {f"{key}.{inner}": kind for inner, kind in may_be_empty(held).items()}
+    return found
+
+
+def with_placeholders(values: dict[str, Any], optional: Mapping[str, type]) -> ConfigDict:
+    """A config of these (nested) values, whose `optional` keys (with dots) may be None."""
+    config = ConfigDict(values)
+    for key, kind in optional.items():
+        *front, leaf = key.split(".")
+        subtree = functools.reduce(operator.getitem, front, config)
+        value = subtree[leaf]
+        del subtree[leaf]  # or it would stay the plain value that it is
+        subtree[leaf] = FieldReference(value, field_type=kind)
+    return config
 
 
 def _overridden_keys(argv: Sequence[str]) -> list[str]:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from gptlab.model import lora
 from gptlab.run import artifact, files, processes, storage
 from gptlab.run.errors import UserError
+from gptlab.run.metrics import MetricWriter
 from gptlab.train import state as state_lib
 from gptlab.train.state import TrainState
 
@@ -50,9 +51,25 @@ class Damaged(UserError):
 class Checkpoints:
     """The checkpoints of one run. Close it (or use `with`): a save goes on in the background."""
 
-    def __init__(self, workdir: epath.PathLike, config: ConfigDict):
-        """`config`: every_steps, keep (newest), best_metric (None = none), best_mode min | max."""
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        config: ConfigDict,
+        metrics: MetricWriter | None = None,
+        write_bytes: int | None = None,
+    ):
+        """Opens them.
+
+        Args:
+            workdir: of the run.
+            config: every_steps, keep (newest), best_metric (None = none), best_mode min | max.
+            metrics: of a loop that logs.
+            write_bytes: how much of `params` is being written at once, at least its largest array;
+                None where memory is no matter.
+        """
         self._workdir = epath.Path(workdir)
+        self._metrics = metrics
+        self._write_bytes = write_bytes
         self._config = config
         self._policy = _LatestAndBest(config.keep, config.best_metric, config.best_mode)
         for step in checkpoint_steps(workdir):
@@ -68,7 +85,14 @@ class Checkpoints:
         )
         directory = self._workdir / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(directory, options=options)
+        handlers = None
+        if self._write_bytes is not None:
+            handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            gigabytes: Any = (self._write_bytes + 1000) / 10**9  # declared int, used as it is
+            standard = ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes)
+            handlers.add("params", ocp.args.StandardSave, standard)
+            handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        return ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
 
     def due(self, step: int) -> bool:
         """Whether the config wants a checkpoint after this step."""
@@ -83,6 +107,9 @@ class Checkpoints:
     ) -> None:
         """Starts saving in the background; waits first for a save that is still going on.
 
+        What was logged so far is where it stays before the checkpoint is: a run that goes on from
+        there logs what comes after.
+
         Args:
             step: number of the checkpoint; one that exists already is left as it is.
             items: name -> pytree of arrays.
@@ -96,6 +123,9 @@ class Checkpoints:
         values = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"schema": SCHEMA_VERSION, "step": step, "metrics": values, **meta}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(record), **args)
+
+        if self._metrics is not None:
+            self._metrics.flush()
 
         def start() -> None:
             self._manager.wait_until_finished()

@@ -3,7 +3,9 @@
 Sources: Google Cloud's TPU documentation (peak FLOPs in bfloat16, HBM bandwidth); bandwidth of the
 links between chips: Austin et al., How to Scale Your Model (jax-ml.github.io/scaling-book), table
 of TPU specs. How much HBM a program may use is what the compiler says when one is too large
-(libtpu 0.0.42.1). Clocks follow from peak FLOPs and the number of multiply units.
+(libtpu 0.0.42.1). Clocks follow from peak FLOPs and the number of multiply units. The share of the
+peak that a product reaches is what that libtpu rates [24576, 14336] x [14336, 4096] at in bfloat16,
+one of a language model's (tests/train/test_estimate.py).
 """
 
 import dataclasses
@@ -32,15 +34,18 @@ class Chip:
     link_bandwidth: float  # bytes a second, one way, one link of the interconnect
     clock: float  # cycles a second
     kernel_share: float  # of the peak that hand-written kernels are assumed to reach
+    # Of the peak that a large product reaches, as the compiler rates it; plans made before this was
+    # known (340e844 to 8f7b8a2) have 1.
+    product_share: float = 1.0
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 1.05e9, 0.5),
-        Chip("v5e", PEAK_FLOPS["TPU v5 lite"], 15.75 * GIB, 8.1e11, 4.5e10, 1.50e9, 0.5),
-        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.8e12, 9e10, 1.75e9, 0.5),
-        Chip("v6e", PEAK_FLOPS["TPU v6 lite"], 31.25 * GIB, 1.6e12, 9e10, 1.75e9, 0.35),
+        Chip("v4", PEAK_FLOPS["TPU v4"], 30.75 * GIB, 1.2e12, 4.5e10, 1.05e9, 0.5, 0.965),
+        Chip("v5e", PEAK_FLOPS["TPU v5 lite"], 15.75 * GIB, 8.1e11, 4.5e10, 1.50e9, 0.5, 0.976),
+        Chip("v5p", PEAK_FLOPS["TPU v5p"], 95.74 * GIB, 2.8e12, 9e10, 1.75e9, 0.5, 0.937),
+        Chip("v6e", PEAK_FLOPS["TPU v6 lite"], 31.25 * GIB, 1.6e12, 9e10, 1.75e9, 0.35, 0.762),
     )
 }
 
@@ -106,6 +111,12 @@ def _count(devices: str) -> int:
     if match is None:
         raise UserError(f"--devices={devices!r} is not cpu:N, like cpu:8")
     return int(match.group(1))
+
+
+def compiler() -> str | None:
+    """libtpu's version and, where the environment sets them, its flags: what a plan depends on."""
+    version, given = libtpu_version(), os.environ.get("LIBTPU_INIT_ARGS", "").strip()
+    return f"{version} with {given}" if version and given else version
 
 
 def libtpu_version() -> str | None:

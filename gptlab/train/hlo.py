@@ -307,13 +307,43 @@ class Program:
                 continue
             read = sum(x.bytes for x in arrays)
             if body is not None:
-                read = min(read, _sliced(body, position, read))
+                read = min(read, self._sliced(body, position, read))
             elif instruction.opcode in ("dynamic-slice", "gather"):
                 read = min(read, sum(x.bytes for x in instruction.arrays))
             elif instruction.opcode == "dynamic-update-slice" and position == 0:
                 read = 0
             total += read
         return total
+
+    def _sliced(self, body: Mapping[str, Instruction], position: int, whole: int) -> int:
+        """Bytes that a fusion reads of its operand: less than all if it is only sliced or updated.
+
+        Fusions within it may be what slices.
+        """
+        name = next(
+            (
+                x.name
+                for x in body.values()
+                if x.opcode == "parameter" and x.literal == str(position)
+            ),
+            None,
+        )
+        total = 0
+        for user in body.values():
+            if name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
+                total += sum(x.bytes for x in user.arrays)
+            elif user.opcode == "fusion":
+                (inner,) = user.called("calls")
+                total += sum(
+                    self._sliced(self.computations[inner], at, whole)
+                    for at, operand in enumerate(user.operands)
+                    if operand == name
+                )
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return whole
+        return min(total, whole)
 
     def _written(
         self, instruction: Instruction, body: Mapping[str, Instruction] | None
@@ -406,25 +436,6 @@ def _valid_positions(size: int, kernel: int, result: int, window: Mapping[str, i
         real = (at >= 0) & (at % window["lhs_dilate"] == 0) & (at // window["lhs_dilate"] < size)
         count += int(real.sum())
     return count
-
-
-def _sliced(body: Mapping[str, Instruction], position: int, whole: int) -> int:
-    """Bytes that a fusion reads of its operand: less than all if it is only sliced or updated."""
-    name = next(
-        (x.name for x in body.values() if x.opcode == "parameter" and x.literal == str(position)),
-        None,
-    )
-    total = 0
-    for user in body.values():
-        if name not in user.operands:
-            continue
-        if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
-            total += sum(x.bytes for x in user.arrays)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            continue
-        else:
-            return whole
-    return total
 
 
 def _group_size(attributes: str) -> int:

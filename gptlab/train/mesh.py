@@ -5,6 +5,7 @@ otherwise, `tensor` innermost so that it lands on the fastest links. Batches are
 three data axes; the parameters' layout is model/sharding.py's business.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,19 +46,22 @@ def make_mesh(config: Mapping[str, int], chosen: Sequence[Any] | None = None) ->
             f"config.mesh ({shape}) asks for {known} devices or a multiple of them, but "
             f"there are {len(devices)}: set one axis to -1 or change a size"
         )
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    types = (AxisType.Auto,) * len(AXES)
-    if len(slices) == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=chosen)
-    return Mesh(_over_slices(sizes, len(slices), devices), AXES, axis_types=types)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
-    """The devices of several slices: `replica` alone crosses the slow network between them.
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices, each at its place in a mesh of these sizes.
+
+    Within a slice the axes follow the wires of the chips; where no set of wires has the size of an
+    axis (tensor 2 on v6e:4x8), they are split. Of several slices, `replica` alone crosses the slow
+    network between them.
 
     Raises:
       UserError: `replica` is no multiple of the slices.
     """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     replicas = sizes[AXES.index("replica")]
     if replicas % slices:
         raise UserError(
@@ -66,7 +70,9 @@ def _over_slices(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> n
         )
     inner = [replicas // slices, *sizes[1:]]
     outer = [slices] + [1] * len(sizes[1:])
-    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def data_size(mesh: Mesh) -> int:
@@ -121,20 +127,39 @@ def process_block(mesh: Mesh) -> tuple[int, int]:
     return blocks.index(tuple(sorted(owned[jax.process_index()]))), len(blocks)
 
 
-def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Rows over the data axes; the tokens of a [B, T] array over `context` if it divides them."""
-    if not shape:
-        return NamedSharding(mesh, PartitionSpec())
-    if len(shape) == 2 and shape[1] % mesh.shape["context"]:  # [B, N] candidates, say
-        return NamedSharding(mesh, PartitionSpec(DATA_AXES))
-    return NamedSharding(mesh, batch_spec(len(shape)))
+def batch_shardings(batch: Any, mesh: Mesh, blocks: int = 1) -> Any:
+    """Where each array of a batch (any pytree) lies: a tree of NamedShardings.
+
+    A dataclass says in its fields' metadata which logical `axes` an array has (data/batches.py); of
+    any other only the rows are split. `blocks` are the processes' parts that make the whole.
+    """
+
+    def place(x: Any, axes: tuple[str | None, ...]) -> NamedSharding:
+        shape = np.shape(x)
+        shape = (shape[0] * blocks, *shape[1:]) if shape else ()
+        return NamedSharding(mesh, batch_spec(shape, axes, mesh))
+
+    def node(x: Any) -> Any:
+        if not dataclasses.is_dataclass(x):
+            return place(x, ("batch",))
+        fields = {
+            f.name: (getattr(x, f.name), f.metadata.get("axes")) for f in dataclasses.fields(x)
+        }
+        placed = {
+            name: place(value, axes) if axes else batch_shardings(value, mesh, blocks)
+            for name, (value, axes) in fields.items()
+        }
+        return dataclasses.replace(x, **placed)  # type: ignore[type-var]
+
+    return jax.tree.map(node, batch, is_leaf=dataclasses.is_dataclass)
 
 
 def abstract_batch(batch: Any, mesh: Mesh) -> Any:
     """Global shapes and dtypes, with the shardings that `put_batch` gives such arrays."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh, x.shape)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         batch,
+        batch_shardings(batch, mesh),
     )
 
 
@@ -142,12 +167,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch (numpy, any pytree) as global arrays on the mesh."""
     _, blocks = process_block(mesh)
 
-    def put(x: np.ndarray) -> jax.Array:
+    def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)
-        sharding = batch_sharding(mesh, x.shape)
         if jax.process_count() == 1:
             return jax.device_put(x, sharding)
         shape = (x.shape[0] * blocks, *x.shape[1:]) if x.ndim else ()
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh, blocks))

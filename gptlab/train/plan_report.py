@@ -156,7 +156,10 @@ def _time(plan: Plan) -> list[str]:
     lines = [
         f"a step takes {seconds.floor:.3g} s (floor) to {seconds.mixed:.3g} s (mixed); "
         f"{rates[0]:,.0f} to {rates[1]:,.0f} tokens/s a chip",
-        "assumed: " + estimate.ASSUMPTIONS.format(kernel=plan.chip.kernel_share),
+        "assumed: "
+        + estimate.ASSUMPTIONS.format(
+            product=plan.chip.product_share, kernel=plan.chip.kernel_share
+        ),
     ]
     if len(plan.phases) > 1:
         lines.insert(1, "of it: " + ", ".join(_share(phase) for phase in plan.phases))

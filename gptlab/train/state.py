@@ -140,4 +140,6 @@ def _parts(x: jax.Array) -> Iterator[np.ndarray]:
         yield np.atleast_1d(weights.whole(x))
         return
     for start in range(0, x.shape[0], rows):
-        yield weights.whole(x[start : start + rows])
+        # Compiled once; x[start:stop] would be anew for every start.
+        part = jax.lax.dynamic_slice_in_dim(x, start, min(rows, x.shape[0] - start))
+        yield weights.whole(part)

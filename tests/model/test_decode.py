@@ -245,6 +245,28 @@ def test_top_k_and_top_p_keep_exactly_the_right_tokens():
     assert set(np.flatnonzero(kept)) == set(order[: int(np.searchsorted(mass, 0.5)) + 1])
 
 
+def test_rows_draw_by_settings_of_their_own_as_if_all_had_them():
+    kinds = [(0.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 7, 1.0), (1.0, 0, 0.6), (0.9, 20, 0.8)]
+    rows = 64
+    logits = 3 * jax.random.normal(jax.random.key(0), (rows, 50))
+    request_keys = jax.random.split(jax.random.key(1), rows)
+    at = jnp.arange(rows)
+    of_rows = np.arange(rows) % len(kinds)
+    columns = [np.array([kind[i] for kind in kinds])[of_rows] for i in range(3)]
+    mixed = decode.RowSampling(
+        jnp.asarray(columns[0], jnp.float32),
+        jnp.asarray(columns[1], jnp.int32),
+        jnp.asarray(columns[2], jnp.float32),
+    )
+    tokens, logprobs = jax.jit(decode.sample)(logits, request_keys, at, mixed)
+    for number, (temperature, top_k, top_p) in enumerate(kinds):
+        own = decode.Sampling(temperature, top_k, top_p, 1, ())
+        expected = decode.sample(logits, request_keys, at, own)
+        of = of_rows == number
+        assert tokens[of].tolist() == expected[0][of].tolist()
+        np.testing.assert_allclose(logprobs[of], expected[1][of], atol=1e-5)
+
+
 def test_restricted_draws_report_unrestricted_logprobs():
     """RL needs log-probabilities of logits/T; a truncated sampler must not renormalise them."""
     logits = jnp.array([1.0, 0.9, 0.0, -1.0])

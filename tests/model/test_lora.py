@@ -1,6 +1,8 @@
 """Low-rank adapters: what they change, what stands, and what of both a function sees."""
 
 import functools
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +162,24 @@ def test_bad_values_are_named(given, message):
     config.update(given)
     with pytest.raises(UserError, match=message):
         lora.check(config, config_of("tiny_gpt2"))
+
+
+@pytest.mark.parametrize(
+    "arguments, refused",
+    [
+        (["--config.lora.alpha=8"], "--config.lora.alpha means nothing"),
+        (["--config.lora.targets", "('up',)"], "--config.lora.targets means nothing"),
+        (["--config.lora.alpha=8", "--config.lora.rank=0"], None),  # meant: the baseline of a sweep
+        (["--config.optimizer.lr=1"], None),
+    ],
+)
+def test_a_key_that_nobody_would_read_is_not_accepted(monkeypatch, arguments, refused):
+    monkeypatch.setattr(sys, "argv", ["sft", "--config=configs/sft.py", *arguments])
+    if refused is None:
+        lora.check(common.lora(), config_of())
+        return
+    with pytest.raises(UserError, match=re.escape(refused)):
+        lora.check(common.lora(), config_of())
 
 
 def test_flops_a_token():

@@ -15,6 +15,7 @@ from gptlab.model import decode, sharding, transformer
 from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.run.errors import UserError
+from gptlab.train.hlo import Program
 from tests import hlo
 
 COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
@@ -41,6 +42,10 @@ SHARDS = {
 
 def make_mesh(shape):
     return jax.make_mesh(shape, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+
+
+def sharded(mesh, *axes):
+    return NamedSharding(mesh, sharding.partition_spec(axes, sharding.MESH_AXES))
 
 
 def create(model, mesh):
@@ -81,7 +86,7 @@ def test_shard_shapes_and_equality_with_one_device(name):
     ]
     assert [x.addressable_shards[0].data.shape for x in leaves] == SHARDS[name]
     with jax.set_mesh(mesh):
-        tokens = jax.device_put(tokens, NamedSharding(mesh, sharding.batch_spec(2)))
+        tokens = jax.device_put(tokens, sharded(mesh, "batch", "length"))
         (got_loss, got_logits), got_grads = loss_and_grads(model, params, tokens)
     _, data, fsdp, context, tensor = MESHES[name]
     rows = 8 // (MESHES[name][0] * data * fsdp)
@@ -94,21 +99,44 @@ def test_shard_shapes_and_equality_with_one_device(name):
     )
 
 
-@pytest.mark.parametrize("name", ["data8", "data2_fsdp2_tensor2"])
-def test_decoding_on_a_mesh_draws_the_same_tokens(name):
+@functools.cache
+def decoded(name, rows=8):
+    """(replies, products of all devices) of so many rows on a mesh; without a name, on none."""
     model, tokens, _ = on_one_device()
     sampling = decode.Sampling(1.0, 0, 1.0, 6, ())
     lengths = jnp.array([16, 3, 9, 1, 5, 16, 2, 7])
-    keys = jax.random.split(jax.random.key(2), 8)
-    params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
-    alone = decode.generate(model, params, tokens, lengths, keys, sampling)
+    inputs = [x[:rows] for x in (tokens, lengths, jax.random.split(jax.random.key(2), 8))]
+    if name is None:
+        params = jax.jit(lambda key: nn.unbox(init_params(model, key)))(jax.random.key(0))
+        compiled = decode.generate.lower(model, params, *inputs, sampling).compile()
+        return compiled(params, *inputs), Program(compiled.as_text()).flops
     mesh = make_mesh(MESHES[name])
     with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, sharding.batch_spec(1))
-        inputs = [jax.device_put(x, rows) for x in (tokens, lengths, keys)]
-        together = decode.generate(model, create(model, mesh), *inputs, sampling)
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, sharding.batch_spec(x.shape, ("batch",), mesh)))
+            for x in inputs
+        ]
+        params = create(model, mesh)
+        compiled = decode.generate.lower(model, params, *placed, sampling).compile()
+        return compiled(params, *placed), 8 * Program(compiled.as_text()).flops
+
+
+@pytest.mark.parametrize("name", ["data8", "data2_fsdp2_tensor2", "replica2_context2_tensor2"])
+def test_decoding_on_a_mesh_draws_the_same_tokens(name):
+    """And multiplies nothing twice: `context`, which has no sequence to split, splits rows."""
+    (alone, products), (together, spread) = decoded(None), decoded(name)
     np.testing.assert_array_equal(alone.tokens, together.tokens)
     np.testing.assert_allclose(alone.logprobs, together.logprobs, atol=1e-5)
+    assert spread == products > 0
+
+
+def test_rows_that_context_does_not_divide_are_decoded_by_each_part_of_it():
+    """Two rows are split over `replica`; before, what all axes did not divide lay everywhere."""
+    (alone, products), (together, spread) = (
+        decoded(name, 2) for name in (None, "replica2_context2_tensor2")
+    )
+    np.testing.assert_array_equal(alone.tokens, together.tokens)
+    assert spread == 2 * products
 
 
 def test_the_cache_follows_the_table():
@@ -119,6 +147,11 @@ def test_the_cache_follows_the_table():
         step = jax.jit(decode.prefill, static_argnums=(0, 4))
         cache, _ = step(model, params, tokens, jnp.full((8,), 16), 24)
     assert cache[0][0].shape == (8, 8, 24, 4)
+    assert cache[0][0].addressable_shards[0].data.shape == (2, 4, 24, 4)
+    mesh = make_mesh(MESHES["replica2_context2_tensor2"])
+    with jax.set_mesh(mesh):
+        step = jax.jit(decode.prefill, static_argnums=(0, 4))
+        cache, _ = step(model, create(model, mesh), tokens, jnp.full((8,), 16), 24)
     assert cache[0][0].addressable_shards[0].data.shape == (2, 4, 24, 4)
 
 
@@ -188,7 +221,7 @@ def test_the_products_own_gradient_talks_no_more_than_jaxs(name, monkeypatch):
     for fn in (transformer.product, plain):
         monkeypatch.setattr(transformer, "product", fn)
         with jax.set_mesh(mesh):
-            placed = jax.device_put(tokens, NamedSharding(mesh, sharding.batch_spec(2)))
+            placed = jax.device_put(tokens, sharded(mesh, "batch", "length"))
             shardings = jax.tree.map(lambda x: x.sharding, params)
             step = jax.jit(
                 jax.grad(lambda p, x: jnp.square(model.apply({"params": p}, x)).mean()),

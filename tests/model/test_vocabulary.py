@@ -100,7 +100,9 @@ def test_on_a_mesh_it_gives_the_same_and_gathers_no_logits(name):
     chunk = 48
     chunked = functools.partial(vocabulary.of_hidden, chunk=chunk, temperature=0.7)
     with jax.set_mesh(mesh):
-        tokens = NamedSharding(mesh, sharding.batch_spec(2))
+        tokens = NamedSharding(
+            mesh, sharding.partition_spec(("batch", "length"), sharding.MESH_AXES)
+        )
         args = (
             jax.device_put(hidden, rows[0]), jax.device_put(table, rows[1]),
             jax.device_put(targets, tokens), weights,

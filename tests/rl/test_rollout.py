@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from gptlab.model import decode, presets
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rollout
 from gptlab.run.errors import UserError
+from gptlab.train import mesh as mesh_lib
 
 PAD, STOP, VOCAB = 0, 1, 512
 COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
@@ -270,3 +272,17 @@ def test_truncated_or_greedy_sampling_is_refused(change):
 def test_local_rows_of_one_process_are_the_array():
     x = jnp.arange(6).reshape(3, 2)
     np.testing.assert_array_equal(rollout.local_rows(x), x)
+
+
+def test_where_context_splits_decoding_each_process_still_gets_its_prompts_rows():
+    """The replies of one device; and rows lie over the data axes again, as prompts do."""
+    model, params = language_model()
+    mesh = mesh_lib.make_mesh(common.mesh(data=2, context=2, tensor=2))
+    with jax.set_mesh(mesh):
+        asked = mesh_lib.put_batch(jax.device_get(prompts()), mesh)
+        drawn = sample(model, params, *asked, jax.random.key(1), sampling(), PAD)
+    for name in ("tokens", "lengths", "response", "finished"):
+        np.testing.assert_array_equal(getattr(drawn, name), getattr(samples(), name))
+    np.testing.assert_allclose(drawn.decode_logprobs, samples().decode_logprobs, atol=1e-5)
+    assert drawn.response.addressable_shards[0].data.shape == (2, 6)  # of 4 rows, over data 2
+    np.testing.assert_array_equal(rollout.local_rows(drawn.response), drawn.response)

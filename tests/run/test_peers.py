@@ -33,24 +33,41 @@ class Exited(BaseException):
 
 
 @pytest.fixture
-def two(monkeypatch):
-    """Two processes' Peers on one service and one clock; they raise Exited where they would end."""
-    service, now = Service(), SimpleNamespace(time=100.0)
+def several(monkeypatch):
+    """Makes processes' Peers on one service and clock; they raise Exited where they would end.
+
+    What is in `meanwhile` is called at every moment in which one of them sleeps.
+    """
+    made, now, meanwhile = [], SimpleNamespace(time=100.0), []
 
     def exited(code):
         raise Exited(code)
 
     def slept(seconds):
         now.time += seconds
+        for call in meanwhile:
+            call()
+
+    def make(count):
+        service = Service()
+        made.extend(
+            peers.Peers(service, i, count, "sft", "127.0.0.1:1", exited, lambda: now.time)
+            for i in range(count)
+        )
+        return SimpleNamespace(service=service, now=now, all=made, meanwhile=meanwhile)
 
     monkeypatch.setattr(time, "sleep", slept)
-    both = [
-        peers.Peers(service, i, 2, "sft", "127.0.0.1:1", exited, lambda: now.time) for i in (0, 1)
-    ]
-    yield SimpleNamespace(service=service, now=now, first=both[0], second=both[1])
-    for each in both:
+    yield make
+    for each in made:
         each._dismiss_witness()
         each._witness.wait()
+
+
+@pytest.fixture
+def two(several):
+    both = several(2)
+    both.first, both.second = both.all
+    return both
 
 
 def test_while_all_beat_nothing_happens(two, capfd):
@@ -69,15 +86,55 @@ def test_a_silent_process_is_named_with_its_phase(two, capfd):
     two.now.time += peers.LOST_AFTER_SECONDS
     two.first.look()
     two.now.time += 1
-    beats, began = two.first._beats, two.now.time
     with pytest.raises(Exited, match="75"):
         two.first.look()
-    # The service is in process 0: it stays, and beats, until others have seen the same.
-    assert two.now.time - began >= peers._GRACE_SECONDS and two.first._beats > beats + 5
     err = capfd.readouterr().err
     assert err.startswith("gptlab sft: process 1 of 2 (")
     assert "was lost in phase 'save', process 0 stops in phase 'step'; the same command goes" in err
     assert len(err.splitlines()) == 1
+
+
+def lose_the_last_of_three(three):
+    """Process 2 is silent, process 1 is in a long stretch; returns when process 0 has ended."""
+    for each in three.all:
+        each.look()
+    three.all[2].look()  # heard by process 0, not by process 1
+    three.all[0].look()
+    three.now.time += peers.LOST_AFTER_SECONDS
+    three.all[1].look()
+    three.all[0].look()
+    three.now.time += 1
+    with pytest.raises(Exited, match="75"):
+        three.all[0].look()
+
+
+def test_one_that_wakes_late_names_whom_process_0_has_found(several, capfd):
+    """It has itself heard of process 2 a moment ago. Process 0 waits for it: it is the service."""
+    three, began, woken = several(3), [], []
+
+    def wake():
+        began.append(three.now.time)
+        if three.now.time - began[0] > 8 and not woken:
+            woken.append(three.now.time)
+            with pytest.raises(Exited, match="75"):
+                three.all[1].look()
+
+    three.meanwhile.append(wake)
+    lose_the_last_of_three(three)
+    assert woken and three.now.time - woken[0] <= 1
+    lines = capfd.readouterr().err.splitlines()
+    for line, index in zip(lines, (0, 1), strict=True):
+        assert "process 2 of 3 (" in line and "was lost" in line
+        assert f"process {index} stops in phase 'start'" in line
+
+
+def test_one_that_was_taken_for_lost_says_so(several, capfd):
+    three = several(3)
+    lose_the_last_of_three(three)
+    capfd.readouterr()
+    with pytest.raises(Exited, match="75"):
+        three.all[2].look()
+    assert "the others took process 2 of 3 for lost" in capfd.readouterr().err
 
 
 def test_after_a_failed_collective_a_short_silence_is_enough(two):

@@ -39,7 +39,7 @@ def finish(process, timeout=60):
 
 def test_none_empties_a_key_that_may_be_empty(tmp_path):
     arguments = (f"--config={CONFIG}", f"--workdir={tmp_path}/run")
-    given = ("--config.optional.clip_norm=None", "--config.total_tokens=None")
+    given = ("--config.optional.clip_norm", "None", "--config.total_tokens=None")
     code, _, err = finish(start(*arguments, *given, "--config.total_tokens=5"))
     assert code == 0, err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -88,6 +88,10 @@ MISTAKES = [
     ),
     (
         [f"--config={CONFIG}", "--workdir=x", "--config.num_steps=None"],
+        "--config.num_steps=None: this key must have a value",
+    ),
+    (
+        [f"--config={CONFIG}", "--workdir=x", "--config.num_steps", "None"],
         "--config.num_steps=None: this key must have a value",
     ),
     ([f"--config={CONFIG}", "--workdr=x"], "no flag --workdr. Did you mean --workdir?"),

@@ -185,3 +185,30 @@ def test_a_slice_of_an_operand_is_all_that_is_read():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.Program("HloModule empty")
+
+
+SLICED_WITHIN = """
+HloModule sliced
+%inner (p0: bf16[32,8,128], p1: s32[]) -> bf16[1,8,128] {
+  %p0 = bf16[32,8,128]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,8,128]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,128}
+}
+%outer (a: bf16[32,8,128], i: s32[]) -> bf16[1,8,128] {
+  %a = bf16[32,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = bf16[1,8,128]{2,1,0} fusion(%a, %i), kind=kLoop, calls=%inner
+}
+ENTRY %main (x: bf16[32,8,128], j: s32[]) -> bf16[1,8,128] {
+  %x = bf16[32,8,128]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %g = bf16[1,8,128]{2,1,0} fusion(%x, %j), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_of_what_a_fusion_within_a_fusion_slices_the_slice_is_read():
+    """A layer's slice of all layers' inputs, say: 1 of 32 is read and written, and the index."""
+    (op,) = Program(SLICED_WITHIN).ops
+    assert op.bytes == 2 * (8 * 128 * 2) + 4

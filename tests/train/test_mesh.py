@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from configs import common
+from gptlab.data.batches import ComparisonBatch, PromptBatch, TokenBatch
 from gptlab.run.errors import UserError
 from gptlab.train import mesh as mesh_lib
 
@@ -41,18 +42,27 @@ def test_a_batch_shrinks_to_what_few_rows_fill():
 
 
 def test_rows_are_split_over_the_data_axes_and_tokens_over_context():
+    """By what an array is: ranks of as many candidates as tokens would divide lie whole."""
     mesh = mesh_lib.make_mesh(common.mesh(data=2, fsdp=2, context=2))
-    batch = {
-        "tokens": np.arange(8 * 6).reshape(8, 6),
-        "ranks": np.arange(8 * 3).reshape(8, 3),
-        "weight": np.arange(8.0, dtype=np.float32),
-        "scale": np.float32(2.0),
-    }
+    ranks, per_token = np.ones((8, 4), np.int32), np.arange(8 * 6).reshape(8, 6)
+    batch = (
+        TokenBatch(*[per_token] * 5),
+        ComparisonBatch(np.ones((8, 4, 6), np.int32), ranks, ranks, np.ones(8)),
+        PromptBatch(per_token, np.ones(8), np.ones(8)),
+        {"scale": np.float32(2.0), "rows": (per_token, None)},
+    )
     placed = mesh_lib.put_batch(batch, mesh)
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
-    shards = {name: x.addressable_shards[0].data.shape for name, x in placed.items()}
-    assert shards == {"tokens": (2, 3), "ranks": (2, 3), "weight": (2,), "scale": ()}
-    assert placed["ranks"].sharding.spec == PartitionSpec(mesh_lib.DATA_AXES)
+    tokens, comparisons, prompts, others = jax.tree.map(
+        lambda x: x.addressable_shards[0].data.shape, placed
+    )
+    assert tokens == TokenBatch(*[(2, 3)] * 5)
+    assert comparisons == ComparisonBatch((2, 4, 6), (2, 4), (2, 4), (2,))
+    assert prompts == PromptBatch((2, 6), (2,), (2,))
+    assert others == {"scale": (), "rows": ((2, 6), None)}
+    assert placed[1].ranks.sharding.spec == PartitionSpec(mesh_lib.DATA_AXES, None)
+    abstract = mesh_lib.abstract_batch(batch, mesh)
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.sharding, y.sharding), abstract, placed)
 
 
 def test_a_single_process_reads_every_row():
@@ -79,7 +89,7 @@ def chips(slices, each):
 @pytest.mark.parametrize("replica", [2, 4])
 def test_only_the_replica_axis_crosses_slices(replica):
     sizes = [replica, 8 // replica, 1, 1, 1]
-    made = mesh_lib._over_slices(sizes, 2, chips(2, 4))
+    made = mesh_lib.arrange(sizes, chips(2, 4))
     assert made.shape == tuple(sizes) and len({chip.id for chip in made.flat}) == 8
     for number, one in enumerate(made):
         assert {chip.slice_index for chip in one.flat} == {number // (replica // 2)}
@@ -90,7 +100,7 @@ def test_a_replica_across_slices_is_refused(monkeypatch):
     with pytest.raises(UserError, match="config.mesh.replica=1.* 2 slices.*replica=2"):
         mesh_lib.make_mesh(common.mesh())
     with pytest.raises(UserError, match="config.mesh.replica=3"):
-        mesh_lib._over_slices([3, 1, 1, 1, 1], 2, chips(2, 4))
+        mesh_lib.arrange([3, 1, 1, 1, 1], chips(2, 4))
 
 
 def test_sequences_must_divide_into_two_chunks_a_device():
@@ -99,3 +109,23 @@ def test_sequences_must_divide_into_two_chunks_a_device():
     with pytest.raises(UserError, match="config.data.seq_len makes .* 60 tokens.* multiple of 8"):
         mesh_lib.check_length("data.seq_len", 60, mesh)
     mesh_lib.check_length("data.seq_len", 61, mesh_lib.make_mesh(common.mesh()))
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusChip(Chip):
+    """A chip of a TPU slice, which knows where on the torus it stands."""
+
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def test_an_axis_that_no_wires_have_the_size_of_splits_them():
+    places = [(x, y, 0) for y in range(8) for x in range(4)]
+    slice_ = [
+        TorusChip(i, 0, i // 8, "tpu", "TPU v6 lite", coords) for i, coords in enumerate(places)
+    ]
+    made = mesh_lib.arrange([1, 1, 16, 1, 2], slice_)
+    assert made.shape == (1, 1, 16, 1, 2) and len(set(made.flat)) == 32
+    for pair in made.reshape(16, 2):  # `tensor` joins neighbours
+        apart = [abs(a - b) for a, b in zip(pair[0].coords, pair[1].coords, strict=True)]
+        assert sum(apart) == 1

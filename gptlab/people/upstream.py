@@ -1,0 +1,240 @@
+"""The backend that asks another server: vLLM, llama.cpp, or whatever speaks OpenAI's API.
+
+The same app stands before it. What that server refuses or fails at is told in its words. Its
+`top_k` is sent where it is asked for, as vLLM takes it. Conversations are not trimmed here: only
+that server knows its window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from gptlab.people.backend import (
+    FINISH_REASONS,
+    Ask,
+    Busy,
+    Invalid,
+    Model,
+    Piece,
+    TokenLogprob,
+    Unavailable,
+    UnknownModel,
+    Usage,
+)
+from gptlab.run.errors import UserError
+
+_LIST_SECONDS = 10.0
+_ERROR_CHARS = 300
+
+
+class Upstream:
+    """A Backend (backend.py) over HTTP."""
+
+    def __init__(
+        self, url: str, key: str | None, deadline_seconds: float, transport: Any | None = None
+    ):
+        """Asks for the list of models.
+
+        Args:
+          url: http://HOST:PORT or with /v1.
+          key: of its API, or None.
+          deadline_seconds: of requests without one of their own.
+          transport: httpx's; None: the network.
+
+        Raises:
+          UserError: there is no such server, or it has no models.
+        """
+        base = url.rstrip("/").removesuffix("/v1")
+        if not base.startswith(("http://", "https://")):
+            raise UserError(f"config.upstream={url} is no URL: http://HOST:PORT")
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._url, self._deadline, self._draining = base, deadline_seconds, False
+        settings: dict[str, Any] = {"base_url": f"{base}/v1/", "headers": headers}
+        try:
+            with httpx.Client(**settings, timeout=_LIST_SECONDS) as client:
+                listed = client.get("models").raise_for_status().json()["data"]
+            self._models = [_model(one) for one in listed]
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"config.upstream={url}: no list of models at {base}/v1/models: {error}"
+            ) from None
+        if not self._models:
+            raise UserError(f"config.upstream={url}: that server has no models")
+        timeout = httpx.Timeout(None, connect=_LIST_SECONDS)  # the deadline is ours
+        limits = httpx.Limits(max_connections=None)
+        self._client = httpx.AsyncClient(
+            **settings, timeout=timeout, limits=limits, transport=transport
+        )
+
+    def models(self) -> Sequence[Model]:
+        """See Backend."""
+        return self._models
+
+    async def close(self, drain_seconds: float) -> None:
+        """See Backend. Replies that run are given as long as their requests are."""
+        self._draining = True
+        await self._client.aclose()
+
+    async def reply(self, ask: Ask, deadline: float | None = None) -> AsyncGenerator[Piece, None]:
+        """See Backend."""
+        if self._draining:
+            raise Busy(1.0, draining=True)
+        known = {model.name: model for model in self._models}
+        if ask.model not in known:
+            raise UnknownModel(
+                f"there is no model {ask.model!r}; there are {', '.join(known)}", "model"
+            )
+        until = time.monotonic() + (self._deadline if deadline is None else deadline)
+        path, body = _request(ask)
+        policy = known[ask.model].policy
+        tokens = 0
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                left = httpx.Timeout(max(0.01, until - time.monotonic()), connect=_LIST_SECONDS)
+                response = await stack.enter_async_context(
+                    self._client.stream("POST", path, json=body, timeout=left)
+                )
+                if response.status_code != 200:
+                    raise _refusal(response, await response.aread())
+                finish, usage = None, None
+                async for event in _events(response):
+                    if "error" in event:
+                        raise Unavailable(_words(event))
+                    usage = event.get("usage") or usage
+                    for choice in event.get("choices", []):
+                        text, entries = _text(choice), _tokens(choice)
+                        tokens += len(entries) or bool(text)
+                        finish = choice.get("finish_reason") or finish
+                        if text or entries:
+                            yield Piece(text, entries, policy=policy)
+                    if time.monotonic() > until:
+                        finish = "deadline"
+                        break
+        except httpx.TimeoutException:
+            finish, usage = "deadline", None
+        except httpx.HTTPError as error:
+            raise Unavailable(f"{self._url}: {type(error).__name__}: {error}") from None
+        if finish is None:
+            raise Unavailable(f"{self._url} ended its reply without a finish_reason")
+        counted = Usage(0, tokens) if not usage else _usage(usage)
+        reason = finish if finish in FINISH_REASONS else "stop"
+        yield Piece("", (), reason, counted, policy)
+
+
+def _model(listed: Mapping[str, Any]) -> Model:
+    """`policy` is what a gptlab server says, else the name: that is all that is known."""
+    name = str(listed["id"])
+    window = listed.get("window") or listed.get("max_model_len")  # gptlab's and vLLM's words
+    return Model(name, str(listed.get("policy") or name), int(listed.get("created") or 0), window)
+
+
+def _request(ask: Ask) -> tuple[str, dict[str, Any]]:
+    body: dict[str, Any] = {
+        "model": ask.model,
+        "temperature": ask.temperature,
+        "top_p": ask.top_p,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if ask.top_k:
+        body["top_k"] = ask.top_k
+    if ask.seed is not None:
+        # Several replies to one seed: the other server knows only seeds.
+        body["seed"] = (ask.seed + ask.index) % 2**63
+    if ask.stop:
+        body["stop"] = list(ask.stop)
+    if ask.max_tokens is not None:
+        body["max_tokens"] = ask.max_tokens
+    if isinstance(ask.prompt, str):
+        body["prompt"] = ask.prompt
+        if ask.logprobs is not None:
+            body["logprobs"] = ask.logprobs
+        return "completions", body
+    body["messages"] = [
+        # A context stands after the content, with an empty line between, as in chat templates.
+        {"role": m.role, "content": "\n\n".join(text for text in (m.content, m.context) if text)}
+        for m in ask.prompt
+    ]
+    if ask.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": ask.logprobs}
+    return "chat/completions", body
+
+
+async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    """The JSON of server-sent events up to [DONE]."""
+    async for line in response.aiter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError:
+            raise Unavailable("the upstream server sent what is no JSON") from None
+        if isinstance(event, dict):
+            yield event
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    delta = choice.get("delta")
+    return str((choice.get("text") if delta is None else delta.get("content")) or "")
+
+
+def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+    logprobs = choice.get("logprobs") or {}
+    if content := logprobs.get("content"):
+        return tuple(
+            TokenLogprob(
+                _bytes(t), t["logprob"], tuple((_bytes(o), o["logprob"]) for o in t["top_logprobs"])
+            )
+            for t in content
+        )
+    entries = zip(
+        logprobs.get("tokens") or (),
+        logprobs.get("token_logprobs") or (),
+        logprobs.get("top_logprobs") or (),
+        strict=False,
+    )
+    return tuple(
+        TokenLogprob(token.encode(), value, tuple((k.encode(), v) for k, v in (top or {}).items()))
+        for token, value, top in entries
+    )
+
+
+def _bytes(entry: Mapping[str, Any]) -> bytes:
+    return entry["token"].encode() if entry.get("bytes") is None else bytes(entry["bytes"])
+
+
+def _usage(usage: Mapping[str, Any]) -> Usage:
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens") or 0
+    return Usage(usage["prompt_tokens"], usage.get("completion_tokens") or 0, cached)
+
+
+def _words(body: Any) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    found = error.get("message") if isinstance(error, dict) else error
+    return str(found or body)[:_ERROR_CHARS]
+
+
+def _refusal(response: httpx.Response, content: bytes) -> Exception:
+    """What an answer other than 200 means."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = content.decode("utf-8", "replace")
+    status, words = response.status_code, _words(body)
+    if status in (429, 503):
+        seconds = response.headers.get("retry-after", "")
+        return Busy(float(seconds) if seconds.isdigit() else 1.0)
+    if status in (400, 404, 413, 422):
+        error = body.get("error") if isinstance(body, dict) else None
+        return Invalid(words, error.get("param") if isinstance(error, dict) else None)
+    return Unavailable(f"the upstream server answers {status}: {words}")

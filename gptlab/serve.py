@@ -1,0 +1,220 @@
+"""Serves models to people and programs: OpenAI's API on this machine.
+
+    python -m gptlab.serve --config=configs/serve.py --workdir=runs/serve
+    python -m gptlab.serve --config=configs/serve.py:tuned=runs/sft,film=runs/ppo \
+        --workdir=runs/serve
+
+A model is a stage's workdir, or that of rounds: then it is the promoted policy, and when a newer
+one is promoted, new requests go to it while running ones finish on the old. With
+--config.upstream=http://HOST:PORT the same app stands before another server with OpenAI's API; its
+key, if it needs one, is in $GPTLAB_UPSTREAM_KEY.
+
+Compiling takes some seconds at the first start. SIGTERM and Ctrl-C take no more requests and let
+the running ones finish, for config.drain_seconds at most; then the exit code is 0. A second Ctrl-C:
+at once.
+"""
+
+import ipaddress
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import uvicorn
+from etils import epath
+from ml_collections import ConfigDict
+
+from gptlab.people import api, app
+from gptlab.people.backend import Backend
+from gptlab.people.embedded import Embedded
+from gptlab.people.engine import Options
+from gptlab.people.moderation import Moderated, Refusal
+from gptlab.people.upstream import Upstream
+from gptlab.run import lock, processes, program, storage
+from gptlab.run.errors import UserError
+from gptlab.scorers import registry
+from gptlab.train import mesh as mesh_lib
+
+UPSTREAM_KEY = "GPTLAB_UPSTREAM_KEY"
+_OPEN_FILES = 65_536  # idle connections are files
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+      UserError: a model, an address or a config value is wrong.
+    """
+    scorer = check(config)
+    directory = storage.resolve(workdir)
+    if storage.in_bucket(directory):
+        raise UserError(f"--workdir={workdir}: a server keeps its data on a disk, not in a bucket")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    held = lock.take(epath.Path(directory))
+    listener = _listen(config.host, config.port)
+    try:
+        embedded = None if config.upstream else _embedded(config)
+        backend: Backend = embedded or Upstream(
+            config.upstream, os.environ.get(UPSTREAM_KEY), config.engine.deadline_seconds
+        )
+        served = app.make(
+            _moderated(config, scorer, backend, Path(directory)),
+            check_key=None,
+            limits=api.Limits(config.api.requests_per_minute, config.api.max_choices),
+            max_body_bytes=config.api.max_body_bytes,
+            body_seconds=config.api.body_seconds,
+            allowed_hosts=config.allowed_hosts,
+            drain_seconds=config.drain_seconds,
+            stats=None if embedded is None else embedded.stats,
+            failures=tuple if embedded is None else embedded.failures,
+        )
+        _serve(served, listener, config.drain_seconds)
+    finally:
+        listener.close()
+        held.close()
+
+
+def check(config: ConfigDict) -> registry.Scorer | None:
+    """The scorer that moderates, if the config names one.
+
+    Raises UserError for a config that could only fail later, or would be open to everybody.
+    """
+    if processes.count() > 1:
+        raise UserError("gptlab.serve runs as one process; start several servers behind a proxy")
+    if not config.upstream and not any(config.models.values()):
+        raise UserError(
+            "nothing to serve: give --config=configs/serve.py:NAME=WORKDIR or --config.upstream=URL"
+        )
+    positive = {
+        "api.max_choices": config.api.max_choices,
+        "api.max_body_bytes": config.api.max_body_bytes,
+        "api.body_seconds": config.api.body_seconds,
+        "engine.deadline_seconds": config.engine.deadline_seconds,
+        "engine.watch_seconds": config.engine.watch_seconds,
+        "api.requests_per_minute": config.api.requests_per_minute,
+    }
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"config.{name}={value} must be positive")
+    if config.drain_seconds < 0:
+        raise UserError(f"config.drain_seconds={config.drain_seconds} must not be negative")
+    if not 0 <= config.port < 65536:
+        raise UserError(f"config.port={config.port} is not in 0 .. 65535 (0: any that is free)")
+    if not _is_loopback(config.host) and not config.api.open:
+        raise UserError(
+            f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
+            "keep 127.0.0.1 behind a proxy that does, or set config.api.open=True"
+        )
+    settings = config.moderation
+    if settings.scorer.name is None:
+        return None
+    if not (settings.input or settings.output):
+        raise UserError("config.moderation.scorer reads nothing: set its input or output to True")
+    return registry.make(settings.scorer)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"config.host={host}, config.port={port}: {error.strerror or error}"
+        ) from None
+
+
+def _embedded(config: ConfigDict) -> Embedded:
+    engine = config.engine
+    options = Options(engine.slots, engine.chunk, engine.max_len, engine.queue)
+    models = {name: path for name, path in config.models.items() if path}
+    return Embedded(
+        models,
+        options,
+        config.dtype,
+        mesh_lib.make_mesh(config.mesh),
+        engine.deadline_seconds,
+        engine.watch_seconds,
+    )
+
+
+def _moderated(
+    config: ConfigDict, scorer: registry.Scorer | None, backend: Backend, directory: Path
+) -> Backend:
+    """The backend behind its moderation, if there is one."""
+    if scorer is None:
+        return backend
+    settings = config.moderation
+    path, guard = directory / "refusals.jsonl", threading.Lock()
+
+    def record(refusal: Refusal) -> None:
+        line = {
+            "time": time.time(),
+            "where": refusal.where,
+            "model": refusal.ask.model,
+            "scorer": refusal.scorer,
+            "score": refusal.score,
+            "text": refusal.text,
+        }
+        # What people wrote is nobody else's business on this machine.
+        with guard, open(path, "a", encoding="utf-8", opener=_private) as file:
+            file.write(json.dumps(line) + "\n")
+
+    return Moderated(backend, scorer, settings.least, settings.input, settings.output, record)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _serve(served: object, listener: socket.socket, drain_seconds: float) -> None:
+    """Runs uvicorn until a signal; afterwards everything is closed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    settings = uvicorn.Config(
+        served,  # type: ignore[arg-type]
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+    )
+    server = _Announced(settings, listener)
+    # At its end uvicorn raises the signals that it took once more, for whoever had them before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    server.run(sockets=[listener])
+    if not server.started:
+        raise RuntimeError("the server did not start")
+
+
+class _Announced(uvicorn.Server):
+    """Says where it listens, once it does."""
+
+    def __init__(self, settings: uvicorn.Config, listener: socket.socket):
+        super().__init__(settings)
+        self._listener = listener
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)
+        if self.started:
+            host, port = self._listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"gptlab serve: http://{host}:{port}/v1", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    program.main(run, "serve")

@@ -1,0 +1,176 @@
+"""The same app before another server: a second real server of ours, and odd ones."""
+
+import contextlib
+import http.server
+import json
+import threading
+
+import pytest
+
+from gptlab.data.records import Message
+from gptlab.people.backend import Ask, Busy, Invalid, Unavailable, UnknownModel
+from gptlab.people.upstream import Upstream
+from gptlab.run.errors import UserError
+from tests import serving
+from tests.serving import run
+
+HELLO = (Message("system", "be kind"), Message("user", "how was the film?"))
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory, tiny_model, tiny_vocabulary):
+    directory = tmp_path_factory.mktemp("upstream")
+    workdir = serving.write_model(directory / "model", tiny_model, tiny_vocabulary)
+    made = serving.embedded(workdir)
+    yield made
+    run(made.close(0))
+
+
+@pytest.fixture(scope="module")
+def url(backend):
+    with serving.serving(serving.Kept(backend)) as address:
+        yield address
+
+
+async def replies(backend, *asks):
+    """What each gives: its text, log-probabilities, last piece."""
+    found = []
+    for ask in asks:
+        pieces = [piece async for piece in backend.reply(ask)]
+        tokens = [token for piece in pieces for token in piece.tokens]
+        found.append(("".join(piece.text for piece in pieces), tokens, pieces[-1]))
+    return found
+
+
+def asks():
+    yield Ask("tiny", HELLO, max_tokens=20, seed=3)
+    yield Ask("tiny", HELLO, max_tokens=20, seed=3, temperature=0.5, top_k=5, logprobs=2)
+    yield Ask("tiny", HELLO, max_tokens=20, seed=3, temperature=0, top_p=0.9, stop=("e",))
+    yield Ask("tiny", "the film", max_tokens=9, seed=4)
+
+
+def test_replies_come_through_unchanged(backend, url):
+    upstream = Upstream(url, None, 60.0)
+    assert [m.name for m in upstream.models()] == ["tiny"]
+    assert upstream.models()[0].window == 128
+    expected, found = run(replies(backend, *asks())), run(replies(upstream, *asks()))
+    for (text, tokens, last), (other, others, ended) in zip(expected, found, strict=True):
+        assert (other, others) == (text, tokens)
+        assert (ended.finish_reason, ended.policy) == (last.finish_reason, last.policy)
+        assert ended.usage.completion_tokens == last.usage.completion_tokens
+    assert any(tokens for _, tokens, _ in found)
+
+
+def test_an_app_before_an_app(backend, url):
+    """Two servers, one before the other: a client sees the same answer."""
+    import openai
+
+    with serving.serving(Upstream(url, None, 60.0)) as front:
+        answers = []
+        for address in (url, front):
+            with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+                answers.append(
+                    client.chat.completions.create(
+                        model="tiny", seed=1, max_tokens=20, n=2 if address == url else 1,
+                        messages=[{"role": "user", "content": "hi"}],
+                    ).choices[0]
+                )  # fmt: skip
+        assert answers[0].message == answers[1].message
+        with openai.OpenAI(base_url=f"{front}/v1", api_key="none", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError, match="window is 128"):
+                client.completions.create(model="tiny", prompt="a", max_tokens=1000)
+
+
+def test_errors_of_the_other_server_keep_their_meaning(url):
+    upstream = Upstream(url, None, 60.0)
+    with pytest.raises(UnknownModel):
+        run(replies(upstream, Ask("gpt-9", HELLO)))
+    with pytest.raises(Invalid, match="window is 128") as found:
+        run(replies(upstream, Ask("tiny", HELLO, max_tokens=1000)))
+    assert found.value.param == "max_tokens"
+
+
+def test_a_reply_that_nobody_reads_on_is_given_up_there_too(backend, url):
+    upstream = Upstream(url, None, 60.0)
+
+    async def leave():
+        async with contextlib.aclosing(upstream.reply(Ask("tiny", HELLO, 90))) as pieces:
+            await anext(pieces)
+        await upstream.close(0)
+
+    run(leave())
+    serving.wait_for(lambda: backend.stats()["tiny"].running == 0)
+
+
+@contextlib.contextmanager
+def answering(status, body, headers=()):
+    """A server with one model, whose replies are always these bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send(200, b'{"data": [{"id": "odd"}]}', ())
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._send(status, body, headers)
+
+        def _send(self, status, content, headers):
+            self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def event(**body):
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (429, b'{"error": {"message": "later"}}', Busy),
+        (503, b"busy", Busy),
+        (500, b"<html>oops</html>", Unavailable),
+        (401, b'{"error": "no key"}', Unavailable),
+        (200, b"data: {no json\n\n", Unavailable),
+        (200, event(choices=[]), Unavailable),
+        (200, event(error={"message": "out of memory"}), Unavailable),
+        (422, b'{"detail": "wrong"}', Invalid),
+    ],
+)
+def test_odd_servers(status, body, kind):
+    with answering(status, body, [("Retry-After", "7")]) as address:
+        with pytest.raises(kind) as found:
+            run(replies(Upstream(address, "key", 60.0), Ask("odd", "a")))
+    if kind is Busy:
+        assert found.value.retry_after == 7
+
+
+def test_a_server_without_extras_is_enough():
+    """No usage, no policy, a finish_reason of its own."""
+    body = event(choices=[{"delta": {"content": "hé"}}]) + event(
+        choices=[{"delta": {}, "finish_reason": "eos"}]
+    )
+    with answering(200, body + b"data: [DONE]\n\n") as address:
+        ((text, _, last),) = run(replies(Upstream(address, None, 60.0), Ask("odd", HELLO)))
+    assert (text, last.finish_reason, last.policy) == ("hé", "stop", "odd")
+    assert last.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1", "http://a b/"])
+def test_no_server_is_an_error_of_one_line(url):
+    with pytest.raises(UserError, match="config.upstream"):
+        Upstream(url, None, 1.0)

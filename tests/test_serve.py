@@ -1,0 +1,124 @@
+"""The program: it serves, ends as it is asked to, and refuses what can't be served."""
+
+import json
+import os
+import signal
+import threading
+
+import httpx
+import pytest
+from ml_collections import ConfigDict
+
+from configs import serve as serve_config
+from gptlab import serve
+from gptlab.run.errors import UserError
+from tests import serving
+
+LONG = {"model": "gptlab", "prompt": "a", "max_tokens": 110, "stream": True, "n": 8}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tiny_model, tiny_vocabulary):
+    directory = tmp_path_factory.mktemp("serve")
+    return serving.write_model(directory / "model", tiny_model, tiny_vocabulary)
+
+
+def events(url, body, begun=None):
+    """The choices' finish reasons of a streamed answer, and whether it came to its end."""
+    reasons, ended = [], False
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if begun is not None:
+                begun.set()
+            if line == "data: [DONE]":
+                ended = True
+            elif line:
+                choice = json.loads(line.removeprefix("data: "))["choices"][0]
+                reasons.append(choice["finish_reason"])
+    return [reason for reason in reasons if reason], ended
+
+
+def test_it_serves_and_finishes_what_runs_when_it_is_stopped(tmp_path, workdir):
+    flags = (f"--config.models.gptlab={workdir}",)
+    with serving.program(tmp_path, *flags) as (process, url):
+        with serving.program(tmp_path / "front", f"--config.upstream={url}") as (_, front):
+            assert httpx.get(f"{front}/healthz").json()["status"] == "ok"
+            body = {**LONG, "stream": False, "seed": 1, "n": 2}
+            answers = [httpx.post(f"{at}/v1/completions", json=body) for at in (url, front)]
+            texts = [answer.json()["choices"][0]["text"] for answer in answers]
+            assert texts[0] == texts[1] != ""
+        begun, found = threading.Event(), []
+        reader = threading.Thread(target=lambda: found.append(events(url, LONG, begun)))
+        reader.start()
+        assert begun.wait(60)
+        process.send_signal(signal.SIGTERM)
+        reader.join(60)
+        assert process.wait(60) == 0
+        ((reasons, ended),) = found
+        assert len(reasons) == 8 and set(reasons) <= {"stop", "length"} and ended
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/healthz")
+    log = (tmp_path / "serve.log").read_text()
+    assert log.count("\n") == 1 and "tensorflow" not in log.lower()
+
+
+def config(**changes):
+    made = serve_config.get_config()
+    made.port = 0
+    with made.unlocked():
+        made.update_from_flattened_dict(changes)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"models.gptlab": "nowhere"}, "nowhere has no manifest.json"),
+        ({"models.gptlab": None}, "nothing to serve"),
+        ({"host": "0.0.0.0"}, "no key is asked for"),
+        ({"host": "192.0.2.1", "api.open": True}, "config.host=192.0.2.1"),
+        ({"port": 70000}, "config.port=70000"),
+        ({"upstream": "http://127.0.0.1:9"}, "config.upstream=http://127.0.0.1:9"),
+        ({"engine.slots": 0}, "config.engine.slots=0"),
+        ({"engine.chunk": 1000}, "config.engine.chunk=1000 does not fit"),
+        ({"engine.deadline_seconds": 0.0}, "config.engine.deadline_seconds=0.0"),
+        ({"drain_seconds": -1.0}, "config.drain_seconds"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"mesh.tensor": 3}, "config.mesh"),
+        ({"moderation.scorer.name": "no such"}, "no scorer 'no such'"),
+        ({"api.max_body_bytes": 0}, "config.api.max_body_bytes=0"),
+    ],
+)
+def test_mistakes_are_user_errors(tmp_path, workdir, changes, words):
+    made = config(**{"models.gptlab": str(workdir), "mesh.fsdp": -1, **changes})
+    with pytest.raises(UserError, match=words):
+        serve.run(made, str(tmp_path / "serve"))
+
+
+def test_one_server_in_a_workdir_and_on_a_port_and_refusals_are_recorded(tmp_path, workdir):
+    flags = (f"--config.models.gptlab={workdir}", "--config.moderation.scorer.name=vader",
+             "--config.moderation.least=-0.3")  # fmt: skip
+    with serving.program(tmp_path, *flags) as (_, url):
+        with pytest.raises(UserError, match="in use by another"):
+            serve.run(config(**{"models.gptlab": str(workdir)}), str(tmp_path / "serve"))
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(UserError, match=f"config.port={port}: Address already in use"):
+            serve.run(config(port=port, **{"models.gptlab": str(workdir)}), str(tmp_path / "b"))
+        ask = {"model": "gptlab", "prompt": "this is awful, horrible and bad"}
+        answer = httpx.post(f"{url}/v1/completions", json=ask)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "content_filter"
+        assert httpx.post(f"{url}/v1/completions", json={**ask, "prompt": "hi"}).is_success
+    (line,) = (tmp_path / "serve" / "refusals.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["text"] == ask["prompt"] and record["where"] == "input"
+    assert record["score"] < -0.3 and record["scorer"] == "vader"
+    assert oct(os.stat(tmp_path / "serve" / "refusals.jsonl").st_mode)[-3:] == "600"
+
+
+@pytest.mark.parametrize("argument", ["runs/sft", "=runs/sft", "a=", "a=runs/sft,,"])
+def test_models_are_named_in_the_configs_argument(argument):
+    with pytest.raises(ValueError, match="NAME=WORKDIR"):
+        serve_config.get_config(argument)
+    found = serve_config.get_config("a=runs/sft,b=runs/ppo").models
+    assert isinstance(found, ConfigDict) and found.to_dict() == {"a": "runs/sft", "b": "runs/ppo"}
