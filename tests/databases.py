@@ -69,13 +69,13 @@ def postgresql() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgresql_template(postgresql: str) -> str:
-    """The name of a database that holds an empty store: copying it takes less than migrating."""
+def postgresql_store(postgresql: str) -> str:
+    """The URL of a database that tests empty before they use it: making one takes longer."""
     from gptlab.people.store import Store
 
     url = new_database(postgresql)
     Store.open(url).close()
-    return url.partition("@/")[2].partition("?")[0]
+    return url
 
 
 @pytest.fixture(scope="session")
@@ -88,13 +88,13 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory, no_fsync: None) ->
     return path
 
 
-def new_database(directory: str, template: str = "template1") -> str:
-    """The URL of a new database of the server, a copy of another one."""
+def new_database(directory: str) -> str:
+    """The URL of a new, empty database of the server."""
     import psycopg
 
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(host=directory, user=_USER, dbname="postgres", autocommit=True) as server:
-        server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        server.execute(f"CREATE DATABASE {name}")
     return f"postgresql+psycopg://{_USER}@/{name}?host={directory}"
 
 
@@ -105,13 +105,25 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def make_store_url(request: pytest.FixtureRequest, backend: str, directory: Path) -> str:
-    """The URL of an empty store; those of all tests have the same id."""
+    """The URL of an empty store; a test has one of each backend, and all have the same id."""
     if backend == "sqlite":
         path = directory / f"{secrets.token_hex(6)}.sqlite"
         shutil.copy(request.getfixturevalue("sqlite_template"), path)
         return f"sqlite:///{path}"
-    server = request.getfixturevalue("postgresql")
-    return new_database(server, request.getfixturevalue("postgresql_template"))
+    import sqlalchemy as sa
+
+    from gptlab.people.store import schema
+
+    url = request.getfixturevalue("postgresql_store")
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        name = connection.execute(sa.select(schema.store.c.id)).scalar_one()
+        tables = ", ".join(f'"{table.name}"' for table in schema.metadata.sorted_tables)
+        connection.execute(sa.text(f"TRUNCATE {tables}"))
+        connection.execute(schema.store.insert().values(id=name, created_at=0.0))
+        connection.execute(schema.head.insert().values(id=1, row=0, hash="0" * 64))
+    engine.dispose()
+    return url
 
 
 @pytest.fixture(scope="session")

@@ -31,10 +31,7 @@ _NATIONAL = re.compile(
 
 
 def scrub(text: str) -> tuple[str, Counter[str]]:
-    """The text with '[kind]' in the place of personal data, and how many of each kind there were.
-
-    Text without any comes back as it is; scrubbing twice changes nothing more.
-    """
+    """The text with '[kind]' for what was found, and how often that was, by kind."""
     found: Counter[str] = Counter()
     if not _CANDIDATE.search(text):
         return text, found
