@@ -26,7 +26,9 @@ from gptlab.data import records
 from gptlab.data.records import Comparison, Conversation
 from gptlab.evals.report import markdown_table
 from gptlab.people import feedback
-from gptlab.people.feedback import Harvest, Item, Weights
+from gptlab.people.feedback import Harvest, Weights
+from gptlab.people.items import KINDS, Item
+from gptlab.people.sieve import filters_of
 from gptlab.people.store import Invalid, Store, resolve_url
 from gptlab.run import artifact, files, program
 from gptlab.run.errors import UserError
@@ -52,7 +54,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             if (problem := store.audit.verify()) is not None:
                 raise UserError(f"the store {store.database.where} was tampered with: {problem}")
             content = store.content(state.until)
-            filters, weights = feedback.filters_of(config.filters), Weights(**config.weights)
+            filters, weights = filters_of(config.filters), Weights(**config.weights)
             found = feedback.harvest(
                 content, filters, weights, config.validation_fraction, config.seed
             )
@@ -91,7 +93,7 @@ def check(config: ConfigDict) -> None:
             "config.weights can't be negative, and config.weights.flag has three, one for each "
             "severity"
         )
-    feedback.filters_of(config.filters)
+    filters_of(config.filters)
 
 
 def write(run: artifact.Run, items: Sequence[Item]) -> None:
@@ -193,7 +195,7 @@ def _reasons(found: Harvest) -> str:
 
 def _by_kind(entry: tuple[tuple[str, str, str], int]) -> tuple[int, str, str]:
     (kind, cls, split), _ = entry
-    return feedback.KINDS.index(kind), cls, split
+    return KINDS.index(kind), cls, split
 
 
 if __name__ == "__main__":

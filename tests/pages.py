@@ -116,5 +116,3 @@ def serious_findings(page, source: str) -> list[str]:
         if one["impact"] in ("serious", "critical")
         for node in one["nodes"]
     ]
-
-

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from gptlab.data.records import CandidateSet, Comparison
 from gptlab.evals.preference import Bootstrap
-from gptlab.people import agreement, feedback
-from gptlab.people.feedback import Item
+from gptlab.people import agreement, task_feedback
+from gptlab.people.items import Item
+from gptlab.people.sieve import Sieve, filters_of
 from gptlab.people.store import Invalid, NotFound, Store, resolve_url
 from gptlab.people.store.audit import SYSTEM
 from gptlab.people.store.campaigns import Campaign, Settings
@@ -25,6 +26,7 @@ from gptlab.run import artifact, processes
 from gptlab.run.errors import Interrupted, UserError
 
 _STOP_SECONDS = 0.2  # how soon a request to stop is seen
+_FINISHED = ("done", "withheld", "deleted")  # nobody is given such a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Ranked:
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
     resolve_url(config.store.url)
-    feedback.filters_of(config.filters)
+    filters_of(config.filters)
     if not config.campaign.name:
         raise UserError("config.campaign.name is not set: give the campaign that people work on")
     if processes.count() > 1:
@@ -85,7 +87,7 @@ def _wait(
     with run.progress(len(sources), f"ranked in {campaign.name}", unit="set") as bar:
         while True:
             states = store.campaigns.states(campaign.id)
-            finished = sum(states[source][1] in ("done", "deleted") for source in sources)
+            finished = sum(states[source][1] in _FINISHED for source in sources)
             bar.update(finished - bar.count)
             if finished == len(sources) or store.campaigns.get(campaign.id).state == "closed":
                 return
@@ -109,8 +111,8 @@ def _read(
     states = store.campaigns.states(campaign.id)
     tasks = {states[item.id][0] for own in sets.values() for item in own}
     left_out: Counter[tuple[str, str]] = Counter()
-    sieve = feedback.Sieve(content, feedback.filters_of(run.config.filters), left_out)
-    items = list(feedback.rankings(content, sieve, 1.0, lambda _, split: split, only=tasks))
+    sieve = Sieve(content, filters_of(run.config.filters), left_out)
+    items = list(task_feedback.rankings(content, sieve, 1.0, lambda _, split: split, only=tasks))
     reasons = ", ".join(f"{count} x {reason}" for (_, reason), count in sorted(left_out.items()))
     ranked = {}
     for split in sets:

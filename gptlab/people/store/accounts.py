@@ -17,17 +17,16 @@ import sqlalchemy as sa
 
 from gptlab.people.backend import Caller
 from gptlab.people.store.audit import SYSTEM, Audit
+from gptlab.people.store.consent import SCOPES, Consent
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
 from gptlab.people.store.errors import Forbidden, Invalid, NotFound
-from gptlab.people.store.schema import api_keys, consents, invitations, people, sessions
+from gptlab.people.store.schema import api_keys, consents, invitations, people, sessions, tasks
+from gptlab.people.store.settle import settle
 
 # Each may do what those before it may: chat and give feedback; work on campaigns; decide where
 # labellers disagree; everything.
 ROLES = ("user", "labeller", "reviewer", "admin")
 MAX_NAME = 100  # characters
-# What can be consented to. 'training': what I write and judge may train models. 'publication': it
-# may be in data sets that are given to others.
-SCOPES = ("training", "publication")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +79,6 @@ class ApiKey:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Consent:
-    """A person's newest answer about one scope, to a text of this version."""
-
-    scope: str
-    given: bool
-    text_version: str
-    at: float
 
 
 class Accounts:
@@ -307,7 +296,10 @@ class Accounts:
         return None if row is None else _person(row)
 
     def consent(self, person: str, scope: str, given: bool, text_version: str) -> Consent:
-        """Notes a person's answer. Withdrawing is an answer too: later exports go by it."""
+        """Notes a person's answer. Withdrawing is an answer too.
+
+        Later exports go by it, and tasks that show the person's text are withheld or given out.
+        """
         if scope not in SCOPES:
             raise Invalid(f"consent is about one of {', '.join(SCOPES)}")
         answer = Consent(scope, given, storable(text_version, 100, "the version"), self._now())
@@ -321,6 +313,8 @@ class Accounts:
                     text_version=answer.text_version, created_at=answer.at, row=row,
                 )
             )  # fmt: skip
+            shows = sa.select(tasks.c.id).where(tasks.c.person_id == person)
+            settle(writer, writer.execute(shows).scalars().all())
         return answer
 
     def consents(self, person: str) -> dict[str, Consent]:
@@ -412,18 +406,6 @@ def check_not_last_admin(reader: Reader, person: str) -> None:
     )
     if not reader.execute(query).scalar_one():
         raise Invalid("this is the only admin: make somebody else one first")
-
-
-def consenting(scope: str) -> sa.Select[Any]:
-    """Ids of the people whose newest answer is that they consent."""
-    newer = consents.alias("newer")
-    later = sa.select(newer.c.id).where(
-        newer.c.person_id == consents.c.person_id,
-        newer.c.scope == scope,
-        newer.c.row > consents.c.row,
-    )
-    query = sa.select(consents.c.person_id).where(consents.c.scope == scope, consents.c.given)
-    return query.where(~later.exists())
 
 
 def _hashed(token: str) -> str:

@@ -20,12 +20,22 @@ from typing import Any
 import sqlalchemy as sa
 
 from gptlab.data.records import Candidate, CandidateSet, Prompt
-from gptlab.people.store.accounts import consenting, require
+from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
+from gptlab.people.store.consent import usable
 from gptlab.people.store.conversations import path_to
 from gptlab.people.store.database import Database, Reader, new_id, storable
 from gptlab.people.store.errors import Invalid, NotFound
-from gptlab.people.store.schema import campaigns, conversations, messages, tasks, to_json
+from gptlab.people.store.provenance import GOLD, origins
+from gptlab.people.store.removal import EMPTY
+from gptlab.people.store.schema import (
+    campaigns,
+    conversations,
+    messages,
+    people,
+    tasks,
+    to_json,
+)
 from gptlab.people.store.settle import settle_campaign
 
 KINDS = ("ranking", "demonstration")
@@ -164,7 +174,10 @@ class Campaigns:
     def queue(
         self, campaign: str, sets: Iterable[CandidateSet], actor: str, split: str = ""
     ) -> int:
-        """Queues candidate sets to be ranked; returns how many were new."""
+        """Queues candidate sets to be ranked; returns how many were new.
+
+        One that was made of a chat deleted since is only noted, as deleted.
+        """
         rows = ({"source": item.id, "payload": _payload(item)} for item in _rankable(sets))
         return self._queue(campaign, "ranking", rows, actor, split=split)
 
@@ -176,7 +189,7 @@ class Campaigns:
         if len(set(gold)) < 2:
             raise Invalid("a gold check needs one reply that is better than another")
         rows = (
-            {"source": f"gold:{item.id}", "payload": _payload(item), "gold": to_json(gold)}
+            {"source": f"{GOLD}{item.id}", "payload": _payload(item), "gold": to_json(gold)}
             for item in _rankable([item])
         )
         return self._queue(campaign, "ranking", rows, actor)
@@ -210,12 +223,13 @@ class Campaigns:
             queued = sa.select(here.c.id).where(
                 here.c.campaign_id == found.id, here.c.message_id == messages.c.id
             )
+            willing = sa.select(people.c.id).where(usable("training"))
             query = (
                 sa.select(messages.c.id)
                 .join(conversations, conversations.c.id == messages.c.conversation_id)
                 .where(messages.c.role == "assistant", messages.c.policy.is_not(None))
                 .where(messages.c.refusal.is_(None), ~queued.exists())
-                .where(conversations.c.person_id.in_(consenting("training")))
+                .where(conversations.c.person_id.in_(willing))
                 .order_by(messages.c.row)
             )
             ids = list(reader.execute(query).scalars())
@@ -266,7 +280,8 @@ class Campaigns:
             found = find_campaign(writer, campaign)
             if found.kind != kind:
                 raise Invalid(f"{found.name!r} is a campaign of {found.kind}s, not of {kind}s")
-            owner = None if message is None else _owner(writer, message)
+            if message is not None:
+                _check_there(writer, message)
             query = sa.select(tasks.c.source).where(tasks.c.campaign_id == found.id)
             known = set(writer.execute(query).scalars())
             by_source = {own["source"]: own for own in rows}
@@ -276,12 +291,16 @@ class Campaigns:
             where, detail = f"campaigns:{found.id}", {"tasks": len(new), "split": split}
             row = self._audit.append(writer, actor, "task.queue", where, detail, content=True)
             shared = {
-                "campaign_id": found.id, "split": split, "gold": None, "state": "open",
-                "person_id": owner, "message_id": message, "row": row,
-                "created_at": self._database.clock(),
+                "campaign_id": found.id, "split": split, "gold": None, "message_id": message,
+                "row": row, "created_at": self._database.clock(),
             }  # fmt: skip
+            known_origins = origins(writer, [own["source"] for own in new], message)
             for own in new:
+                origin = known_origins[own["source"]]
                 own |= {"id": new_id(), "place": _place(found.settings.seed, own["source"])}
+                own |= {"person_id": origin.person, "state": origin.state}
+                if origin.state == "deleted":
+                    own |= EMPTY
             writer.execute(tasks.insert(), [shared | own for own in new])
         return len(new)
 
@@ -376,16 +395,9 @@ def _place(seed: int, source: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _owner(reader: Reader, message: str) -> str:
-    query = (
-        sa.select(conversations.c.person_id)
-        .join(messages, messages.c.conversation_id == conversations.c.id)
-        .where(messages.c.id == message)
-    )
-    owner = reader.execute(query).scalar()
-    if owner is None:
+def _check_there(reader: Reader, message: str) -> None:
+    if reader.execute(sa.select(messages.c.id).where(messages.c.id == message)).scalar() is None:
         raise NotFound("there is no such message")
-    return owner
 
 
 def _picked(reader: Reader, message: str) -> Picked:

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 import sqlalchemy as sa
 
-from gptlab.people.store.accounts import SCOPES, Person, consenting
+from gptlab.people.store.accounts import Person
 from gptlab.people.store.campaigns import Campaign, Task, campaign_of, task_of
+from gptlab.people.store.consent import SCOPES, consenting
 from gptlab.people.store.conversations import Message, message_of
 from gptlab.people.store.database import Database, Reader
 from gptlab.people.store.feedback import Given, counting, given

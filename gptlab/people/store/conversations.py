@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from gptlab.data import records
 from gptlab.people.store import removal
+from gptlab.people.store.accounts import find_person
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
 from gptlab.people.store.errors import Invalid, NotFound
@@ -74,6 +75,7 @@ class Conversations:
         now = self._database.clock()
         made = Conversation(new_id(), person, _title(title), now, now)
         with self._database.write() as writer:
+            find_person(writer, person)  # a request may come later than a deletion
             row = self._audit.append(writer, person, "conversation.add", f"conversations:{made.id}")
             writer.execute(
                 conversations.insert().values(

@@ -83,7 +83,11 @@ class Database:
             yield connection
 
     def forget(self) -> None:
-        """Has SQLite's write-ahead log forget what was deleted; its file is overwritten at once."""
+        """Has SQLite's write-ahead log forget what was deleted.
+
+        While somebody reads an earlier state for longer than _BUSY_SECONDS, the log stays until the
+        next deletion, or until the store is closed.
+        """
         if self._engine.dialect.name == "sqlite":
             with _explained(self._engine.url), self._engine.connect() as connection:
                 raw = connection.connection.dbapi_connection
@@ -157,10 +161,11 @@ def _check_file(url: sa.URL, create: bool) -> None:
             raise UserError(f"there is no store {path}: was it made by gptlab.serve?")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # What people say is nobody else's business on this machine. (A log beside it follows.)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
             raise UserError(f"cannot make the store {path}: {error.strerror}") from error
-    writable = os.access(path if path.exists() else path.parent, os.W_OK)
-    if not writable:
+    if not os.access(path, os.W_OK):
         raise UserError(f"the store {path} can't be written: check its permissions")
 
 

@@ -62,7 +62,7 @@ class Exports:
     def register(
         self, identity: str, workdir: str, state: State, rows: Iterable[tuple[str, str, str]]
     ) -> Export:
-        """Notes an export, before it is written. Once for each identity and workdir.
+        """Notes an export, before it is written; one that is noted already gets further rows.
 
         Args:
           identity: the artifact's.
@@ -73,31 +73,26 @@ class Exports:
         Raises:
           Invalid: somebody was deleted or has withdrawn their consent since the content was read.
         """
-        unique = sorted(set(rows))
         with self._database.write() as writer:
             if state_of_content(writer, state.until) != state:
                 raise Invalid("the store has changed while it was read: export once more")
             same = sa.and_(exports.c.identity == identity, exports.c.workdir == workdir)
             known = writer.execute(sa.select(exports.c.id).where(same)).scalar()
+            values = {"identity": identity, "workdir": workdir, "until": state.until}
             if known is None:
                 known, now = new_id(), self._database.clock()
+                writer.execute(exports.insert().values(id=known, created_at=now, **values))
+            else:  # a run that was stopped, and has more to write now
+                writer.execute(exports.update().where(exports.c.id == known).values(**values))
+            new = sorted(set(rows) - _rows(writer, known))
+            if new:
+                names = ("kind", "row_id", "person_id")
                 writer.execute(
-                    exports.insert().values(
-                        id=known,
-                        identity=identity,
-                        workdir=workdir,
-                        until=state.until,
-                        created_at=now,
-                    )
+                    export_rows.insert(),
+                    [{"export_id": known} | dict(zip(names, row, strict=True)) for row in new],
                 )
-                if unique:
-                    names = ("kind", "row_id", "person_id")
-                    writer.execute(
-                        export_rows.insert(),
-                        [{"export_id": known} | dict(zip(names, r, strict=True)) for r in unique],
-                    )
-                detail = {"identity": identity, "until": state.until, "rows": len(unique)}
-                self._audit.append(writer, SYSTEM, "export.add", f"exports:{known}", detail)
+            detail = {"identity": identity, "until": state.until, "rows": len(new)}
+            self._audit.append(writer, SYSTEM, "export.add", f"exports:{known}", detail)
             return next(e for e in _exports(writer) if e.id == known)
 
     def all(self) -> list[Export]:
@@ -126,6 +121,7 @@ class Exports:
             writer.execute(leases.delete().where(leases.c.person_id == person))
             settle(writer, touched)
             remove(writer, feedback, feedback.c.person_id == person)
+            # Text of theirs is in their conversations only, and in tasks made of those.
             remove_conversations(writer, conversations.c.person_id == person)
             for table in (consents, sessions, api_keys, invitations):
                 writer.execute(table.delete().where(table.c.person_id == person))
@@ -136,6 +132,12 @@ class Exports:
             affected = _exports(writer, person)
         self._database.forget()
         return affected
+
+
+def _rows(reader: Reader, export: str) -> set[tuple[str, str, str]]:
+    query = sa.select(export_rows.c.kind, export_rows.c.row_id, export_rows.c.person_id)
+    rows = reader.execute(query.where(export_rows.c.export_id == export))
+    return {(row.kind, row.row_id, row.person_id) for row in rows}
 
 
 def _exports(reader: Reader | Writer, person: str | None = None) -> list[Export]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from gptlab.people.store.database import Writer, new_id
+from gptlab.people.store.database import Writer
+from gptlab.people.store.provenance import tasks_of
 from gptlab.people.store.schema import (
     conversations,
     feedback,
@@ -19,31 +20,26 @@ from gptlab.people.store.schema import (
     tasks,
 )
 
-_ID_LENGTH = len(new_id())
+# What is left of a task whose content was deleted: it is never given out.
+EMPTY = {"payload": "", "gold": None, "state": "deleted", "person_id": None, "message_id": None}
 
 
 def remove_conversations(writer: Writer, where: sa.ColumnElement[bool]) -> None:
-    """Removes conversations: messages, feedback on them, and the content of tasks made of them.
-
-    A task may have come by way of an export: the id of a prompt, and of a candidate set for it,
-    begins with its conversation's.
-    """
+    """Removes conversations: messages, feedback on them, and the content of tasks made of them."""
     gone = sa.select(conversations.c.id).where(where)
     inside = sa.select(messages.c.id).where(messages.c.conversation_id.in_(gone))
-    begin = sa.func.substr(tasks.c.source, 1, _ID_LENGTH)
-    empty_tasks(writer, sa.or_(tasks.c.message_id.in_(inside), begin.in_(gone)))
+    for task in tasks_of(writer, set(writer.execute(gone).scalars())):
+        empty_task(writer, task)
     remove(writer, feedback, feedback.c.message_id.in_(inside))
     remove(writer, messages, messages.c.id.in_(inside))
     remove(writer, conversations, where)
 
 
-def empty_tasks(writer: Writer, where: sa.ColumnElement[bool]) -> None:
-    """Removes what tasks show, and every answer to them; an empty row stays, never given out."""
-    ids = sa.select(tasks.c.id).where(where)
-    remove_answers(writer, judgements.c.task_id.in_(ids))
-    writer.execute(leases.delete().where(leases.c.task_id.in_(ids)))
-    emptied = {"payload": "", "gold": None, "state": "deleted", "message_id": None}
-    writer.execute(tasks.update().where(where).values(person_id=None, **emptied))
+def empty_task(writer: Writer, task: str) -> None:
+    """Removes what a task shows, and every answer to it."""
+    remove_answers(writer, judgements.c.task_id == task)
+    writer.execute(leases.delete().where(leases.c.task_id == task))
+    writer.execute(tasks.update().where(tasks.c.id == task).values(**EMPTY))
 
 
 def remove_answers(writer: Writer, where: sa.ColumnElement[bool]) -> None:

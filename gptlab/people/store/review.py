@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
 from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.campaigns import Task, dense_ranks, find_campaign, find_task, task_of
-from gptlab.people.store.database import Database, Writer, new_id, storable
+from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
 from gptlab.people.store.errors import Forbidden, Invalid
 from gptlab.people.store.judgements import (
     MAX_NOTE,
@@ -51,7 +52,7 @@ class Review:
     def queue(self, campaign: str, reviewer: str, limit: int = 50) -> list[Case]:
         """Tasks to be decided, the worst flags first.
 
-        A reviewer isn't shown what they judged themselves; an admin is.
+        A reviewer isn't shown what they judged themselves, and can't decide it; an admin can.
         """
         with self._database.read() as reader:
             require(reader, reviewer, "reviewer")
@@ -59,11 +60,8 @@ class Review:
             query = sa.select(tasks).where(
                 tasks.c.campaign_id == found.id, tasks.c.state == "review"
             )
-            try:
-                require(reader, reviewer, "admin")
-            except Forbidden:
-                own = sa.select(judgements.c.task_id).where(judgements.c.person_id == reviewer)
-                query = query.where(tasks.c.id.not_in(own))
+            if not _is_admin(reader, reviewer):
+                query = query.where(tasks.c.id.not_in(_own(reviewer)))
             rows = reader.execute(query.order_by(tasks.c.place, tasks.c.id)).all()
             where = sa.and_(
                 judgements.c.task_id.in_(query.with_only_columns(tasks.c.id)), standing()
@@ -106,6 +104,8 @@ class Review:
         """Writes a decision; the same one again is the one before, sent twice."""
         if task.state == "open":
             raise Invalid("labellers are still at this task: it is not to be decided yet")
+        if not _is_admin(writer, reviewer) and _has_judged(writer, reviewer, task.id):
+            raise Forbidden("you have judged this task yourself: another reviewer decides")
         where = sa.and_(
             judgements.c.task_id == task.id, judgements.c.kind.in_(DECIDING), standing()
         )
@@ -121,6 +121,24 @@ class Review:
         insert_judgement(writer, self._audit, made, None)
         settle(writer, [task.id])
         return made
+
+
+def _is_admin(reader: Reader, person: str) -> bool:
+    try:
+        require(reader, person, "admin")
+    except Forbidden:
+        return False
+    return True
+
+
+def _own(person: str) -> sa.Select[Any]:
+    """Ids of the tasks that a person has judged as a labeller."""
+    query = sa.select(judgements.c.task_id).where(judgements.c.person_id == person)
+    return query.where(judgements.c.kind.not_in(DECIDING))
+
+
+def _has_judged(reader: Reader, person: str, task: str) -> bool:
+    return reader.execute(_own(person).where(judgements.c.task_id == task)).first() is not None
 
 
 def _same(one: Judgement, other: Judgement) -> bool:

@@ -231,7 +231,7 @@ tasks = sa.Table(
     _text("split"),  # the split of the candidate set it came from, or ''
     _text("payload"),  # JSON: a CandidateSet, or a prompt; '' once deleted
     _text("gold", nullable=True),  # JSON: the known ranks of a gold check
-    _text("state"),  # 'open', 'review', 'done', 'deleted'
+    _text("state"),  # 'open', 'review', 'done', 'withheld', 'deleted'
     _to("people", "person_id", nullable=True),  # whose text it shows
     _to("messages", "message_id", nullable=True),  # the reply it was made of
     _time(),

@@ -1,8 +1,9 @@
 """A task's state, as its answers say: open, to be reviewed, or done.
 
+    withheld it shows the text of somebody who doesn't consent to training (any more)
     done     a reviewer has decided, or as many have judged as wanted, and they agree
     review   they order too many pairs differently, a flag is serious, or too many have skipped it
-    open     otherwise
+    open     otherwise, and a gold check always
 
 States are computed anew whenever an answer comes or goes, so that none can be stale.
 """
@@ -14,9 +15,10 @@ from collections.abc import Iterable, Sequence
 
 import sqlalchemy as sa
 
+from gptlab.people.store.consent import usable
 from gptlab.people.store.database import Writer
 from gptlab.people.store.judgements import Judgement, read_judgements
-from gptlab.people.store.schema import campaigns, judgements, leases, tasks
+from gptlab.people.store.schema import campaigns, judgements, leases, people, tasks
 
 SERIOUS = 2  # flags of this severity and above go to reviewers
 DECIDING = ("decision", "drop")
@@ -64,19 +66,25 @@ def state_of(answers: Sequence[Judgement], overlap: int, threshold: float, max_s
 
 
 def settle(writer: Writer, task_ids: Iterable[str]) -> None:
-    """Writes the states of these tasks. Gold checks stay open, deleted tasks deleted."""
+    """Writes the states of these tasks; deleted ones stay deleted."""
+    unusable = sa.select(people.c.id).where(~usable("training"))
     for task in task_ids:
         query = (
-            sa.select(tasks.c.state, campaigns.c.overlap, campaigns.c.disagreement)
-            .add_columns(campaigns.c.max_skips)
+            sa.select(tasks.c.state, tasks.c.gold, campaigns.c.overlap, campaigns.c.disagreement)
+            .add_columns(campaigns.c.max_skips, tasks.c.person_id.in_(unusable).label("withheld"))
             .join(campaigns, campaigns.c.id == tasks.c.campaign_id)
-            .where(tasks.c.id == task, tasks.c.gold.is_(None), tasks.c.state != "deleted")
+            .where(tasks.c.id == task, tasks.c.state != "deleted")
         )
         row = writer.execute(query).first()
         if row is None:
             continue
-        answers = read_judgements(writer, sa.and_(judgements.c.task_id == task, standing()))
-        state = state_of(answers, row.overlap, row.disagreement, row.max_skips)
+        if row.withheld:
+            state = "withheld"
+        elif row.gold is not None:
+            state = "open"
+        else:
+            answers = read_judgements(writer, sa.and_(judgements.c.task_id == task, standing()))
+            state = state_of(answers, row.overlap, row.disagreement, row.max_skips)
         if state != row.state:
             writer.execute(tasks.update().where(tasks.c.id == task).values(state=state))
 
