@@ -82,7 +82,11 @@ def flags(
     content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
 ) -> Iterator[Item]:
     """Flagged replies below those that weren't, and the prompts they were given to."""
-    down = {g.message for g in content.feedback if g.kind == "thumb" and g.value < 0}
+    down: dict[str, set[str]] = {}  # turn -> texts; the same text may have come twice
+    for given in content.feedback:
+        if given.kind == "thumb" and given.value < 0:
+            reply = content.messages[given.message]
+            down.setdefault(reply.parent or "", {""}).add(reply.content)
     replies: dict[str, list[Stored]] = {}
     for message in content.messages.values():
         if message.role == "assistant" and message.refusal is None and message.parent is not None:
@@ -97,10 +101,7 @@ def flags(
         kinds = ",".join(given.reasons)
         yield safety_prompt(about.prompt, kinds, given.severity, given.id, rows, sieve, split_of)
         turn = content.messages[given.message].parent or ""
-        text = content.messages[given.message].content
-        others = [
-            m.id for m in replies.get(turn, ()) if m.id not in down and m.content not in ("", text)
-        ]
+        others = [m.id for m in replies.get(turn, ()) if m.content not in down[turn]]
         weight = weights[given.severity - 1]
         if not others:
             sieve.leave_out("flag", "nothing to compare with")

@@ -1,6 +1,7 @@
-"""A campaign in a store, and people to work on it."""
+"""Campaigns and chats in a store, and people to work on them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from gptlab.data.records import Candidate, CandidateSet, Message, Prompt
 from gptlab.people.store import Store
@@ -61,3 +62,15 @@ def work_off(store: Store, where: Campaign, who: Person, judge=None) -> int:
 def plain(judgement):
     """A judgement without what differs between two equal ones."""
     return dataclasses.replace(judgement, id="", created_at=0.0)
+
+
+def chat(store: Store, who: Person, text: str = "Hello?", replies: Sequence[str] = ("Hi.",)):
+    """(a conversation, its one turn, the replies to it)."""
+    conversation = store.conversations.create(who.id, "About " + text)
+    turn = store.conversations.say(who.id, conversation.id, None, text)
+    return conversation, turn, [answer(store, who, turn.id, reply) for reply in replies]
+
+
+def answer(store: Store, who: Person, turn: str, text: str):
+    """A model's reply."""
+    return store.conversations.reply(who.id, turn, text, "chat", "0123456789ab", True, {"seed": 1})

@@ -146,7 +146,7 @@ def test_labelling(backend, request, tmp_path):
     class OnThis(Labelling):
         url = make_store_url(request, backend, tmp_path)
 
-    examples = {"sqlite": 10, "postgresql": 3}[backend]
+    examples = {"sqlite": 6, "postgresql": 2}[backend]
     if request.config.getoption("-m") == "slow":
         examples = 200
     stateful.run_state_machine_as_test(

@@ -11,7 +11,15 @@ from gptlab.people.store import Forbidden, Invalid, NotFound, Store
 from gptlab.people.store.schema import feedback, messages, metadata, tasks
 from gptlab.run.errors import UserError
 from tests.databases import new_database
-from tests.people.campaigns import best_first, campaign, candidate_set, person, work_off
+from tests.people.campaigns import (
+    answer,
+    best_first,
+    campaign,
+    candidate_set,
+    chat,
+    person,
+    work_off,
+)
 
 
 def dump(store):
@@ -22,17 +30,6 @@ def dump(store):
             for table in metadata.sorted_tables
             for row in reader.execute(sa.select(table))
         )
-
-
-def chat(store, who, text="Hello?", replies=("Hi.",)):
-    """A conversation with one turn and some replies to it."""
-    conversation = store.conversations.create(who.id, "About " + text)
-    turn = store.conversations.say(who.id, conversation.id, None, text)
-    return conversation, turn, [answer(store, who, turn.id, reply) for reply in replies]
-
-
-def answer(store, who, turn, text):
-    return store.conversations.reply(who.id, turn, text, "chat", "0123456789ab", True, {"seed": 1})
 
 
 def test_a_conversation_is_a_tree(store, clock):
