@@ -43,6 +43,8 @@ def check(config: ConfigDict) -> None:
     filters_of(config.filters)
     if not config.campaign.name:
         raise UserError("config.campaign.name is not set: give the campaign that people work on")
+    if not config.store.poll_seconds > 0:
+        raise UserError(f"config.store.poll_seconds={config.store.poll_seconds} must be positive")
     if processes.count() > 1:
         raise UserError("config.backend='store' waits for people: one process is enough for that")
 
@@ -119,8 +121,8 @@ def _read(
         own = [item for item in items if item.split == split]
         if not own:
             raise UserError(
-                f"no ranking of candidates-{split} in campaign {campaign.name!r} may be used"
-                + (f": {reasons}" if reasons else "")
+                f"no ranking of candidates-{split} in campaign {campaign.name!r} may be used: "
+                + (reasons or f"nothing of it is ranked, and {campaign.name!r} is closed")
             )
         ranked[split] = Ranked(_comparisons(own), _figures(own, len(sets[split])))
     try:
