@@ -27,6 +27,14 @@ from gptlab.people.store.settle import settle
 # labellers disagree; everything.
 ROLES = ("user", "labeller", "reviewer", "admin")
 MAX_NAME = 100  # characters
+_PERSON = sa.select(people).where(people.c.id == sa.bindparam("key"), people.c.deleted_at.is_(None))
+_SESSION = (
+    sa.select(people, sessions.c.csrf, sessions.c.created_at.label("since"))
+    .add_columns(sessions.c.expires_at)
+    .join(people, people.c.id == sessions.c.person_id)
+    .where(sessions.c.token_hash == sa.bindparam("key"))
+    .where(sessions.c.expires_at > sa.bindparam("now"))
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,14 +208,8 @@ class Accounts:
 
     def check_session(self, token: str) -> Session | None:
         """The session of a cookie, if it is one that is still valid."""
-        query = (
-            sa.select(people, sessions.c.csrf, sessions.c.created_at.label("since"))
-            .add_columns(sessions.c.expires_at)
-            .join(people, people.c.id == sessions.c.person_id)
-            .where(sessions.c.token_hash == _hashed(token), sessions.c.expires_at > self._now())
-        )
         with self._database.read() as reader:
-            row = reader.execute(query).first()
+            row = reader.execute(_SESSION, {"key": _hashed(token), "now": self._now()}).first()
         if row is None:
             return None
         return Session(_person(row), row.csrf, row.since, row.expires_at)
@@ -384,8 +386,7 @@ class Accounts:
 
 def find_person(reader: Reader, person: str) -> Person:
     """Raises NotFound, also for one who was deleted."""
-    query = sa.select(people).where(people.c.id == person, people.c.deleted_at.is_(None))
-    row = reader.execute(query).first()
+    row = reader.execute(_PERSON, {"key": person}).first()
     if row is None:
         raise NotFound("there is no such person")
     return _person(row)

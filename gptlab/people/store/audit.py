@@ -20,6 +20,9 @@ from gptlab.people.store.database import Database, Reader, Writer
 from gptlab.people.store.schema import audit, to_json
 
 SYSTEM = "system"
+# What every change executes is made once: to put a statement together takes longer than to run it.
+_HEAD = sa.select(schema.head.c.row, schema.head.c.hash)
+_INSERT, _MOVE = audit.insert(), schema.head.update()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,17 +119,18 @@ class Audit:
         row, at, text = before.row + 1, self._database.clock(), to_json(dict(detail or {}))
         digest = _hash(previous, row, at, actor, action, object, text, content)
         writer.execute(
-            audit.insert().values(
-                id=row, at=at, actor=actor, action=action, object=object, detail=text,
-                content=content, previous=previous, hash=digest,
-            )
+            _INSERT,
+            {
+                "id": row, "at": at, "actor": actor, "action": action, "object": object,
+                "detail": text, "content": content, "previous": previous, "hash": digest,
+            },
         )  # fmt: skip
-        writer.execute(schema.head.update().values(row=row, hash=digest))
+        writer.execute(_MOVE, {"row": row, "hash": digest})
         return row
 
 
 def _head(reader: Reader) -> Head:
-    row = reader.execute(sa.select(schema.head.c.row, schema.head.c.hash)).one()
+    row = reader.execute(_HEAD).one()
     return Head(row.row, row.hash) if row.row else Head(0, _genesis(reader))
 
 

@@ -41,6 +41,9 @@ from gptlab.people.store.settle import settle_campaign
 KINDS = ("ranking", "demonstration")
 STATES = ("open", "paused", "closed")
 MAX_CANDIDATES = 26  # they are shown as A to Z
+_KEY: sa.BindParameter[str] = sa.bindparam("key")
+_CAMPAIGN = sa.select(campaigns).where(sa.or_(campaigns.c.id == _KEY, campaigns.c.name == _KEY))
+_TASK = sa.select(tasks).where(tasks.c.id == _KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,10 +310,7 @@ class Campaigns:
 
 def find_campaign(reader: Reader, campaign: str) -> Campaign:
     """By its id or its name. Raises NotFound."""
-    query = sa.select(campaigns).where(
-        sa.or_(campaigns.c.id == campaign, campaigns.c.name == campaign)
-    )
-    row = reader.execute(query).first()
+    row = reader.execute(_CAMPAIGN, {"key": campaign}).first()
     if row is None:
         raise NotFound(f"there is no campaign {campaign!r}")
     return campaign_of(row)
@@ -318,7 +318,7 @@ def find_campaign(reader: Reader, campaign: str) -> Campaign:
 
 def find_task(reader: Reader, task: str) -> Task:
     """Raises NotFound, also for one whose content was deleted."""
-    row = reader.execute(sa.select(tasks).where(tasks.c.id == task)).first()
+    row = reader.execute(_TASK, {"key": task}).first()
     if row is None or row.state == "deleted":
         raise NotFound("there is no such task")
     return task_of(row)

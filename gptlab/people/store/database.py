@@ -2,7 +2,8 @@
 
 Reading is a snapshot. Writers come one at a time: SQLite by BEGIN IMMEDIATE, PostgreSQL by a lock
 on the one row of `head`, which every write needs for the audit anyway. So what a writer has read
-stays true until it commits, and the same code is right on both.
+stays true until it commits, and the same code is right on both. Those of one process queue for
+SQLite, which itself lets writers try again after a sleep, and some of them for seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ class Database:
     def __init__(self, engine: sa.Engine, clock: Callable[[], float]):
         self._engine = engine
         self._writers = engine.execution_options(**{_WRITES: True})
+        sqlite = engine.dialect.name == "sqlite"
+        self._turn = threading.Lock() if sqlite else contextlib.nullcontext()
         self.clock = clock
 
     @staticmethod
@@ -77,7 +81,7 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Iterator[Writer]:
         """A transaction that writes, alone. It is committed at the end, or rolled back."""
-        with _explained(self._engine.url), self._writers.begin() as connection:
+        with self._turn, _explained(self._engine.url), self._writers.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(schema.head.c.row).with_for_update())
             yield connection

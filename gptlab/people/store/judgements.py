@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +20,7 @@ FLAGS = ("harmful", "untrue", "biased", "personal_data", "off_topic")
 SEVERITIES = (1, 2, 3)  # low, medium, high
 RATINGS = (1, 7)  # Likert: from the worst to the best
 MAX_NOTE = 10_000  # characters
+_INSERT = judgements.insert()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +74,15 @@ def insert_judgement(writer: Writer, audit: Audit, made: Judgement, lease: str |
         writer, made.person, "judgement.add", f"judgements:{made.id}", detail, content=True
     )
     writer.execute(
-        judgements.insert().values(
-            id=made.id, task_id=made.task, campaign_id=made.campaign, person_id=made.person,
-            lease_id=lease, kind=made.kind, ranks=_json(made.ranks), ratings=_json(made.ratings),
-            messages=_json([_turn_to_json(turn) for turn in made.turns] or None),
-            note=made.note, seconds=made.seconds, gold_right=made.gold_right,
-            supersedes=made.supersedes, created_at=made.created_at, row=row,
-        )
+        _INSERT,
+        {
+            "id": made.id, "task_id": made.task, "campaign_id": made.campaign,
+            "person_id": made.person, "lease_id": lease, "kind": made.kind,
+            "ranks": _json(made.ranks), "ratings": _json(made.ratings),
+            "messages": _json([_turn_to_json(turn) for turn in made.turns] or None),
+            "note": made.note, "seconds": made.seconds, "gold_right": made.gold_right,
+            "supersedes": made.supersedes, "created_at": made.created_at, "row": row,
+        },
     )  # fmt: skip
     for flag in made.flags:
         writer.execute(
@@ -91,20 +94,28 @@ def insert_judgement(writer: Writer, audit: Audit, made: Judgement, lease: str |
 
 
 def read_judgements(
-    reader: Reader, where: sa.ColumnElement[bool], newest: int | None = None
+    reader: Reader,
+    where: sa.ColumnElement[bool],
+    values: Mapping[str, Any] | None = None,
+    newest: int | None = None,
 ) -> list[Judgement]:
-    """Judgements in the order in which they came; or so many of them, newest first."""
+    """Judgements in the order in which they came; or so many of them, newest first.
+
+    `values` are those of parameters in `where`.
+    """
     query = sa.select(judgements).where(where)
     if newest is None:
         query = query.order_by(judgements.c.row)
     else:
         query = query.order_by(judgements.c.row.desc()).limit(newest)
-    rows = reader.execute(query).all()
+    rows = reader.execute(query, values).all()
+    if not rows:
+        return []
     by_judgement: dict[str, list[Flag]] = {}
     inside = sa.select(judgements.c.id).where(where)
     flagged = sa.select(flag_rows).where(flag_rows.c.judgement_id.in_(inside))
     order = (flag_rows.c.candidate, flag_rows.c.kind)
-    for row in reader.execute(flagged.order_by(*order)):
+    for row in reader.execute(flagged.order_by(*order), values):
         own = by_judgement.setdefault(row.judgement_id, [])
         own.append(Flag(row.candidate, row.kind, row.severity))
     return [_judgement(row, tuple(by_judgement.get(row.id, ()))) for row in rows]

@@ -33,6 +33,16 @@ def standing(until: int | None = None) -> sa.ColumnElement[bool]:
     return sa.and_(judgements.c.row <= until, ~later.where(newer.c.row <= until).exists())
 
 
+_STANDING = sa.and_(judgements.c.task_id == sa.bindparam("key"), standing())
+_UNUSABLE = sa.select(people.c.id).where(~usable("training"))
+_SETTLED = (
+    sa.select(tasks.c.state, tasks.c.gold, campaigns.c.overlap, campaigns.c.disagreement)
+    .add_columns(campaigns.c.max_skips, tasks.c.person_id.in_(_UNUSABLE).label("withheld"))
+    .join(campaigns, campaigns.c.id == tasks.c.campaign_id)
+    .where(tasks.c.id == sa.bindparam("key"), tasks.c.state != "deleted")
+)
+
+
 def disagreement(rankings: Sequence[Sequence[int]]) -> float:
     """Share of (pair of people, pair of replies) that are ordered differently; NaN for one person.
 
@@ -67,15 +77,8 @@ def state_of(answers: Sequence[Judgement], overlap: int, threshold: float, max_s
 
 def settle(writer: Writer, task_ids: Iterable[str]) -> None:
     """Writes the states of these tasks; deleted ones stay deleted."""
-    unusable = sa.select(people.c.id).where(~usable("training"))
     for task in task_ids:
-        query = (
-            sa.select(tasks.c.state, tasks.c.gold, campaigns.c.overlap, campaigns.c.disagreement)
-            .add_columns(campaigns.c.max_skips, tasks.c.person_id.in_(unusable).label("withheld"))
-            .join(campaigns, campaigns.c.id == tasks.c.campaign_id)
-            .where(tasks.c.id == task, tasks.c.state != "deleted")
-        )
-        row = writer.execute(query).first()
+        row = writer.execute(_SETTLED, {"key": task}).first()
         if row is None:
             continue
         if row.withheld:
@@ -83,7 +86,7 @@ def settle(writer: Writer, task_ids: Iterable[str]) -> None:
         elif row.gold is not None:
             state = "open"
         else:
-            answers = read_judgements(writer, sa.and_(judgements.c.task_id == task, standing()))
+            answers = read_judgements(writer, _STANDING, {"key": task})
             state = state_of(answers, row.overlap, row.disagreement, row.max_skips)
         if state != row.state:
             writer.execute(tasks.update().where(tasks.c.id == task).values(state=state))
@@ -95,7 +98,7 @@ def settle_campaign(writer: Writer, campaign: str) -> None:
     settle(writer, writer.execute(answered.distinct()).scalars().all())
 
 
-def occupied(now: float) -> sa.ScalarSelect[int]:
+def occupied(now: float | sa.BindParameter[float]) -> sa.ScalarSelect[int]:
     """How many people hold a task (of the enclosing query) or have judged it."""
     return (
         sa.select(sa.func.count())

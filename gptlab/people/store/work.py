@@ -47,7 +47,28 @@ from gptlab.people.store.settle import occupied, settle, standing
 SKIP_REASONS = ("unclear", "too_hard", "offensive", "broken", "other")
 ORIGINS = ("written", "taken", "edited")
 MAX_TURNS = 200
+ANSWERED = ("judged", "skipped")  # states of leases
 _DAY = 86400.0  # seconds
+_LEASE = sa.select(leases).where(
+    leases.c.id == sa.bindparam("key"), leases.c.person_id == sa.bindparam("person")
+)
+# Open tasks that a person hasn't answered, in their order; those that have room; gold checks.
+_ANSWER = sa.select(leases.c.id).where(
+    leases.c.task_id == tasks.c.id,
+    leases.c.person_id == sa.bindparam("person"),
+    leases.c.state.in_(ANSWERED),
+)
+_OPEN = (
+    sa.select(tasks)
+    .where(tasks.c.campaign_id == sa.bindparam("campaign"), tasks.c.state == "open")
+    .where(~_ANSWER.exists())
+    .order_by(tasks.c.place, tasks.c.id)
+    .limit(1)
+)
+_TAKEN = occupied(sa.bindparam("now", type_=sa.Double))
+_FREE = _OPEN.where(tasks.c.gold.is_(None), _TAKEN < sa.bindparam("overlap"))
+_GOLD = _OPEN.where(tasks.c.gold.is_not(None))
+_CLOSE = leases.update().where(leases.c.id == sa.bindparam("key")).values(state=sa.bindparam("to"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +123,15 @@ class Work:
                 "created_at": now, "expires_at": now + found.settings.lease_seconds,
                 "shown": to_json(_order(found, task, person)), "state": "held",
             }  # fmt: skip
-            writer.execute(leases.insert().values(**values))
+            writer.execute(leases.insert(), values)
             return _lease(found, task, values["id"], now, values["expires_at"], values["shown"])
 
     def renew(self, token: str, person: str) -> Lease:
         """Starts the lease's time anew, while its task isn't somebody else's. Raises LeaseLost."""
         now = self._database.clock()
         with self._database.write() as writer:
-            held, campaign = _held(writer, token, person, now)
+            held = _own_lease(writer, token, person)
+            campaign = _check_held(writer, held, now)
             return self._extend(writer, campaign, held, now)
 
     def release(self, token: str, person: str) -> None:
@@ -144,9 +166,10 @@ class Work:
           Invalid, NotFound (no such lease of this person), LeaseLost.
         """
         with self._database.write() as writer:
-            if (before := _answered(writer, token, person)) is not None:
-                return before
-            held, campaign = _held(writer, token, person, self._database.clock())
+            held = _own_lease(writer, token, person)
+            if held.state in ANSWERED:
+                return _answer(writer, held)
+            campaign = _check_held(writer, held, self._database.clock())
             task = find_task(writer, held.task_id)
             if campaign.kind != "ranking":
                 raise Invalid("this task asks for a conversation, not for a ranking")
@@ -169,9 +192,10 @@ class Work:
         It goes on from the prompt, user and assistant take turns, the assistant has the last word.
         """
         with self._database.write() as writer:
-            if (before := _answered(writer, token, person)) is not None:
-                return before
-            held, campaign = _held(writer, token, person, self._database.clock())
+            held = _own_lease(writer, token, person)
+            if held.state in ANSWERED:
+                return _answer(writer, held)
+            campaign = _check_held(writer, held, self._database.clock())
             if campaign.kind != "demonstration":
                 raise Invalid("this task asks for a ranking, not for a conversation")
             _check_turns(find_task(writer, held.task_id), turns)
@@ -183,9 +207,10 @@ class Work:
         if reason not in SKIP_REASONS:
             raise Invalid(f"the reason is one of {', '.join(SKIP_REASONS)}")
         with self._database.write() as writer:
-            if (before := _answered(writer, token, person)) is not None:
-                return before
-            held, _ = _held(writer, token, person, self._database.clock())
+            held = _own_lease(writer, token, person)
+            if held.state in ANSWERED:
+                return _answer(writer, held)
+            _check_held(writer, held, self._database.clock())
             made = self._made(held, "skip", f"{reason}: {note}" if note else reason, None)
             return self._write(writer, made, held.id)
 
@@ -311,21 +336,12 @@ def _follows(ranks: Sequence[int], gold: Sequence[int]) -> bool:
 
 def _next_task(writer: Writer, campaign: Campaign, person: str, now: float) -> Task | None:
     """The first task that has room, which the person hasn't answered; now and then a gold check."""
-    answered = sa.select(leases.c.id).where(
-        leases.c.task_id == tasks.c.id,
-        leases.c.person_id == person,
-        leases.c.state.in_(("judged", "skipped")),
-    )
-    query = (
-        sa.select(tasks)
-        .where(tasks.c.campaign_id == campaign.id, tasks.c.state == "open", ~answered.exists())
-        .order_by(tasks.c.place, tasks.c.id)
-        .limit(1)
-    )
-    room = occupied(now) < campaign.settings.overlap
-    row = writer.execute(query.where(tasks.c.gold.is_(None), room)).first()
+    mine = {"campaign": campaign.id, "person": person}
+    row = writer.execute(
+        _FREE, {**mine, "now": now, "overlap": campaign.settings.overlap}
+    ).first()  # fmt: skip
     if row is not None and _gold_is_due(writer, campaign, person):
-        row = writer.execute(query.where(tasks.c.gold.is_not(None))).first() or row
+        row = writer.execute(_GOLD, mine).first() or row
     return None if row is None else task_of(row)
 
 
@@ -353,28 +369,26 @@ def _draw(*key: object) -> float:
 
 
 def _own_lease(reader: Reader, token: str, person: str) -> Any:
-    query = sa.select(leases).where(leases.c.id == token, leases.c.person_id == person)
-    row = reader.execute(query).first()
+    row = reader.execute(_LEASE, {"key": token, "person": person}).first()
     if row is None:
         raise NotFound("there is no such task of yours")
     return row
 
 
-def _answered(reader: Reader, token: str, person: str) -> Judgement | None:
-    """What a lease's token has already brought: a request may be sent twice."""
-    _own_lease(reader, token, person)
-    return next(iter(read_judgements(reader, judgements.c.lease_id == token)), None)
+def _answer(reader: Reader, lease: Any) -> Judgement:
+    """What a lease has already brought: a request may be sent twice."""
+    (answer,) = read_judgements(reader, judgements.c.lease_id == lease.id)
+    return answer
 
 
-def _held(reader: Reader, token: str, person: str, now: float) -> tuple[Any, Campaign]:
-    """A lease that can be answered: it runs, or has run out and nobody else needs its place."""
-    lease = _own_lease(reader, token, person)
+def _check_held(reader: Reader, lease: Any, now: float) -> Campaign:
+    """Of a lease that can be answered: it runs, or has run out and nobody else needs its place."""
     campaign = find_campaign(reader, lease.campaign_id)
     if lease.state != "held" or (
         lease.expires_at <= now and not _has_room(reader, campaign, lease, now)
     ):
         raise LeaseLost("this task was given back, or has gone to somebody else")
-    return lease, campaign
+    return campaign
 
 
 def _has_room(reader: Reader, campaign: Campaign, lease: Any, now: float) -> bool:
@@ -387,7 +401,7 @@ def _has_room(reader: Reader, campaign: Campaign, lease: Any, now: float) -> boo
 
 
 def _close(writer: Writer, lease: str, state: str) -> None:
-    writer.execute(leases.update().where(leases.c.id == lease).values(state=state))
+    writer.execute(_CLOSE, {"key": lease, "to": state})
 
 
 def _shown(reader: Reader, campaign: Campaign, row: Any) -> Lease:
