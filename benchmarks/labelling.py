@@ -4,8 +4,9 @@
 
 Starts `python -m gptlab.serve` with a store of its own. --chats clients ask for one reply after
 another over /v1; then --labellers simulated labellers join by an invitation's link and, at the same
-time, rank --tasks tasks with VADER over the web app's own routes. Without --think they never pause,
-which no person could: a labeller who takes ten seconds a task asks a hundredth as often.
+time, rank --tasks tasks with VADER over the web app's own routes, with pauses of --think seconds on
+average, far faster than people. With --think=0 they never pause: that shows what the server can do
+at most, and the times are those of 20 requests waiting for each other.
 
 Reported are the milliseconds of judgements and of leases (from sending a request to having its
 answer, as the client sees it), judgements a second, and tokens a second of the chats alone and
@@ -48,8 +49,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a workdir with a model and a vocabulary")
     parser.add_argument("--labellers", type=int, default=20)
-    parser.add_argument("--tasks", type=int, default=2000)
-    parser.add_argument("--think", type=float, default=0.0, help="mean seconds between two tasks")
+    parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--think", type=float, default=2.0, help="mean seconds between two tasks")
     parser.add_argument("--chats", type=int, default=4, help="clients that the engine answers")
     parser.add_argument("--new", type=int, default=48, help="tokens of a reply at most")
     parser.add_argument("--alone", type=float, default=10.0, help="seconds of chats alone")
@@ -177,12 +178,17 @@ def label(
 
     def labeller(number: int) -> None:
         rng = random.Random(f"{args.seed}:{number}")
+
+        def think() -> None:
+            time.sleep(rng.expovariate(1 / args.think) if args.think else 0.0)
+
         judge = SimulatedLabeller(scorer, noise=0.25, tie_margin=0.05, seed=number)
         try:
             with http_labeller.join(url, token, f"bot {number}") as client:
+                think()
                 for answer in http_labeller.work(client, campaign, judge):
                     answers.append(answer)
-                    time.sleep(rng.expovariate(1 / args.think) if args.think else 0.0)
+                    think()
         except BaseException as error:
             failures.append(error)
 
