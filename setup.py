@@ -23,7 +23,11 @@ setup(
     description="The training of ChatGPT, from raw documents to a chat model, as JAX research code",
     license="Apache-2.0",
     packages=find_packages(include=["gptlab", "gptlab.*"]),
-    package_data={"gptlab": ["py.typed"]},
+    package_data={
+        "gptlab": ["py.typed"],
+        "gptlab.people.web": ["templates/*.html", "static/*"],
+        "gptlab.people.store": ["migrations/*.py", "migrations/*.mako", "migrations/versions/*.py"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",

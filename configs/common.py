@@ -186,3 +186,17 @@ def gate() -> ConfigDict:
             "min_distinct_2_ratio": 0.5,  # against SFT's
         }
     )
+
+
+def feedback_filters() -> ConfigDict:
+    """What people said that may become training data; see people/feedback.py for each key."""
+    return ConfigDict(
+        {
+            "consent": "training",
+            "roles": ("user", "labeller", "reviewer", "admin"),
+            "simulated": True,
+            "max_disagreement": 0.5,
+            "min_gold": 0.6,
+            "gold_checks": 5,
+        }
+    )

@@ -8,15 +8,21 @@ gives labels that the clean order predicts at 83% and on which two labellers agr
 72.6 +- 1.5% of InstructGPT's (arXiv 2203.02155); noise 0.2 gives 87% and 80%, noise 0.4 76% and
 66%.
 
-Arguments: 'vader' (be upbeat), 'words' (a share of words that is known exactly: a canary).
+Arguments: 'vader' (be upbeat), 'words' (a share of words that is known exactly: a canary), 'people'
+(those who work on a campaign of a store, for as long as they need):
+
+    python -m gptlab.rank --config=configs/rank.py:people --workdir=runs/rank_people \
+        --config.inputs.candidates=runs/collect --config.campaign.name='first campaign' \
+        --config.store.url=sqlite:///runs/serve/store.sqlite
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs import common
 from gptlab.run.errors import UserError
 
-ARGS = ("vader", "words")
+ARGS = ("vader", "words", "people")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -24,6 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = arg or "vader"
     if arg not in ARGS:
         raise UserError(f"configs/rank.py:{arg}: the argument is one of {', '.join(ARGS)}")
+    if arg == "people":
+        return people()
     scorers = {
         "vader": {"name": "vader"},
         "words": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},
@@ -37,6 +45,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "backend": "simulated",
             "scorer": scorers[arg],
             "labeller": {"noise": noise[arg], "tie_margin": 0.05 if arg == "vader" else 0.0},
+        }
+    )
+
+
+def people() -> ConfigDict:
+    """Rankings by the people of a store."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": {"candidates": placeholder(str)},
+            "backend": "store",
+            "store": {
+                "url": placeholder(str),  # None: $GPTLAB_STORE
+                "poll_seconds": 5.0,
+            },
+            # Settings are of a campaign that isn't there yet; one that is, stays as it is.
+            "campaign": {
+                "name": placeholder(str),
+                "instructions": "Rank the replies from the best to the worst. Ties are allowed.",
+                "overlap": 2,
+                "lease_seconds": 900.0,
+                "gold_rate": 0.05,
+                "disagreement": 0.5,
+                "max_skips": 3,
+            },
+            "filters": common.feedback_filters(),
         }
     )
 

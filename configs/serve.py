@@ -1,4 +1,4 @@
-"""A server of OpenAI's API for models of this machine.
+"""A server for people and programs: web app and OpenAI's API for models of this machine.
 
     python -m gptlab.serve --config=configs/serve.py --workdir=runs/serve
 
@@ -49,7 +49,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "max_choices": 16,  # n, times the prompts of one request
                 "max_body_bytes": 1 << 20,
                 "body_seconds": 30.0,  # in which a request has to arrive
+                "require_keys": False,  # True: /v1 is for holders of a key, which an admin makes
                 "open": False,  # True: an address that others reach may be served without keys
+            },
+            # What people say: sqlite:///PATH or postgresql+psycopg://HOST/NAME. None: that of
+            # $GPTLAB_STORE, or else store.sqlite in the workdir.
+            "store": {"url": placeholder(str)},
+            "web": {
+                "name": "gptlab",  # what the app is called on its pages
+                "open_chat": False,  # True: anybody may chat; False: by invitation
+                "secure": False,  # True where people come by https: cookies are for https alone
+                "artifacts": placeholder(str),  # below it, admins may queue collect artifacts
+                "temperature": 0.8,
+                "top_p": 0.95,
+                "max_tokens": placeholder(int),  # of a reply; None: as many as fit
+                "reply_seconds": 120.0,  # after which a reply is cut off
+                "replies_at_once": 3,  # of one person
             },
             # A scorer of gptlab/scorers that prompts or replies have to please; None: off.
             "moderation": {

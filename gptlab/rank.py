@@ -3,20 +3,27 @@
     python -m gptlab.rank --config=configs/rank.py --workdir=runs/rank \
         --config.inputs.candidates=runs/collect
 
-The ranking is made by a simulated labeller: a scorer (`config.scorer`) plus Gumbel noise of a known
-level (`config.labeller`), see people/labellers.py. Its records have the schema of people's rankings
-and always say that they are simulated, by what scorer and with how much noise. Every split of the
-candidates stays a split: prompts never cross. Takes seconds (VADER: about 3,500 replies a second).
-Asked to stop (SIGTERM, Ctrl-C), it stops within a few hundred sets, and starts anew next time.
+With `config.backend='simulated'` the ranking is made by a simulated labeller: a scorer
+(`config.scorer`) plus Gumbel noise of a known level (`config.labeller`), see people/labellers.py.
+Its records have the schema of people's rankings and always say that they are simulated, by what
+scorer and with how much noise. Takes seconds (VADER: about 3,500 replies a second). Asked to stop
+(SIGTERM, Ctrl-C), it stops within a few hundred sets, and starts anew next time.
 
-Results, for each split: the figures that say how far such labels can be trusted. `ceiling/accuracy`
-is the best that any reward model can score on these labels, `agreement` what two such labellers
-reach: with the default noise on human dialogue about as much as InstructGPT's, 72.6%.
+With 'store' (configs/rank.py:people) people rank: the sets are queued in a campaign of the store,
+see people/campaign_ranking.py. That takes as long as people need. Asked to stop, it leaves the
+queue to them, and the same command goes on waiting.
+
+Every split of the candidates stays a split: prompts never cross. Results, for each split: the
+figures that say how far such labels can be trusted. Of a simulated labeller, `ceiling/accuracy` is
+the best that any reward model can score on these labels, `agreement` what two such labellers reach:
+with the default noise on human dialogue about as much as InstructGPT's, 72.6%.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import numpy as np
 from etils import epath
@@ -37,42 +44,87 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Ranks the candidate sets of `config.inputs.candidates`.
 
     Raises:
-      UserError: no candidates, a set that can't be ranked, or no such backend or scorer.
+      UserError: no candidates, a set that can't be ranked, or no such backend, scorer or store.
+      Interrupted: SIGTERM or SIGINT.
     """
-    if config.backend != "simulated":
-        raise UserError(f"config.backend={config.backend!r}: there is 'simulated' only")
+    if config.backend not in ("simulated", "store"):
+        raise UserError(f"config.backend={config.backend!r}: there are 'simulated' and 'store'")
     artifact.check_inputs(config)
+    if config.backend == "store":
+        _campaign_ranking().check(config)
     with artifact.open_run(config, workdir, "rank") as run:
         if run.finished:
             print(f"rank: {run.workdir} is done")
             return
-        labeller = labellers.SimulatedLabeller(
-            registry.make(config.scorer, config.inputs),
-            noise=config.labeller.noise,
-            tie_margin=config.labeller.tie_margin,
-            seed=config.seed,
-        )
         source = epath.Path(config.inputs.candidates) / "records"
-        target = run.workdir / "records"
+        sets = {split: _read(source, split) for split in _splits(source)}
         run.metrics.rewind(-1)  # A run that was killed starts anew: it takes seconds.
-        for split in _splits(source):
-            sets = list(records.RecordReader(source, "candidates", split, CandidateSet))
-            if not sets:
-                raise UserError(f"records candidates-{split} in {source} are empty")
-            comparisons = _compare(run, labeller, sets, split)
-            figures = _figures(comparisons, labeller)
-            if processes.is_first():
-                records.write_shards(target, "comparisons", split, comparisons)
-                print(
-                    f"rank: {split}: {len(sets)} sets ranked by {labeller.name}; "
-                    f"accuracy at best {figures['ceiling/accuracy']:.3f}, "
-                    f"two labellers agree {figures['agreement']:.3f}"
-                )
-            run.results(**{f"{split}/{name}": value for name, value in figures.items()})
-            for comparison in comparisons[:_SAMPLES]:
-                run.metrics.write_sample({"step": 0, "split": split, **_sample(comparison)})
+        if config.backend == "store":
+            _rank_by_people(run, sets)
+        else:
+            _rank_by_labeller(run, sets)
         processes.barrier("rank")
-        run.complete(records.digest(target))
+        run.complete(records.digest(run.workdir / "records"))
+
+
+def _rank_by_labeller(run: artifact.Run, sets: Mapping[str, list[CandidateSet]]) -> None:
+    """Every split, by the simulated labeller of the config."""
+    config = run.config
+    labeller = labellers.SimulatedLabeller(
+        registry.make(config.scorer, config.inputs),
+        noise=config.labeller.noise,
+        tie_margin=config.labeller.tie_margin,
+        seed=config.seed,
+    )
+    for split, own in sets.items():
+        comparisons = _compare(run, labeller, own, split)
+        figures = _figures(comparisons, labeller)
+        _write(run, split, comparisons, figures)
+        if processes.is_first():
+            print(
+                f"rank: {split}: {len(own)} sets ranked by {labeller.name}; "
+                f"accuracy at best {figures['ceiling/accuracy']:.3f}, "
+                f"two labellers agree {figures['agreement']:.3f}"
+            )
+
+
+def _rank_by_people(run: artifact.Run, sets: Mapping[str, list[CandidateSet]]) -> None:
+    """All splits at once, by the people of a store."""
+    for split, ranked in _campaign_ranking().rank(run, sets).items():
+        _write(run, split, ranked.comparisons, ranked.figures)
+        print(
+            f"rank: {split}: {len(ranked.comparisons)} rankings of {len(sets[split])} sets, "
+            f"{ranked.figures['simulated']:.0f} of them by simulated people"
+        )
+
+
+def _campaign_ranking() -> ModuleType:
+    """The part that needs a database: who has labels simulated needs none of its packages."""
+    try:
+        from gptlab.people import campaign_ranking
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"config.backend='store' needs the package {error.name}: pip install 'gptlab[serve]'"
+        ) from error
+    return campaign_ranking
+
+
+def _write(
+    run: artifact.Run, split: str, comparisons: Sequence[Comparison], figures: dict[str, float]
+) -> None:
+    """Records, results and a few samples of one split."""
+    if processes.is_first():
+        records.write_shards(run.workdir / "records", "comparisons", split, comparisons)
+    run.results(**{f"{split}/{name}": value for name, value in figures.items()})
+    for comparison in comparisons[:_SAMPLES]:
+        run.metrics.write_sample({"step": 0, "split": split, **_sample(comparison)})
+
+
+def _read(directory: epath.Path, split: str) -> list[CandidateSet]:
+    sets = list(records.RecordReader(directory, "candidates", split, CandidateSet))
+    if not sets:
+        raise UserError(f"records candidates-{split} in {directory} are empty")
+    return sets
 
 
 def _splits(directory: epath.Path) -> list[str]:
@@ -120,8 +172,9 @@ def _figures(
 
 
 def _sample(comparison: Comparison) -> dict[str, object]:
+    scores = comparison.scores or (None,) * len(comparison.ranks)
     ranking = sorted(
-        zip(comparison.ranks, comparison.scores or (), comparison.candidates, strict=True),
+        zip(comparison.ranks, scores, comparison.candidates, strict=True),
         key=lambda entry: entry[0],
     )
     return {

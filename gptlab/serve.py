@@ -1,4 +1,4 @@
-"""Serves models to people and programs: OpenAI's API on this machine.
+"""Serves models to people and programs: the web app and OpenAI's API, on this machine.
 
     python -m gptlab.serve --config=configs/serve.py --workdir=runs/serve
     python -m gptlab.serve --config=configs/serve.py:tuned=runs/sft,film=runs/ppo \
@@ -8,6 +8,10 @@ A model is a stage's workdir, or that of rounds: then it is the promoted policy,
 one is promoted, new requests go to it while running ones finish on the old. With
 --config.upstream=http://HOST:PORT the same app stands before another server with OpenAI's API; its
 key, if it needs one, is in $GPTLAB_UPSTREAM_KEY.
+
+People come in by invitation links. As long as there is no admin, the first start prints a link for
+one; with --config.web.open_chat=True anybody who reaches the server may chat. What they say and
+judge is kept in config.store.url, a SQLite file in the workdir unless it is set.
 
 Compiling takes some seconds at the first start. SIGTERM and Ctrl-C take no more requests and let
 the running ones finish, for config.drain_seconds at most; then the exit code is 0. A second Ctrl-C:
@@ -29,11 +33,12 @@ import uvicorn
 from etils import epath
 from ml_collections import ConfigDict
 
-from gptlab.people import api, app
+from gptlab.people import api, app, web
 from gptlab.people.backend import Backend
 from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options
 from gptlab.people.moderation import Moderated, Refusal
+from gptlab.people.store import Store, resolve_url
 from gptlab.people.upstream import Upstream
 from gptlab.run import lock, processes, program, storage
 from gptlab.run.errors import UserError
@@ -57,14 +62,16 @@ def run(config: ConfigDict, workdir: str) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     held = lock.take(epath.Path(directory))
     listener = _listen(config.host, config.port)
+    store = None
     try:
+        store = Store.open(_store_url(config, Path(directory)))
         embedded = None if config.upstream else _embedded(config)
         backend: Backend = embedded or Upstream(
             config.upstream, os.environ.get(UPSTREAM_KEY), config.engine.deadline_seconds
         )
         served = app.make(
             _moderated(config, scorer, backend, Path(directory)),
-            check_key=None,
+            check_key=store.accounts.check_api_key if config.api.require_keys else None,
             limits=api.Limits(config.api.requests_per_minute, config.api.max_choices),
             max_body_bytes=config.api.max_body_bytes,
             body_seconds=config.api.body_seconds,
@@ -73,8 +80,11 @@ def run(config: ConfigDict, workdir: str) -> None:
             stats=None if embedded is None else embedded.stats,
             failures=tuple if embedded is None else embedded.failures,
         )
-        _serve(served, listener, config.drain_seconds)
+        web.add_pages(served, served.state.backend, store, web.Settings(**config.web))
+        _serve(served, listener, config.drain_seconds, web.first_invitation(store))
     finally:
+        if store is not None:
+            store.close()
         listener.close()
         held.close()
 
@@ -105,10 +115,10 @@ def check(config: ConfigDict) -> registry.Scorer | None:
         raise UserError(f"config.drain_seconds={config.drain_seconds} must not be negative")
     if not 0 <= config.port < 65536:
         raise UserError(f"config.port={config.port} is not in 0 .. 65535 (0: any that is free)")
-    if not _is_loopback(config.host) and not config.api.open:
+    if not _is_loopback(config.host) and not (config.api.require_keys or config.api.open):
         raise UserError(
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
-            "keep 127.0.0.1 behind a proxy that does, or set config.api.open=True"
+            "set config.api.require_keys=True, or config.api.open=True to let everybody use the API"
         )
     settings = config.moderation
     if settings.scorer.name is None:
@@ -123,6 +133,12 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _store_url(config: ConfigDict, directory: Path) -> str:
+    if config.store.url is None and "GPTLAB_STORE" not in os.environ:
+        return f"sqlite:///{directory / 'store.sqlite'}"
+    return resolve_url(config.store.url)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -178,7 +194,9 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _serve(served: object, listener: socket.socket, drain_seconds: float) -> None:
+def _serve(
+    served: object, listener: socket.socket, drain_seconds: float, invitation: str | None
+) -> None:
     """Runs uvicorn until a signal; afterwards everything is closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
@@ -191,7 +209,7 @@ def _serve(served: object, listener: socket.socket, drain_seconds: float) -> Non
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
-    server = _Announced(settings, listener)
+    server = _Announced(settings, listener, invitation)
     # At its end uvicorn raises the signals that it took once more, for whoever had them before.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -200,20 +218,29 @@ def _serve(served: object, listener: socket.socket, drain_seconds: float) -> Non
         raise RuntimeError("the server did not start")
 
 
-class _Announced(uvicorn.Server):
-    """Says where it listens, once it does."""
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def __init__(self, settings: uvicorn.Config, listener: socket.socket):
+
+class _Announced(uvicorn.Server):
+    """Says where it listens, once it does, and how the first admin comes in."""
+
+    def __init__(self, settings: uvicorn.Config, listener: socket.socket, invitation: str | None):
         super().__init__(settings)
-        self._listener = listener
+        self._listener, self._invitation = listener, invitation
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
         await super().startup(sockets)
         if self.started:
-            host, port = self._listener.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            print(f"gptlab serve: http://{host}:{port}/v1", file=sys.stderr, flush=True)
+            at = _address(self._listener)
+            print(f"gptlab serve: {at}/v1", file=sys.stderr, flush=True)
+            if self._invitation is not None:
+                link = f"{at}{self._invitation}"
+                print(
+                    f"gptlab serve: the first admin comes in by {link}", file=sys.stderr, flush=True
+                )
 
 
 if __name__ == "__main__":

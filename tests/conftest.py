@@ -28,4 +28,4 @@ program.enable_compilation_cache()
 
 # Fixtures that several folders share.
 if importlib.util.find_spec("tests.fixtures") is not None:
-    pytest_plugins = ["tests.fixtures"]
+    pytest_plugins = ["tests.fixtures", "tests.databases"]

@@ -75,8 +75,8 @@ class Kept:
 
 
 @contextlib.contextmanager
-def serving(backend, check_key=None, drain_seconds=5.0, **changes):
-    """The URL of a real server around a backend, in a thread."""
+def serving(backend, check_key=None, drain_seconds=5.0, extend=None, **changes):
+    """The URL of a real server around a backend, in a thread; `extend` may add to its app."""
     settings = {
         "limits": api.Limits(None, 16), "max_body_bytes": 1 << 20, "body_seconds": 5.0,
         "allowed_hosts": ("127.0.0.1",),
@@ -84,6 +84,8 @@ def serving(backend, check_key=None, drain_seconds=5.0, **changes):
     made = app.make(
         backend, check_key=check_key, drain_seconds=drain_seconds, **{**settings, **changes}
     )
+    if extend is not None:
+        extend(made)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(made, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -51,7 +51,7 @@ class ComparisonBatch:
     tokens: np.ndarray  # int32 [B, N, T], prompt + reply, right padded
     last_index: np.ndarray  # int32 [B, N], the last real token; 0 for an absent candidate
     ranks: np.ndarray  # int32 [B, N], 1 is best, equal is a tie; 0 for an absent candidate
-    weight: np.ndarray  # float32 [B], 0 for a padding row
+    weight: np.ndarray  # float32 [B], the comparison's own; 0 for a padding row
 
 
 @flax.struct.dataclass
@@ -251,15 +251,16 @@ class ComparisonBatches(_Batches[ComparisonBatch]):
         tokens = np.zeros((len(entries), candidates, seq_len), np.int32)
         last_index = np.zeros((len(entries), candidates), np.int32)
         ranks = np.zeros((len(entries), candidates), np.int32)
+        weight = np.zeros(len(entries), np.float32)
         for row, entry in enumerate(entries):
             if entry < 0:
                 continue
+            weight[row] = self.comparisons[entry].weight
             for column, ids in enumerate(self._encoded[entry]):
                 if ids is not None:
                     tokens[row, column, : len(ids)] = ids
                     last_index[row, column] = len(ids) - 1
                     ranks[row, column] = self.comparisons[entry].ranks[column]
-        weight = (np.array(entries) >= 0).astype(np.float32)
         return ComparisonBatch(tokens=tokens, last_index=last_index, ranks=ranks, weight=weight)
 
 

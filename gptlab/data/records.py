@@ -12,9 +12,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import msgpack
@@ -37,10 +38,19 @@ class _JsonRecord:
     """A record kept as one line of JSON with sorted keys: equal records have equal bytes."""
 
     SCHEMA: ClassVar[int] = 1
+    # Fields that came later: the schema they came with, and what their absence means. A record is
+    # written in the oldest schema that can hold it, so that its bytes stay what they were.
+    ADDED: ClassVar[Mapping[str, tuple[int, Any]]] = {}
 
     def to_json(self) -> str:
         """Returns the record as JSON, with its kind and schema."""
-        return _ENCODER.encode({"kind": type(self).__name__, "schema": self.SCHEMA, **vars(self)})
+        fields, schema = dict(vars(self)), 1
+        for name, (version, absent) in self.ADDED.items():
+            if fields[name] == absent:
+                del fields[name]
+            else:
+                schema = max(schema, version)
+        return _ENCODER.encode({"kind": type(self).__name__, "schema": schema, **fields})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -53,7 +63,12 @@ class _JsonRecord:
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError(f"expected a {cls.__name__} object, got {type(fields).__name__}")
-        _check_kind(cls, fields.pop("kind", None), fields.pop("schema", None))
+        schema = fields.pop("schema", None)
+        _check_kind(cls, fields.pop("kind", None), schema)
+        for name, (version, absent) in cls.ADDED.items():
+            if name in fields and schema < version:
+                raise ValueError(f"a {cls.__name__} record of schema {schema} with a {name}")
+            fields.setdefault(name, absent)
         return _from_fields(cls, fields)
 
     def to_bytes(self) -> bytes:
@@ -150,8 +165,12 @@ class Comparison(_JsonRecord):
     """A ranking of the replies to one prompt.
 
     `ranks[i]` belongs to `candidates[i]`: 1 is best, equal ranks are ties. `scores` are a simulated
-    labeller's noise-free scores; people have none.
+    labeller's noise-free scores; people have none. `weight` is how much it counts in a loss beside
+    others: a thumb says less than a ranking.
     """
+
+    SCHEMA: ClassVar[int] = 2
+    ADDED: ClassVar[Mapping[str, tuple[int, Any]]] = {"weight": (2, 1.0)}
 
     id: str
     prompt: Prompt
@@ -160,6 +179,7 @@ class Comparison(_JsonRecord):
     labeller: str
     simulated: bool
     scores: tuple[float, ...] | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.candidates) or min(self.ranks, default=0) < 1:
@@ -174,6 +194,8 @@ class Comparison(_JsonRecord):
             )
         if self.scores is not None and not self.simulated:
             raise ValueError(f"comparison {self.id!r}: a person's ranking carries no scores")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"comparison {self.id!r}: a weight is above 0, not {self.weight}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -140,10 +140,13 @@ def _seen(
 def _ids(directory: epath.Path, kind: str, split: str) -> set[str]:
     """Ids of a record set's prompts or conversations."""
     if kind == "comparisons":
-        reader = records.RecordReader(directory, kind, split, Comparison)
-        return {comparison.prompt.id for comparison in reader}
-    cls: Any = {"prompts": Prompt, "conversations": Conversation}[kind]
-    return {record.id for record in records.RecordReader(directory, kind, split, cls)}
+        labels = records.RecordReader(directory, kind, split, Comparison)
+        return {comparison.prompt.id for comparison in labels}
+    if kind == "prompts":
+        return {prompt.id for prompt in records.RecordReader(directory, kind, split, Prompt)}
+    # What people improved out of one conversation has ids of its own, and that one as its topic.
+    reader = records.RecordReader(directory, kind, split, Conversation)
+    return {key for record in reader for key in (record.id, record.topic) if key is not None}
 
 
 def _input(directory: epath.Path, name: str, unchecked: list[str]) -> epath.Path | None:

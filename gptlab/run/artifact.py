@@ -7,6 +7,7 @@ identities mean the same experiment, and one can walk from any artifact back to 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -45,6 +46,8 @@ CADENCE = (
     "beam",
     "checkpoint.keep",  # the best one is kept whatever it says
     "profile",
+    "store.url",  # the store itself counts, wherever it is
+    "store.poll_seconds",
 )
 # Part of the identity, yet a run may go on under another value; the manifest then says so. What is
 # evaluated and saved, and when, is among them: later stages load the best of it.
@@ -64,7 +67,17 @@ _PACKAGES = (
     "tensorflow apache-beam tokenizers"
 ).split()
 _SHOWN_DIFFERENCES = 5
-RawFiles = Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A raw input that is no file, a database say: where it is, and a digest of its content."""
+
+    where: str
+    digest: str
+
+
+RawFiles = Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]] | Known
 
 
 class Run:
@@ -184,7 +197,8 @@ def open_run(
       config: the stage's config. `config.inputs`, if present, names the artifacts it reads.
       workdir: a directory on a disk or in a bucket (gs://...); made if missing.
       stage: the program's name, 'pretrain' say.
-      files: raw inputs by name, as paths or {name: path}; they count by content and name.
+      files: raw inputs by name, as paths or {name: path}; they count by content and name. What is
+        no file counts by the digest that the caller gives (`Known`).
 
     Returns:
       The run, to be used in a with statement. If `run.finished`, there is nothing left to do.
@@ -344,6 +358,8 @@ def _inputs(config: Mapping[str, Any], directory: Path) -> dict[str, dict[str, A
 
 
 def _file_entry(raw: RawFiles) -> dict[str, Any]:
+    if isinstance(raw, Known):
+        return {"paths": [raw.where], "count": 1, "digest": raw.digest}
     kept = raw if isinstance(raw, Mapping) else list(raw)
     listed = [os.fspath(p) for p in (kept.values() if isinstance(kept, Mapping) else kept)]
     return {"paths": listed[:20], "count": len(listed), "digest": files.digest_files(kept)}

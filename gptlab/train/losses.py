@@ -54,7 +54,7 @@ def ranking_loss_sums(
     Args:
       rewards: one scalar a candidate.
       ranks: 1 = best, equal = tie, 0 = absent.
-      weight: of each prompt; 0 for padding rows.
+      weight: how much each prompt counts beside the others; 0 for padding rows.
 
     Returns:
       (loss sum over prompts, weight, sums of: accuracy (strict pairs ordered rightly, half for

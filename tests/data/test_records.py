@@ -71,6 +71,30 @@ def test_the_bytes_of_a_record_are_those_of_the_golden_files(example):
     reader.close()
 
 
+WEIGHED = Comparison("cmp2", PROMPT, CANDIDATES, (1, 2), "person:x", False, None, 0.25)
+
+
+def test_a_weight_came_with_schema_2():
+    """Its golden file loads and is still written so; without one, a comparison is of schema 1."""
+    assert read(GOLDEN, "Comparison", "schema2", Comparison) == [WEIGHED]
+    path = GOLDEN / "Comparison-schema2-00000-of-00001.array_record"
+    reader = array_record_module.ArrayRecordReader(str(path))
+    assert reader.read_all() == [WEIGHED.to_bytes()]
+    reader.close()
+    plain = dataclasses.replace(WEIGHED, weight=1.0)
+    assert json.loads(plain.to_json())["schema"] == 1 and "weight" not in plain.to_json()
+    assert Comparison.from_json(plain.to_json()).weight == 1.0
+    old = WEIGHED.to_json().replace('"schema":2', '"schema":1')
+    with pytest.raises(ValueError, match="schema 1 with a weight"):
+        Comparison.from_json(old)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_is_above_zero(weight):
+    with pytest.raises(ValueError, match="weight is above 0"):
+        dataclasses.replace(WEIGHED, weight=weight)
+
+
 @given(st.text(), st.text(), st.one_of(st.none(), st.text()))
 def test_any_text_survives(key, content, topic):
     message = Message("user", content, context=topic)
@@ -227,10 +251,11 @@ def test_a_newer_schema_asks_for_an_update(tmp_path, example):
         payload = msgpack.packb([*fields, "a field of the future"])
     else:
         fields = json.loads(example.to_json())
-        fields["schema"] += 1
+        fields["schema"] = example.SCHEMA + 1
         payload = json.dumps(fields | {"a field": "of the future"}).encode()
     path = write_raw(tmp_path, payload)
-    with pytest.raises(UserError, match=f"{path}, record 0: .* schema 2.*update gptlab"):
+    newer = f"{path}, record 0: .* schema {example.SCHEMA + 1}.*update gptlab"
+    with pytest.raises(UserError, match=newer):
         read(tmp_path, cls=type(example))
 
 

@@ -1,0 +1,159 @@
+"""Feedback in chats as records: better replies, choices, thumbs, flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from gptlab.data.records import Candidate, Comparison, Conversation, Prompt
+from gptlab.people.items import Item, Row, SplitOf, name_of, safety_prompt, source
+from gptlab.people.sieve import Sieve
+from gptlab.people.store.campaigns import prompt_id
+from gptlab.people.store.content import Content
+from gptlab.people.store.conversations import Message as Stored
+from gptlab.people.store.feedback import Given
+
+
+def improved(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
+    """A better reply is a demonstration, and above the one that it improves."""
+    for given in content.feedback:
+        if given.kind != "better" or given.other is None:
+            continue
+        about = _about(content, given.message)
+        if not sieve.passes("better", given.person, [about.owner]):
+            continue
+        simulated, better = sieve.simulated(given.person), content.messages[given.other]
+        rows = (*about.rows, ("messages", better.id, given.person), _row(given))
+        yield Item(
+            "better",
+            split_of(about.prompt.messages),
+            Conversation(
+                f"better:{given.id}",
+                (*about.prompt.messages, better.record()),
+                source("better", simulated),
+                about.prompt.conversation_id,
+            ),
+            rows,
+            simulated,
+        )
+        if weight:
+            yield _compared(
+                content, sieve, "better", given.id, given.person, about,
+                (better.id, given.message), (1, 2), weight, split_of, [_row(given)],
+            )  # fmt: skip
+
+
+def choices(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
+    for given in content.feedback:
+        if given.kind != "choice" or given.other is None or not weight:
+            continue
+        about = _about(content, given.message)
+        if sieve.passes("choice", given.person, [about.owner]):
+            ranks = {1: (1, 2), 0: (1, 1), -1: (2, 1)}[given.value]
+            yield _compared(
+                content, sieve, "choice", given.id, given.person, about,
+                (given.message, given.other), ranks, weight, split_of, [_row(given)],
+            )  # fmt: skip
+
+
+def thumbs(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
+    """Replies to one turn that got a thumb: those up above those down."""
+    by_turn: dict[tuple[str, str], list[Given]] = {}
+    for given in content.feedback:
+        if given.kind == "thumb" and weight:
+            turn = content.messages[given.message].parent or ""
+            by_turn.setdefault((turn, given.person), []).append(given)
+    for (turn, person), thumbs in by_turn.items():
+        if len({given.value for given in thumbs}) < 2:
+            for _ in thumbs:
+                sieve.leave_out("thumb", "nothing to compare with")
+            continue
+        about = _about(content, thumbs[0].message)
+        if sieve.passes("thumb", person, [about.owner]):
+            yield _compared(
+                content, sieve, "thumb", turn, person, about,
+                [given.message for given in thumbs],
+                [1 if given.value > 0 else 2 for given in thumbs],
+                weight, split_of, [_row(given) for given in thumbs],
+            )  # fmt: skip
+
+
+def flags(
+    content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
+) -> Iterator[Item]:
+    """Flagged replies below those that weren't, and the prompts they were given to."""
+    down: dict[str, set[str]] = {}  # turn -> texts; the same text may have come twice
+    for given in content.feedback:
+        if given.kind == "thumb" and given.value < 0:
+            reply = content.messages[given.message]
+            down.setdefault(reply.parent or "", {""}).add(reply.content)
+    replies: dict[str, list[Stored]] = {}
+    for message in content.messages.values():
+        if message.role == "assistant" and message.refusal is None and message.parent is not None:
+            replies.setdefault(message.parent, []).append(message)
+    for given in content.feedback:
+        if given.kind != "thumb" or not given.severity:
+            continue
+        about = _about(content, given.message)
+        if not sieve.passes("flag", given.person, [about.owner]):
+            continue
+        rows = (*about.rows, _row(given))
+        kinds = ",".join(given.reasons)
+        yield safety_prompt(about.prompt, kinds, given.severity, given.id, rows, sieve, split_of)
+        turn = content.messages[given.message].parent or ""
+        others = [m.id for m in replies.get(turn, ()) if m.content not in down[turn]]
+        weight = weights[given.severity - 1]
+        if not others:
+            sieve.leave_out("flag", "nothing to compare with")
+        elif weight:
+            yield _compared(
+                content, sieve, "flag", given.id, given.person, about,
+                (*others, given.message), (*[1] * len(others), 2), weight, split_of,
+                [_row(given)],
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """What feedback in a chat is about: the turn that was answered, and whose chat it is."""
+
+    prompt: Prompt
+    owner: str
+    rows: tuple[Row, ...]
+
+
+def _about(content: Content, reply: str) -> _About:
+    path = content.path(content.messages[reply].parent)
+    owner = content.owners[path[-1].conversation]
+    prompt = Prompt(
+        prompt_id(path[-1].conversation, path[-1].row), tuple(m.record() for m in path), "chat"
+    )
+    return _About(prompt, owner, tuple(("messages", m.id, owner) for m in path))
+
+
+def _compared(
+    content: Content, sieve: Sieve, kind: str, key: str, judge: str, about: _About,
+    replies: Sequence[str], ranks: Sequence[int], weight: float, split_of: SplitOf,
+    rows: Iterable[Row],
+) -> Item:  # fmt: skip
+    """A comparison of replies in a chat."""
+    shown = tuple(("messages", reply, about.owner) for reply in replies)
+    comparison = Comparison(
+        id=f"{kind}:{key}",
+        prompt=about.prompt,
+        candidates=tuple(_candidate(content.messages[reply]) for reply in replies),
+        ranks=tuple(ranks),
+        labeller=name_of(content.people[judge]),
+        simulated=sieve.simulated(judge),
+        weight=weight,
+    )
+    split = split_of(about.prompt.messages)
+    return Item(kind, split, comparison, (*about.rows, *shown, *rows), comparison.simulated)
+
+
+def _candidate(message: Stored) -> Candidate:
+    return Candidate(message.id, message.content, message.policy or "human", message.finished)
+
+
+def _row(given: Given) -> Row:
+    return ("feedback", given.id, given.person)

@@ -1,0 +1,48 @@
+"""Records on their way out of the store: each knows where it comes from, and of whom it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from gptlab.data.records import Comparison, Conversation, Prompt
+from gptlab.people.sieve import Sieve
+from gptlab.people.store.accounts import Person
+
+Record = Conversation | Comparison | Prompt
+Row = tuple[str, str, str]  # table, id, person
+# Messages, and the split they have already ('': none) -> split.
+SplitOf = Callable[..., str]
+# What an item comes from, in the order of reports.
+KINDS = ("demonstration", "better", "ranking", "choice", "thumb", "flag", "safety prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A record to be exported: where it comes from, of whom it is, how bad what was flagged is."""
+
+    kind: str  # one of KINDS
+    split: str
+    record: Record
+    rows: tuple[Row, ...]
+    simulated: bool
+    severity: int = 0
+
+
+def name_of(person: Person) -> str:
+    """A labeller's name in records: people by a number that only the store can resolve."""
+    return f"simulated:{person.name}" if person.simulated else f"person:{person.id}"
+
+
+def source(kind: str, simulated: bool) -> str:
+    return f"{'simulated' if simulated else 'people'}:{kind}"
+
+
+def safety_prompt(
+    prompt: Prompt, kinds: str, severity: int, key: str, rows: tuple[Row, ...], sieve: Sieve,
+    split_of: SplitOf,
+) -> Item:  # fmt: skip
+    simulated = sieve.simulated(rows[-1][2])
+    flagged = f"{source('flag', simulated)}:{kinds}:severity={severity}"
+    record = dataclasses.replace(prompt, source=flagged)
+    return Item("safety prompt", split_of(prompt.messages), record, rows, simulated, severity)

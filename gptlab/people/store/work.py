@@ -1,0 +1,417 @@
+"""What labellers do: take a lease of a task, then judge, demonstrate, skip or give it back.
+
+A task is held by at most as many people as its campaign's overlap asks for, counting those who have
+judged it; a lease that runs out frees its place. Nobody gets a task again that they have judged or
+skipped. A person has one lease at a time in a campaign: asking again returns the same one, so that
+a page can be reloaded. All answers are by the lease's token and may be sent twice: the second time
+returns what the first one wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from gptlab.data.records import Message
+from gptlab.people.store.accounts import require
+from gptlab.people.store.audit import Audit
+from gptlab.people.store.campaigns import (
+    Campaign,
+    Task,
+    dense_ranks,
+    find_campaign,
+    find_task,
+    task_of,
+)
+from gptlab.people.store.conversations import MAX_CHARACTERS
+from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
+from gptlab.people.store.errors import Invalid, LeaseLost, NotFound
+from gptlab.people.store.judgements import (
+    MAX_NOTE,
+    RATINGS,
+    Flag,
+    Judgement,
+    Turn,
+    check_flags,
+    insert_judgement,
+    read_judgements,
+)
+from gptlab.people.store.schema import judgements, leases, tasks, to_json
+from gptlab.people.store.settle import occupied, settle, standing
+
+SKIP_REASONS = ("unclear", "too_hard", "offensive", "broken", "other")
+ORIGINS = ("written", "taken", "edited")
+MAX_TURNS = 200
+ANSWERED = ("judged", "skipped")  # states of leases
+_DAY = 86400.0  # seconds
+_LEASE = sa.select(leases).where(
+    leases.c.id == sa.bindparam("key"), leases.c.person_id == sa.bindparam("person")
+)
+# Open tasks that a person hasn't answered, in their order; those that have room; gold checks.
+_ANSWER = sa.select(leases.c.id).where(
+    leases.c.task_id == tasks.c.id,
+    leases.c.person_id == sa.bindparam("person"),
+    leases.c.state.in_(ANSWERED),
+)
+_OPEN = (
+    sa.select(tasks)
+    .where(tasks.c.campaign_id == sa.bindparam("campaign"), tasks.c.state == "open")
+    .where(~_ANSWER.exists())
+    .order_by(tasks.c.place, tasks.c.id)
+    .limit(1)
+)
+_TAKEN = occupied(sa.bindparam("now", type_=sa.Double))
+_FREE = _OPEN.where(tasks.c.gold.is_(None), _TAKEN < sa.bindparam("overlap"))
+_GOLD = _OPEN.where(tasks.c.gold.is_not(None))
+_CLOSE = leases.update().where(leases.c.id == sa.bindparam("key")).values(state=sa.bindparam("to"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """A task as a labeller sees it: which model wrote what, and which is a check, is not told.
+
+    `replies` are in the order to be shown; ranks, ratings and flags follow that order. A
+    demonstration has none; without a prompt, its conversation is to be about `topic`.
+    """
+
+    token: str
+    campaign: str
+    kind: str
+    prompt: tuple[Message, ...]
+    topic: str
+    replies: tuple[str, ...]
+    granted_at: float
+    expires_at: float
+
+
+class Work:
+    """See the head of this file. Raises Forbidden for a person who is no labeller."""
+
+    def __init__(self, database: Database, audit: Audit):
+        self._database, self._audit = database, audit
+
+    def lease(self, campaign: str, person: str) -> Lease | None:
+        """The next task for a person, or the one they hold; None: there is none for them now."""
+        now = self._database.clock()
+        with self._database.write() as writer:
+            require(writer, person, "labeller")
+            found = find_campaign(writer, campaign)
+            if found.state != "open":
+                return None
+            query = sa.select(leases).where(
+                leases.c.campaign_id == found.id,
+                leases.c.person_id == person,
+                leases.c.state == "held",
+            )
+            held = writer.execute(query).first()
+            if held is not None and held.expires_at > now:
+                return _shown(writer, found, held)
+            if held is not None:
+                if _has_room(writer, found, held, now):
+                    return self._extend(writer, found, held, now)
+                _close(writer, held.id, "released")
+            task = _next_task(writer, found, person, now)
+            if task is None:
+                return None
+            values: dict[str, Any] = {
+                "id": new_id(), "task_id": task.id, "campaign_id": found.id, "person_id": person,
+                "created_at": now, "expires_at": now + found.settings.lease_seconds,
+                "shown": to_json(_order(found, task, person)), "state": "held",
+            }  # fmt: skip
+            writer.execute(leases.insert(), values)
+            return _lease(found, task, values["id"], now, values["expires_at"], values["shown"])
+
+    def renew(self, token: str, person: str) -> Lease:
+        """Starts the lease's time anew, while its task isn't somebody else's. Raises LeaseLost."""
+        now = self._database.clock()
+        with self._database.write() as writer:
+            held = _own_lease(writer, token, person)
+            campaign = _check_held(writer, held, now)
+            return self._extend(writer, campaign, held, now)
+
+    def release(self, token: str, person: str) -> None:
+        """Gives a task back, unjudged; the person may get it again."""
+        with self._database.write() as writer:
+            held = _own_lease(writer, token, person)
+            if held.state == "held":
+                _close(writer, token, "released")
+
+    def judge(
+        self,
+        token: str,
+        person: str,
+        ranks: Sequence[int],
+        ratings: Sequence[int | None] | None = None,
+        flags: Sequence[Flag] = (),
+        note: str = "",
+        seconds: float | None = None,
+    ) -> Judgement:
+        """The ranking of the replies of a lease, in the order shown.
+
+        Args:
+          token: the lease's.
+          person: who holds it.
+          ranks: 1 is best, equal ranks are ties; gaps are closed.
+          ratings: from RATINGS, or None for a reply that isn't rated.
+          flags: what is wrong with which reply.
+          note: anything else.
+          seconds: time spent; None: since the lease.
+
+        Raises:
+          Invalid, NotFound (no such lease of this person), LeaseLost.
+        """
+        with self._database.write() as writer:
+            held = _own_lease(writer, token, person)
+            if held.state in ANSWERED:
+                return _answer(writer, held)
+            campaign = _check_held(writer, held, self._database.clock())
+            task = find_task(writer, held.task_id)
+            if campaign.kind != "ranking":
+                raise Invalid("this task asks for a conversation, not for a ranking")
+            answer = _ranking(task, json.loads(held.shown), ranks, ratings, flags)
+            made = self._made(held, "ranking", note, seconds)
+            right = None if task.gold is None else _follows(answer.ranks, task.gold)
+            made = dataclasses.replace(made, gold_right=right, **vars(answer))
+            return self._write(writer, made, held.id)
+
+    def demonstrate(
+        self,
+        token: str,
+        person: str,
+        turns: Sequence[Turn],
+        note: str = "",
+        seconds: float | None = None,
+    ) -> Judgement:
+        """The whole conversation of a demonstration.
+
+        It goes on from the prompt, user and assistant take turns, the assistant has the last word.
+        """
+        with self._database.write() as writer:
+            held = _own_lease(writer, token, person)
+            if held.state in ANSWERED:
+                return _answer(writer, held)
+            campaign = _check_held(writer, held, self._database.clock())
+            if campaign.kind != "demonstration":
+                raise Invalid("this task asks for a ranking, not for a conversation")
+            _check_turns(find_task(writer, held.task_id), turns)
+            made = self._made(held, "demonstration", note, seconds)
+            return self._write(writer, dataclasses.replace(made, turns=tuple(turns)), held.id)
+
+    def skip(self, token: str, person: str, reason: str, note: str = "") -> Judgement:
+        """The task goes to somebody else; `reason` is one of SKIP_REASONS."""
+        if reason not in SKIP_REASONS:
+            raise Invalid(f"the reason is one of {', '.join(SKIP_REASONS)}")
+        with self._database.write() as writer:
+            held = _own_lease(writer, token, person)
+            if held.state in ANSWERED:
+                return _answer(writer, held)
+            _check_held(writer, held, self._database.clock())
+            made = self._made(held, "skip", f"{reason}: {note}" if note else reason, None)
+            return self._write(writer, made, held.id)
+
+    def correct(
+        self,
+        judgement: str,
+        person: str,
+        ranks: Sequence[int],
+        ratings: Sequence[int | None] | None = None,
+        flags: Sequence[Flag] = (),
+        note: str = "",
+    ) -> Judgement:
+        """A new judgement in place of an own earlier one, in the order that was shown then."""
+        with self._database.write() as writer:
+            own = sa.and_(judgements.c.id == judgement, judgements.c.person_id == person)
+            earlier = next(iter(read_judgements(writer, own)), None)
+            if earlier is None or earlier.kind != "ranking":
+                raise NotFound("there is no such ranking")
+            if not read_judgements(writer, sa.and_(own, standing())):
+                raise Invalid("this ranking was corrected already: correct the newer one")
+            query = sa.select(leases).where(
+                leases.c.task_id == earlier.task,
+                leases.c.person_id == person,
+                leases.c.state == "judged",
+            )
+            lease = writer.execute(query).one()
+            task = find_task(writer, earlier.task)
+            answer = _ranking(task, json.loads(lease.shown), ranks, ratings, flags)
+            made = self._made(lease, "ranking", note, earlier.seconds)
+            made = dataclasses.replace(
+                made, gold_right=earlier.gold_right, supersedes=earlier.id, **vars(answer)
+            )
+            return self._write(writer, made, None)
+
+    def mine(self, campaign: str, person: str, limit: int = 50) -> list[Judgement]:
+        """A person's judgements in a campaign that count, newest first."""
+        with self._database.read() as reader:
+            found = find_campaign(reader, campaign)
+            where = sa.and_(
+                judgements.c.campaign_id == found.id,
+                judgements.c.person_id == person,
+                standing(),
+            )
+            return read_judgements(reader, where, newest=limit)
+
+    def _extend(self, writer: Writer, campaign: Campaign, held: Any, now: float) -> Lease:
+        expires = now + campaign.settings.lease_seconds
+        update = leases.update().where(leases.c.id == held.id)
+        writer.execute(update.values(expires_at=expires))
+        task = find_task(writer, held.task_id)
+        return _lease(campaign, task, held.id, held.created_at, expires, held.shown)
+
+    def _made(self, lease: Any, kind: str, note: str, seconds: float | None) -> Judgement:
+        now = self._database.clock()
+        spent = now - lease.created_at if seconds is None else seconds
+        if not 0 <= spent <= 30 * _DAY:
+            raise Invalid("the time spent is in seconds, from 0 on")
+        return Judgement(
+            new_id(), lease.task_id, lease.campaign_id, lease.person_id, kind, None, None, (), (),
+            storable(note, MAX_NOTE, "a note"), float(spent), None, None, now,
+        )  # fmt: skip
+
+    def _write(self, writer: Writer, made: Judgement, lease: str | None) -> Judgement:
+        insert_judgement(writer, self._audit, made, lease)
+        if lease is not None:
+            _close(writer, lease, "skipped" if made.kind == "skip" else "judged")
+        settle(writer, [made.task])
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranking:
+    """The part of a judgement that the labeller has given, in the task's own order."""
+
+    ranks: tuple[int, ...]
+    ratings: tuple[int | None, ...] | None
+    flags: tuple[Flag, ...]
+
+
+def _ranking(
+    task: Task, shown: list[int], ranks: Sequence[int], ratings: Sequence[int | None] | None,
+    flags: Sequence[Flag],
+) -> _Ranking:  # fmt: skip
+    """Checks an answer, and turns it from the order shown into the task's own."""
+    count = len(task.candidates)
+    dense = dense_ranks(ranks, count)
+    if ratings is not None:
+        low, high = RATINGS
+        if len(ratings) != count or not all(r is None or low <= r <= high for r in ratings):
+            raise Invalid(f"a rating is {low} to {high}, or none, for each of the {count} replies")
+    check_flags(flags, count)
+    place = {number: i for i, number in enumerate(shown)}  # candidate -> where it was shown
+    own = [place[number] for number in range(count)]
+    return _Ranking(
+        tuple(dense[i] for i in own),
+        None if ratings is None else tuple(ratings[i] for i in own),
+        tuple(dataclasses.replace(flag, reply=shown[flag.reply]) for flag in flags),
+    )
+
+
+def _check_turns(task: Task, turns: Sequence[Turn]) -> None:
+    roles = [turn.message.role for turn in turns]
+    first = "user" if task.prompt is None else "assistant"
+    other = {"user": "assistant", "assistant": "user"}
+    if not turns or len(turns) > MAX_TURNS or roles[0] != first or roles[-1] != "assistant":
+        raise Invalid(f"a demonstration begins with the {first}'s turn and ends with a reply")
+    if any(role != other[before] for before, role in zip(roles, roles[1:], strict=False)):
+        raise Invalid("user and assistant take turns")
+    for turn in turns:
+        storable(turn.message.content, MAX_CHARACTERS, "a turn")
+        storable(turn.message.context or "", MAX_CHARACTERS, "a turn's context")
+        if not turn.message.content.strip():
+            raise Invalid("a turn can't be empty")
+        if turn.origin not in ORIGINS or (turn.origin != "written" and not turn.policy):
+            raise Invalid("a turn is written, or taken or edited from a model that is named")
+
+
+def _follows(ranks: Sequence[int], gold: Sequence[int]) -> bool:
+    """Whether every strict preference of the gold ranks is given."""
+    count = range(len(gold))
+    return all(ranks[a] < ranks[b] for a in count for b in count if gold[a] < gold[b])
+
+
+def _next_task(writer: Writer, campaign: Campaign, person: str, now: float) -> Task | None:
+    """The first task that has room, which the person hasn't answered; now and then a gold check."""
+    mine = {"campaign": campaign.id, "person": person}
+    row = writer.execute(
+        _FREE, {**mine, "now": now, "overlap": campaign.settings.overlap}
+    ).first()  # fmt: skip
+    if row is not None and _gold_is_due(writer, campaign, person):
+        row = writer.execute(_GOLD, mine).first() or row
+    return None if row is None else task_of(row)
+
+
+def _gold_is_due(writer: Writer, campaign: Campaign, person: str) -> bool:
+    """Drawn for each lease anew, from the seed, the person and how many they had."""
+    if not campaign.settings.gold_rate:
+        return False
+    mine = sa.select(sa.func.count()).where(
+        leases.c.campaign_id == campaign.id, leases.c.person_id == person
+    )
+    number = writer.execute(mine).scalar_one()
+    return _draw(campaign.settings.seed, "gold", person, number) < campaign.settings.gold_rate
+
+
+def _order(campaign: Campaign, task: Task, person: str) -> list[int]:
+    """shown[i]: the number of the candidate in place i; drawn for each task and person."""
+    key = (campaign.settings.seed, "order", task.id, person)
+    return sorted(range(len(task.candidates)), key=lambda number: _draw(*key, number))
+
+
+def _draw(*key: object) -> float:
+    """A hash of the key as a number in [0, 1)."""
+    digest = hashlib.sha256(to_json(key).encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def _own_lease(reader: Reader, token: str, person: str) -> Any:
+    row = reader.execute(_LEASE, {"key": token, "person": person}).first()
+    if row is None:
+        raise NotFound("there is no such task of yours")
+    return row
+
+
+def _answer(reader: Reader, lease: Any) -> Judgement:
+    """What a lease has already brought: a request may be sent twice."""
+    (answer,) = read_judgements(reader, judgements.c.lease_id == lease.id)
+    return answer
+
+
+def _check_held(reader: Reader, lease: Any, now: float) -> Campaign:
+    """Of a lease that can be answered: it runs, or has run out and nobody else needs its place."""
+    campaign = find_campaign(reader, lease.campaign_id)
+    if lease.state != "held" or (
+        lease.expires_at <= now and not _has_room(reader, campaign, lease, now)
+    ):
+        raise LeaseLost("this task was given back, or has gone to somebody else")
+    return campaign
+
+
+def _has_room(reader: Reader, campaign: Campaign, lease: Any, now: float) -> bool:
+    """Whether a lease that has run out can go on."""
+    query = sa.select(tasks.c.state, tasks.c.gold, occupied(now).label("occupied"))
+    task = reader.execute(query.where(tasks.c.id == lease.task_id)).one()
+    if task.state != "open":
+        return False
+    return task.gold is not None or task.occupied < campaign.settings.overlap
+
+
+def _close(writer: Writer, lease: str, state: str) -> None:
+    writer.execute(_CLOSE, {"key": lease, "to": state})
+
+
+def _shown(reader: Reader, campaign: Campaign, row: Any) -> Lease:
+    task = find_task(reader, row.task_id)
+    return _lease(campaign, task, row.id, row.created_at, row.expires_at, row.shown)
+
+
+def _lease(
+    campaign: Campaign, task: Task, token: str, granted: float, expires: float, shown: str
+) -> Lease:
+    replies = tuple(task.candidates[number].content for number in json.loads(shown))
+    prompt = () if task.prompt is None else task.prompt.messages
+    return Lease(token, campaign.id, campaign.kind, prompt, task.topic, replies, granted, expires)

@@ -1,0 +1,152 @@
+"""Answers to a campaign's tasks as records: rankings, demonstrations, flags."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from gptlab.data.records import Comparison, Conversation
+from gptlab.people.items import Item, Row, SplitOf, name_of, safety_prompt, source
+from gptlab.people.sieve import Sieve
+from gptlab.people.store.campaigns import Task
+from gptlab.people.store.content import Content
+from gptlab.people.store.judgements import Judgement
+from gptlab.people.store.settle import DECIDING, state_of
+
+
+def rankings(
+    content: Content,
+    sieve: Sieve,
+    weight: float,
+    split_of: SplitOf,
+    only: Collection[str] | None = None,
+) -> Iterator[Item]:
+    """Comparisons of ranked tasks: the reviewer's decision, or else one a labeller.
+
+    Args:
+      content: the store's.
+      sieve: what leaves out.
+      weight: of a task; shared by its rankings.
+      split_of: messages and a task's own split -> split.
+      only: ids of the tasks wanted; None: all.
+    """
+    for task, answers in _answers_by_task(content):
+        if not task.candidates or task.prompt is None or not weight:
+            continue
+        if only is not None and task.id not in only:
+            continue
+        judged = _counting(content, task, answers, sieve)
+        used = [a for a in judged if sieve.passes("ranking", a.person, [task.person])]
+        # Among those whose word counts: one who fails the gold checks spoils no task.
+        if not sieve.agrees([a.ranks or () for a in used]):
+            for _ in used:
+                sieve.leave_out("ranking", "labellers disagree")
+            continue
+        for answer in used:
+            yield Item(
+                "ranking",
+                split_of(task.prompt.messages, task.split),
+                Comparison(
+                    id=f"{task.source}:{answer.id}",
+                    prompt=task.prompt,
+                    candidates=task.candidates,
+                    ranks=answer.ranks or (),
+                    labeller=name_of(content.people[answer.person]),
+                    simulated=sieve.simulated(answer.person),
+                    weight=weight / len(used),
+                ),
+                _rows_of(answer, task),
+                sieve.simulated(answer.person),
+            )
+
+
+def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterator[Item]:
+    for task, answers in _answers_by_task(content):
+        dropped = any(a.kind == "drop" for a in answers)
+        for answer in answers:
+            if answer.kind != "demonstration":
+                continue
+            if dropped:
+                sieve.leave_out("demonstration", "a reviewer decided")
+            elif sieve.passes("demonstration", answer.person, [task.person]):
+                before = () if task.prompt is None else task.prompt.messages
+                messages = (*before, *(turn.message for turn in answer.turns))
+                simulated = sieve.simulated(answer.person)
+                yield Item(
+                    "demonstration",
+                    split_of(messages, task.split),
+                    Conversation(
+                        f"demonstration:{answer.id}",
+                        messages,
+                        source("demonstration", simulated),
+                        None if task.prompt is None else task.prompt.conversation_id,
+                    ),
+                    _rows_of(answer, task),
+                    simulated,
+                )
+
+
+def flags(
+    content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
+) -> Iterator[Item]:
+    """Flags of rankings; where a reviewer has decided, that one's."""
+    for task, answers in _answers_by_task(content):
+        decisions = [a for a in answers if a.kind in DECIDING]
+        for answer in decisions[-1:] or answers:
+            if not answer.flags or task.prompt is None:
+                continue
+            if not sieve.passes("flag", answer.person, [task.person]):
+                continue
+            worst = max(flag.severity for flag in answer.flags)
+            rows, prompt = _rows_of(answer, task), task.prompt
+            kinds = ",".join(sorted({flag.kind for flag in answer.flags}))
+            split = split_of(prompt.messages, task.split)
+            yield safety_prompt(
+                prompt, kinds, worst, answer.id, rows, sieve, lambda _, split=split: split
+            )
+            flagged = {flag.reply for flag in answer.flags}
+            ranks = tuple(2 if i in flagged else 1 for i in range(len(task.candidates)))
+            if len(set(ranks)) < 2:
+                sieve.leave_out("flag", "nothing to compare with")
+            elif weights[worst - 1]:
+                person = content.people[answer.person]
+                comparison = Comparison(
+                    f"flag:{answer.id}", prompt, task.candidates, ranks, name_of(person),
+                    person.simulated, None, weights[worst - 1],
+                )  # fmt: skip
+                yield Item("flag", split, comparison, rows, person.simulated, worst)
+
+
+def _answers_by_task(content: Content) -> Iterator[tuple[Task, list[Judgement]]]:
+    """Tasks that are no gold checks, with their answers."""
+    by_task: dict[str, list[Judgement]] = {}
+    for judgement in content.judgements:
+        by_task.setdefault(judgement.task, []).append(judgement)
+    for task in content.tasks.values():
+        if task.gold is None and task.id in by_task:
+            yield task, by_task[task.id]
+
+
+def _counting(
+    content: Content, task: Task, answers: Sequence[Judgement], sieve: Sieve
+) -> list[Judgement]:
+    """The rankings that count of a task; those that don't are counted as left out."""
+    decisions = [a for a in answers if a.kind in DECIDING]
+    ranked = [a for a in answers if a.kind == "ranking"]
+    if decisions:
+        for _ in ranked:
+            sieve.leave_out("ranking", "a reviewer decided")
+        return [a for a in decisions[-1:] if a.kind == "decision"]
+    settings = content.campaigns[task.campaign].settings
+    state = state_of(answers, settings.overlap, settings.disagreement, settings.max_skips)
+    if state == "review":
+        for _ in ranked:
+            sieve.leave_out("ranking", "to be decided by a reviewer")
+        return []
+    return ranked
+
+
+def _rows_of(answer: Judgement, task: Task) -> tuple[Row, ...]:
+    rows = [("judgements", answer.id, answer.person)]
+    if task.person is not None:
+        rows.append(("tasks", task.id, task.person))
+    return tuple(rows)

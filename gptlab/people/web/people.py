@@ -1,0 +1,175 @@
+"""People, their roles and invitations, API keys, and the audit: for admins."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Form, Request
+from starlette.responses import RedirectResponse, Response
+
+from gptlab.people.store.accounts import ROLES
+from gptlab.people.web.entry import delete_someone
+from gptlab.people.web.security import Admin, Denied, Visitor
+from gptlab.people.web.site import Site, SiteOf
+
+_DAY = 86400.0  # seconds
+_ROWS = 100
+router = APIRouter(include_in_schema=False)
+Text = Annotated[str, Form()]
+
+
+@router.get("/people")
+def overview(request: Request, site: SiteOf, visitor: Admin) -> Response:
+    """Everybody, and the links that can still be used."""
+    return _people(request, site, visitor)
+
+
+@router.post("/people/invite")
+def invite(
+    request: Request,
+    site: SiteOf,
+    visitor: Admin,
+    role: Text,
+    uses: Annotated[int, Form()] = 1,
+    days: Annotated[float, Form()] = 7.0,
+    campaign: Text = "",
+    simulated: Annotated[bool, Form()] = False,
+) -> Response:
+    """A link by which people join; it is shown once."""
+    _, token = site.store.accounts.invite(
+        role, visitor.person.id, uses, days * _DAY, simulated, campaign or None
+    )
+    return _people(request, site, visitor, link=_link(request, token))
+
+
+@router.post("/people/{person}/link")
+def sign_in_link(person: str, request: Request, site: SiteOf, visitor: Admin) -> Response:
+    """A link for a person who has lost their session; it is shown once."""
+    _, token = site.store.accounts.sign_in_link(person, visitor.person.id)
+    return _people(request, site, visitor, link=_link(request, token))
+
+
+@router.post("/people/{person}/role")
+def set_role(person: str, site: SiteOf, visitor: Admin, role: Text) -> Response:
+    """Changes what a person may do."""
+    site.store.accounts.set_role(person, role, visitor.person.id)
+    return RedirectResponse("/people", 303)
+
+
+@router.post("/people/{person}/signout")
+def sign_out(person: str, site: SiteOf, visitor: Admin) -> Response:
+    """Ends all sessions of a person."""
+    site.store.accounts.close_sessions(person, visitor.person.id)
+    return RedirectResponse("/people", 303)
+
+
+@router.post("/people/{person}/delete")
+async def delete(
+    person: str, request: Request, site: SiteOf, visitor: Admin, confirm: Text = ""
+) -> Response:
+    """Deletes somebody with everything that is theirs."""
+    if confirm.strip().lower() != "delete":
+        raise Denied(400, "nothing was deleted: type the word delete to confirm")
+    exports = await delete_someone(site, person, visitor.person.id)
+    return site.page(request, "deleted.html", visitor, exports=exports)
+
+
+@router.post("/invitations/{invitation}/revoke")
+def revoke_invitation(invitation: str, site: SiteOf, visitor: Admin) -> Response:
+    """Nobody can use the link from now on."""
+    site.store.accounts.revoke_invitation(invitation, visitor.person.id)
+    return RedirectResponse("/people", 303)
+
+
+@router.get("/keys")
+def keys(request: Request, site: SiteOf, visitor: Admin) -> Response:
+    """The API keys that are valid."""
+    return _keys(request, site, visitor)
+
+
+@router.post("/keys")
+def create_key(
+    request: Request,
+    site: SiteOf,
+    visitor: Admin,
+    person: Text,
+    name: Text,
+    per_minute: Text = "",
+    days: Text = "",
+) -> Response:
+    """A new key; it is shown once."""
+    _, token = site.store.accounts.create_api_key(
+        person,
+        name,
+        visitor.person.id,
+        int(_number(per_minute, "requests a minute")) if per_minute else None,
+        _number(days, "days") * _DAY if days else None,
+    )
+    return _keys(request, site, visitor, token=token)
+
+
+@router.post("/keys/{key}/revoke")
+def revoke_key(key: str, site: SiteOf, visitor: Admin) -> Response:
+    """The key is refused from now on."""
+    site.store.accounts.revoke_api_key(key, visitor.person.id)
+    return RedirectResponse("/keys", 303)
+
+
+@router.get("/audit")
+def audit(
+    request: Request, site: SiteOf, visitor: Admin, after: int | None = None, check: bool = False
+) -> Response:
+    """Who did what: the newest rows, or those from one on."""
+    head = site.store.audit.head()
+    begin = max(0, head.row - _ROWS) if after is None else max(0, after)
+    entries = site.store.audit.entries(begin, _ROWS)
+    return site.page(
+        request,
+        "audit.html",
+        visitor,
+        entries=entries,
+        head=head,
+        before=max(0, begin - _ROWS) if begin else None,
+        after=begin + _ROWS if begin + _ROWS < head.row else None,
+        names={person.id: person.name for person in site.store.accounts.people()},
+        exports=site.store.exports.all(),
+        checked=check,
+        wrong=site.store.audit.verify() if check else None,
+    )
+
+
+def _people(request: Request, site: Site, visitor: Visitor, link: str | None = None) -> Response:
+    return site.page(
+        request,
+        "people.html",
+        visitor,
+        people=site.store.accounts.people(),
+        invitations=site.store.accounts.invitations(),
+        campaigns=site.store.campaigns.all(),
+        roles=ROLES,
+        link=link,
+    )
+
+
+def _keys(request: Request, site: Site, visitor: Visitor, token: str | None = None) -> Response:
+    people = site.store.accounts.people()
+    return site.page(
+        request,
+        "keys.html",
+        visitor,
+        keys=site.store.accounts.api_keys(),
+        people=people,
+        names={person.id: person.name for person in people},
+        token=token,
+    )
+
+
+def _link(request: Request, token: str) -> str:
+    return str(request.url_for("invitation", token=token))
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise Denied(400, f"{name}: {text!r} is no number") from None

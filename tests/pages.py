@@ -1,0 +1,118 @@
+"""The web app on a real server, and Chromium to look at it with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gptlab.people.store import Store
+from gptlab.people.store.accounts import Person
+from gptlab.people.web import Settings, add_pages
+from tests import serving
+
+SETTINGS = Settings(
+    name="gptlab", open_chat=False, secure=False, artifacts=None, temperature=1.0, top_p=1.0,
+    max_tokens=16, reply_seconds=60.0, replies_at_once=2,
+)  # fmt: skip
+WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Served:
+    """A running app. `change` sets other settings."""
+
+    url: str
+    store: Store
+    app: object
+
+    def change(self, **settings):
+        site = self.app.state.site
+        changed = dataclasses.replace(site.settings, **settings)
+        self.app.state.site = dataclasses.replace(site, settings=changed)
+
+    def person(self, role="user", name="Ada", consent=True) -> tuple[Person, dict]:
+        """Somebody new, and the cookie of their session."""
+        person = self.store.accounts.add_person(name, role, "system")
+        if consent:
+            self.store.accounts.consent(person.id, "training", True, "test")
+        _, token = self.store.accounts.open_session(person.id)
+        return person, {"name": "gptlab", "value": token, "url": self.url}
+
+
+@contextlib.contextmanager
+def served(directory: Path, backend, **settings):
+    """A server with pages and a store of its own."""
+    with Store.open(f"sqlite:///{directory / 'store.sqlite'}") as store:
+        apps = []
+
+        def extend(app):
+            apps.append(app)
+            changed = dataclasses.replace(SETTINGS, **settings)
+            add_pages(app, app.state.backend, store, changed)
+
+        check = store.accounts.check_api_key
+        with serving.serving(backend, check_key=check, extend=extend) as url:
+            yield Served(url, store, apps[0])
+
+
+@contextlib.contextmanager
+def chromium():
+    """The browser; skips where there is none."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra dev")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=list(_FLAGS))
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def visit(browser, site: Served, role="user", viewport=WIDE, consent=True, **options):
+    """(a page signed in as somebody new, who that is). What goes wrong in scripts is an error."""
+    person, cookie = site.person(role, consent=consent)
+    context = browser.new_context(viewport=viewport, base_url=site.url, **options)
+    context.add_cookies([cookie])
+    context.set_default_timeout(30_000)
+    page, wrong = context.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+    yield page, person
+    context.close()
+    assert not wrong
+
+
+def csrf(page) -> str:
+    """The token of a page's session."""
+    return page.locator('meta[name="csrf-token"]').get_attribute("content")
+
+
+def axe_source() -> str:
+    """axe-core's script; skips where it isn't installed."""
+    for path in (os.environ.get("AXE_PATH"), "node_modules/axe-core/axe.min.js"):
+        if path and Path(path).is_file():
+            return Path(path).read_text()
+    pytest.skip("axe-core is not installed: npm install --no-save axe-core, or set AXE_PATH")
+
+
+def serious_findings(page, source: str) -> list[str]:
+    """What axe finds serious or critical on a page."""
+    page.evaluate(f"() => {{ {source} }}")  # no script element: the page's policy forbids those
+    found = page.evaluate("() => axe.run().then((results) => results.violations)")
+    return [
+        f"{one['id']}: {node['target']} {node['failureSummary']}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
