@@ -122,5 +122,3 @@ def serious_findings(page) -> list[str]:
         if one["impact"] in ("serious", "critical")
         for node in one["nodes"]
     ]
-
-
