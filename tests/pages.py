@@ -24,6 +24,7 @@ WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-extensions", "--disable-site-isolation-trials", "--renderer-process-limit=1",
 )  # fmt: skip
 
 
@@ -84,7 +85,9 @@ def visit(browser, site: Served, role="user", viewport=WIDE, consent=True, **opt
     Errors of scripts, dialogs and breaches of the policy fail the test.
     """
     person, cookie = site.person(role, consent=consent)
-    context = browser.new_context(viewport=viewport, base_url=site.url, **options)
+    context = browser.new_context(
+        viewport=viewport, base_url=site.url, reduced_motion="reduce", **options
+    )
     context.add_cookies([cookie])
     context.set_default_timeout(30_000)
     wrong = watch_policy(context)

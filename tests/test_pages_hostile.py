@@ -194,22 +194,19 @@ def test_the_policy_holds_where_escaping_would_fail(site, browser):
 
 
 WIDTHS = {"desktop": pages.WIDE, "phone": {"width": 360, "height": 740}}
-slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "theme"),
     [
-        ("phone", "dark"),
-        pytest.param("phone", "light", marks=slow),
-        pytest.param("desktop", "dark", marks=slow),
-        pytest.param("desktop", "light", marks=slow),
+        ("phone", "dark"), ("phone", "light"), ("desktop", "dark"), ("desktop", "light"),
     ],
-)
+)  # fmt: skip
 def test_axe_finds_nothing_serious_and_no_page_is_wider_than_the_screen(
     site, browser, campaigns, width, theme
 ):
-    findings, options = {}, {"color_scheme": theme, "reduced_motion": "reduce", "consent": False}
+    findings, options = {}, {"color_scheme": theme, "consent": False}
     with pages.visit(browser, site, "admin", WIDTHS[width], **options) as (page, _):
 
         def look(name):
