@@ -32,7 +32,11 @@ def browser():
 
 
 class Paced:
-    """A backend under two names, `pause` seconds between two pieces: time to press a key."""
+    """A backend under two names, `pause` seconds between two pieces: time to press a key.
+
+    Its replies to a prompt, the first, the second and so on, are the same in every run: what a
+    random model says may be blank.
+    """
 
     def __init__(self, backend):
         self.backend, self.close, self.pause, self.asked = backend, backend.close, 0.0, []
@@ -42,8 +46,9 @@ class Paced:
         return [model, dataclasses.replace(model, name="other")]
 
     async def reply(self, ask, deadline=None):
-        self.asked.append(ask.model)
-        ask = dataclasses.replace(ask, model=self.backend.models()[0].name)
+        seed = [prompt for _, prompt in self.asked].count(ask.prompt)
+        self.asked.append((ask.model, ask.prompt))
+        ask = dataclasses.replace(ask, model=self.backend.models()[0].name, seed=seed)
         async with contextlib.aclosing(self.backend.reply(ask, deadline)) as pieces:
             async for piece in pieces:
                 await asyncio.sleep(self.pause)
@@ -179,7 +184,7 @@ def test_the_model_the_theme_the_list_and_the_keyboard(site, backend, browser):
         page.select_option("#model", "other")
         ask(page, "how was the film?")
         wait_for_replies(page, 1)
-        assert backend.asked[-1] == "other"
+        assert backend.asked[-1][0] == "other"
         messages = conversation_of(site, person)[1]
         assert messages[-1].model == "other"
         page.keyboard.press("Alt+r")
@@ -370,12 +375,18 @@ def test_a_demonstration_with_a_suggestion_taken_and_one_edited(site, browser):
         page.click("text=Suggest a reply")
         page.click("text=Take as it is")
         page.locator(".badge:has-text('suggestion')").wait_for()
+        page.click("text=Change this turn")  # and leave it: it is the model's all the same
+        page.click("text=Add the turn")
+        page.locator(".badge:text-is('suggestion')").wait_for()
         page.fill("#turn", "and the sea?")
         page.keyboard.press("Control+Enter")
         page.reload()  # what was written is still there
         page.locator(".turn.user:has-text('and the sea?')").wait_for()
         page.click("text=Suggest a reply")
         page.click("button:text-is('Edit')")
+        page.fill("#turn", "the sea was lovely, I think.")
+        page.click("text=Add the turn")
+        page.click("text=Change this turn")
         page.fill("#turn", "the sea was lovely.")
         page.click("text=Add the turn")
         page.click("#submit")

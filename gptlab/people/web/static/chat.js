@@ -193,7 +193,7 @@ const handlers = {
     try {
       const other = await stream(state.messages.get(message.parent), side.place);
       if (view !== state.view) return;
-      if (!other || !other.content) throw new Failure("No other reply came.");
+      if (!other?.content.trim()) throw new Failure("No other reply came.");
       add(other);
       side.place.replaceChildren(rendered(other.html));
       announce("The second reply is complete. Choose the better one.");
