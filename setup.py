@@ -86,6 +86,7 @@ setup(
         "postgres": ["psycopg[binary]>=3.2"],
         "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
         "dev": [
+            "axe-playwright-python>=0.1.4",  # accessibility, beside playwright
             "beartype>=0.19",
             "gcsfs>=2025.3",
             "hypothesis>=6.100",

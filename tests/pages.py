@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import sync_playwright
 
 from gptlab.people.store import Store
 from gptlab.people.store.accounts import Person
@@ -23,6 +24,7 @@ WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 _FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-extensions", "--disable-site-isolation-trials", "--renderer-process-limit=1",
 )  # fmt: skip
 
 
@@ -66,12 +68,11 @@ def served(directory: Path, backend, **settings):
 
 @contextlib.contextmanager
 def chromium():
-    """The browser; skips where there is none."""
+    """The browser; skips where it isn't installed."""
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra dev")
-    with playwright.sync_playwright() as running:
+    with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=path, args=list(_FLAGS))
         yield browser
         browser.close()
@@ -79,12 +80,18 @@ def chromium():
 
 @contextlib.contextmanager
 def visit(browser, site: Served, role="user", viewport=WIDE, consent=True, **options):
-    """(a page signed in as somebody new, who that is). What goes wrong in scripts is an error."""
+    """(a page signed in as somebody new, who that is).
+
+    Errors of scripts, dialogs and breaches of the policy fail the test.
+    """
     person, cookie = site.person(role, consent=consent)
-    context = browser.new_context(viewport=viewport, base_url=site.url, **options)
+    context = browser.new_context(
+        viewport=viewport, base_url=site.url, reduced_motion="reduce", **options
+    )
     context.add_cookies([cookie])
     context.set_default_timeout(30_000)
-    page, wrong = context.new_page(), []
+    wrong = watch_policy(context)
+    page = context.new_page()
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
     page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
@@ -98,18 +105,20 @@ def csrf(page) -> str:
     return page.locator('meta[name="csrf-token"]').get_attribute("content")
 
 
-def axe_source() -> str:
-    """axe-core's script; skips where it isn't installed."""
-    for path in (os.environ.get("AXE_PATH"), "node_modules/axe-core/axe.min.js"):
-        if path and Path(path).is_file():
-            return Path(path).read_text()
-    pytest.skip("axe-core is not installed: npm install --no-save axe-core, or set AXE_PATH")
+def watch_policy(context) -> list[str]:
+    """What the pages of a context try from now on against their Content-Security-Policy."""
+    violations = []
+    context.expose_binding("broken", lambda _, what: violations.append(what))
+    context.add_init_script(
+        "addEventListener('securitypolicyviolation', (event) =>"
+        " broken(`${event.effectiveDirective} ${event.blockedURI} on ${location.pathname}`))"
+    )
+    return violations
 
 
-def serious_findings(page, source: str) -> list[str]:
+def serious_findings(page) -> list[str]:
     """What axe finds serious or critical on a page."""
-    page.evaluate(f"() => {{ {source} }}")  # no script element: the page's policy forbids those
-    found = page.evaluate("() => axe.run().then((results) => results.violations)")
+    found = Axe().run(page).response["violations"]
     return [
         f"{one['id']}: {node['target']} {node['failureSummary']}"
         for one in found

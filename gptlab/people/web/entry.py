@@ -17,6 +17,7 @@ from gptlab.people.web.security import Denied, MaybeVisitor, SignedIn, Visitor
 from gptlab.people.web.site import Site, SiteOf
 
 CONSENT_VERSION = "2026-11"  # of the text in templates/consent.html
+_GUEST = "Guest"  # the name of those who come in without one
 router = APIRouter()
 
 
@@ -54,12 +55,12 @@ async def welcome(request: Request, site: SiteOf, visitor: MaybeVisitor) -> Resp
 
 @router.post("/start", include_in_schema=False)
 async def start(request: Request, site: SiteOf, visitor: MaybeVisitor) -> Response:
-    """An account without a name, where anybody may chat."""
+    """An account for a guest, where anybody may chat."""
     if visitor is not None:
         return RedirectResponse("/chat", 303)
     if not site.settings.open_chat:
         raise Denied(403, "an invitation is needed to chat here")
-    person = await run_in_threadpool(site.store.accounts.add_person, "", "user", "system")
+    person = await run_in_threadpool(site.store.accounts.add_person, _GUEST, "user", "system")
     return await _signed_in(site, person, RedirectResponse("/chat", 303))
 
 

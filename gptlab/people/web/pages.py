@@ -78,6 +78,8 @@ async def _answer(request: Request, error: Exception) -> Response:
         return told.response()
     if told.status == 401:
         return RedirectResponse("/", 303)
+    if isinstance(error, HTTPException) and told.status == 404:
+        told = ApiError(404, "there is no such page")
     site: Site = request.app.state.site
     answer = site.page(
         request, "error.html", None, told.status, code=told.status, message=str(told)

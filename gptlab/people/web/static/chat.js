@@ -55,7 +55,7 @@ function turn({ message, siblings }) {
     made.append(element("details.system", {}, element("summary", {}, "System prompt"), element("p.plain-text", {}, message.content)));
     return made;
   }
-  if (message.context) made.append(element("details.context", {}, element("summary", {}, icon("paper"), "Additional context"), element("p.plain-text", {}, message.context)));
+  if (message.context) made.append(element("details.context", {}, element("summary", {}, icon("paper"), "Additional context"), element("p.plain-text", { tabindex: "0" }, message.context)));
   if (message.role === "user") {
     made.append(element("p.bubble.plain-text", {}, message.content));
   } else {
@@ -193,7 +193,7 @@ const handlers = {
     try {
       const other = await stream(state.messages.get(message.parent), side.place);
       if (view !== state.view) return;
-      if (!other || !other.content) throw new Failure("No other reply came.");
+      if (!other?.content.trim()) throw new Failure("No other reply came.");
       add(other);
       side.place.replaceChildren(rendered(other.html));
       announce("The second reply is complete. Choose the better one.");

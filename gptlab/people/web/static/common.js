@@ -132,6 +132,10 @@ document.querySelector("[data-theme-toggle]")?.addEventListener("click", () => {
   }
 });
 
+// On a phone the menu is wider than the screen: the place where one is comes into view.
+const here = document.querySelector(".nav [aria-current]");
+if (here) here.parentElement.scrollLeft = here.offsetLeft - here.parentElement.offsetLeft - 12;
+
 document.addEventListener("click", (event) => {
   for (const menu of document.querySelectorAll("details[data-menu][open]")) {
     if (!menu.contains(event.target)) menu.open = false;

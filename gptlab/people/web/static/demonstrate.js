@@ -33,14 +33,15 @@ function nextRole() {
   return last === "user" ? "assistant" : "user";
 }
 
-function draw(place = document.getElementById("work")) {
+// `begun`: a turn to go on with, as it was added before.
+function draw(place = document.getElementById("work"), begun = null) {
   const role = nextRole();
   const parts = [];
   if (task.topic) parts.push(element("section.card.topic", { "aria-labelledby": "topic-title" }, element("h2", { id: "topic-title" }, "Write a conversation about"), element("p.plain-text", {}, task.topic)));
   parts.push(element("section.card", { "aria-labelledby": "conversation-title" }, element("h2", { id: "conversation-title" }, "The conversation"),
     ...conversation(task.prompt), ...turns.map(written),
     turns.length || task.prompt.length ? null : element("p.muted", {}, "You begin as the user.")));
-  parts.push(writer(role));
+  parts.push(writer(role, begun));
   const complete = turns.length > 0 && role === "user";
   parts.push(element("div.row.end.task-buttons", {},
     element("button.button", { type: "button", onclick: work.skip }, "Skip"),
@@ -56,19 +57,18 @@ function written(turn, i) {
       onclick() {
         turns.pop();
         keep();
-        draw();
-        const area = document.getElementById("turn");
-        area.value = turn.content;
-        area.focus();
+        draw(undefined, turn);
+        document.getElementById("turn").focus();
       },
     }, icon("pen"), "Change this turn"));
   }
   return made;
 }
 
-function writer(role) {
-  let suggestion = null;
+function writer(role, begun) {
+  let suggestion = begun?.suggestion ?? null; // where the text came from, if a model wrote it
   const area = element("textarea", { id: "turn", rows: "5", maxlength: "200000" });
+  area.value = begun?.content ?? "";
   const place = element("div.suggestion", { hidden: true, "aria-live": "polite" });
   const add = (turn) => {
     turns.push(turn);
@@ -83,7 +83,7 @@ function writer(role) {
       const content = area.value;
       if (!content.trim()) return toast("Write the turn first", "bad");
       const origin = !suggestion ? "written" : content === suggestion.content ? "taken" : "edited";
-      return add({ role, content, origin, policy: suggestion?.policy ?? null, html: null });
+      return add({ role, content, origin, policy: suggestion?.policy ?? null, html: null, suggestion });
     },
     onkeydown(event) {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
@@ -95,7 +95,7 @@ function writer(role) {
     const model = element("select", { "aria-label": "Model that suggests" });
     model.append(document.getElementById("models").content.cloneNode(true));
     buttons.append(model, element("button.button", { type: "button", onclick: (event) => suggest(event.target, model.value, place, (found, edit) => {
-      if (!edit) return add({ role, content: found.content, origin: "taken", policy: found.policy, html: found.html });
+      if (!edit) return add({ role, content: found.content, origin: "taken", policy: found.policy, html: found.html, suggestion: found });
       suggestion = found;
       area.value = found.content;
       place.hidden = true;
@@ -129,7 +129,7 @@ async function suggest(button, model, place, use) {
       }
     });
     if (mine !== task?.lease) return;
-    if (!found?.content) throw new Failure("The model has no suggestion.");
+    if (!found?.content.trim()) throw new Failure("The model has no suggestion.");
     text.replaceChildren(rendered(found.html));
     bar.append(
       element("button.button.small", { type: "button", onclick: () => { place.hidden = true; } }, "Ignore"),

@@ -15,7 +15,7 @@ let ranks = [];
 const work = worker((task, place) => {
   ranks = task.replies.map(() => null);
   cards = task.replies.map((reply, i) => card(reply, i, task.replies.length));
-  lanes = board({ names: task.replies.map((reply, i) => `${letter(i)}: ${reply.content.slice(0, 60)}`), letters: ranks.map((_, i) => letter(i)), move: setRank, key: onKey, focus: (i) => focusCard(i) });
+  lanes = board({ names: task.replies.map((reply, i) => `${letter(i)}: ${reply.content.replace(/[*_`#>|]+/g, "").slice(0, 60)}`), letters: ranks.map((_, i) => letter(i)), move: setRank, key: onKey, focus: (i) => focusCard(i) });
   const form = element("form", { onsubmit: (event) => { event.preventDefault(); submit(); } },
     element("section.card", { "aria-labelledby": "conversation-title" }, element("h2", { id: "conversation-title" }, "The conversation"), ...conversation(task.prompt)),
     element("h2.sr-only", {}, "The replies"),

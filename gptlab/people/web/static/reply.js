@@ -66,6 +66,7 @@ function reasons(message, up, handlers) {
     form.append(element("fieldset.row", {}, element("legend", {}, "What is wrong with it?"), ...boxes), severity);
     form.addEventListener("change", () => {
       severity.hidden = !form.querySelector("[data-flag]:checked");
+      form.scrollIntoView({ block: "nearest" });
     });
   }
   form.append(

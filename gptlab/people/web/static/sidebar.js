@@ -8,6 +8,7 @@ export function conversationList({ open, renamed, deleted }) {
   async function refresh(id) {
     const found = await call("GET", "/api/conversations");
     list.replaceChildren(...found.map(row));
+    document.getElementById("no-conversations").hidden = found.length > 0;
     mark(id);
   }
 

@@ -90,7 +90,7 @@ export function worker(show) {
 export function conversation(prompt) {
   return prompt.map((message) => {
     const made = element(`div.turn.${message.role}`, {}, element("p.turn-role", {}, message.role));
-    if (message.context) made.append(element("details.context", { open: message.context.length < 1500 }, element("summary", {}, icon("paper"), "Additional context"), element("p.plain-text", {}, message.context)));
+    if (message.context) made.append(element("details.context", { open: message.context.length < 1500 }, element("summary", {}, icon("paper"), "Additional context"), element("p.plain-text", { tabindex: "0" }, message.context)));
     made.append(message.html ? rendered(message.html) : element("p.plain-text", {}, message.content));
     return made;
   });
