@@ -12,12 +12,14 @@ import httpx
 import pytest
 from ml_collections import ConfigDict
 
+from configs import collect as collect_config
 from configs import export as export_config
-from gptlab import export, ppo, reward, sft
-from gptlab.data.records import Comparison, Conversation, Prompt
+from gptlab import collect, export, ppo, reward, sft
+from gptlab.data.records import CandidateSet, Comparison, Conversation, Prompt
 from gptlab.people import http_labeller
 from gptlab.people.labellers import SimulatedLabeller
 from gptlab.people.store import NotFound, Store
+from gptlab.people.store.campaigns import Settings
 from gptlab.run import artifact
 from gptlab.run.errors import EXIT_INTERRUPTED, UserError
 from gptlab.scorers import registry
@@ -67,7 +69,7 @@ def reply(client, turn):
 
 
 def chat_and_judge(client, number):
-    """One chat: two replies side by side, a choice, thumbs, a better one; now and then a flag."""
+    """One chat: two replies side by side, a choice, thumbs, a flag, a better one."""
     begun = post(client, "/api/conversations", content=f"how was the film number {number}?")
     turn = begun["message"]["id"]
     one, two = (reply(client, turn) for _ in range(2))
@@ -75,7 +77,7 @@ def chat_and_judge(client, number):
     post(client, f"/api/messages/{one['id']}/choose", other=two["id"], value=1 if longer else -1)
     best, worst = (one, two) if longer else (two, one)
     post(client, f"/api/messages/{best['id']}/thumb", up=True)
-    flag = {"reasons": ["harmful"], "severity": 3} if number % 4 == 0 else {}
+    flag = {"reasons": ["harmful"], "severity": 1 + number % 3}
     post(client, f"/api/messages/{worst['id']}/thumb", up=False, **flag)
     post(client, f"/api/messages/{worst['id']}/improve", content=f"{BETTER} {number}")
 
@@ -93,6 +95,17 @@ def tokenised(workdir, corpus, vocabulary):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return workdir
+
+
+def new_replies(workdir, policy, prompts, tiny):
+    """Candidate sets of what was flagged, in train."""
+    config = collect_config.get_config()
+    config.inputs.update(policy=str(policy), prompts=str(prompts), vocabulary=tiny.vocabulary)
+    config.data.prompt_len, config.sampling.max_new_tokens = 24, 8
+    config.batch_size, config.num_replies = 8, 3
+    config.num_prompts.train = config.num_prompts.validation = None
+    collect.run(config, workdir)
+    return read_records(workdir, "candidates", "train", CandidateSet)
 
 
 @pytest.mark.slow
@@ -125,11 +138,11 @@ def test_what_people_say_in_the_chat_changes_the_model_that_answers(
         comparisons = [*found["train"], *found["validation"]]
         kinds = {c.id.split(":")[0] for c in comparisons}
         assert kinds == {"choice", "thumb", "flag", "better"}
-        assert {c.weight for c in comparisons} == {0.25, 1.0} and found["validation"]
+        assert {c.weight for c in comparisons} == {0.25, 0.5, 1.0} and found["validation"]
         assert {c.labeller for c in comparisons} == {f"person:{ann}"}
         assert silent.id not in str(comparisons)
         prompts = read_records(tmp_path / "export", "prompts", "train", Prompt)
-        assert prompts and all("harmful:severity=3" in p.source for p in prompts)
+        assert prompts and all("flag:harmful:severity=" in p.source for p in prompts)
         demonstrations = read_records(tmp_path / "export", "conversations", "train", Conversation)
         assert all(BETTER in c.messages[-1].content for c in demonstrations)
 
@@ -160,6 +173,16 @@ def test_what_people_say_in_the_chat_changes_the_model_that_answers(
         kept = store.conversations.path(ann, answer["id"])[-1]
         assert kept.policy == after["identity"] != before
         client.close()
+
+        # What was flagged is asked again, for people to rank; and it goes when its author goes.
+        collected = new_replies(tmp_path / "collect", tmp_path / "ppo", tmp_path / "export", tiny)
+        again = store.campaigns.create("flagged", "ranking", Settings(), "system")
+        assert store.campaigns.queue(again.id, collected, "system", "train") == len(prompts)
+        assert {task.person for task in store.campaigns.tasks(again.id)} == {ann}
+        assert [e.workdir for e in store.delete_person(ann, "system")] == [str(tmp_path / "export")]
+        assert {task.state for task in store.campaigns.tasks(again.id)} == {"deleted"}
+        with pytest.raises(UserError, match="it holds no feedback"):
+            export.run(config, tmp_path / "later")
 
 
 def start_rounds(root, url, log):
