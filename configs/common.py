@@ -188,6 +188,32 @@ def gate() -> ConfigDict:
     )
 
 
+def rank_by_people() -> ConfigDict:
+    """The stage `rank`, by the people of a store: they work on a campaign in the web app."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "inputs": inputs("candidates"),
+            "backend": "store",
+            "store": {
+                "url": placeholder(str),  # None: $GPTLAB_STORE
+                "poll_seconds": 5.0,
+            },
+            # Settings are of a campaign that isn't there yet; one that is, stays as it is.
+            "campaign": {
+                "name": placeholder(str),
+                "instructions": "Rank the replies from the best to the worst. Ties are allowed.",
+                "overlap": 2,
+                "lease_seconds": 900.0,
+                "gold_rate": 0.05,
+                "disagreement": 0.5,
+                "max_skips": 3,
+            },
+            "filters": feedback_filters(),
+        }
+    )
+
+
 def feedback_filters() -> ConfigDict:
     """What people said that may become training data; see people/feedback.py for each key."""
     return ConfigDict(

@@ -7,7 +7,10 @@ model talks like small talk at best. What to expect: held-out bits a byte below 
 that end by themselves, and policies that are more upbeat than the SFT model in both rounds.
 
 `configs/quickstart.py:smoke` is the same loop on a sliver of the data with a toy model, in under 4
-minutes, to see that everything works: its figures mean nothing.
+minutes, to see that everything works: its figures mean nothing. With `:people` (or both, as
+`:smoke,people`) replies are ranked by the people of a store, for as long as they need: they work on
+the campaign 'quickstart' of a server (`gptlab.serve`) with the same store, which is
+--config.stages.rank.store.url or $GPTLAB_STORE.
 
 Your own files: --config.data.documents=DIR_OR_GLOB. Another seed: --config.seed=1.
 """
@@ -19,16 +22,19 @@ from ml_collections.config_dict import placeholder
 
 from configs import common
 
-ARGS = ("", "smoke")
+ARGS = ("", "smoke", "people", "smoke,people")
 PROMPT_TOKENS, REPLY_TOKENS = 64, 48
 LEARNT_REPLY_TOKENS = 40  # SFT learns from no longer replies, so that nearly all end in time
 FOLDS = 4  # of the training labels, by prompt: the last one is the unseen judge's
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg`: None for the quickstart, 'smoke' for the toy."""
+    """`arg`: None for the quickstart, 'smoke' for the toy, 'people' to have people rank."""
     if (arg or "") not in ARGS:
-        raise ValueError(f"configs/quickstart.py takes no argument or 'smoke', got {arg!r}")
+        raise ValueError(
+            f"configs/quickstart.py takes no argument, 'smoke', 'people' or both, got {arg!r}"
+        )
+    chosen = (arg or "").split(",")
     config = ConfigDict()
     config.seed = 0
     config.num_rounds = 2
@@ -47,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "sft": sft(),
             "reviews": reward(comparisons="reviews"),
             "collect": collect(),
-            "rank": rank(),
+            "rank": people() if "people" in chosen else rank(),
             "reward": reward(folds=tuple(range(FOLDS - 1))),
             "judge": reward(folds=(FOLDS - 1,)),
             "ppo": ppo(),
@@ -59,7 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "clean": 17, "vocabulary": 14, "tokenize": 42, "pretrain": 235, "sft": 93, "reviews": 80,
         "collect": 50, "rank": 1, "reward": 95, "judge": 45, "ppo": 87, "evaluate": 71,
     }  # fmt: skip
-    if arg == "smoke":
+    if "smoke" in chosen:
         shrink(config)
     for name, stage in config.stages.items():
         if "seed" in stage:
@@ -241,6 +247,13 @@ def rank() -> ConfigDict:
             "labeller": {"noise": 0.25, "tie_margin": 0.05},
         }
     )
+
+
+def people() -> ConfigDict:
+    """The people of a store, in one campaign for all rounds."""
+    config = common.rank_by_people()
+    config.campaign.name = "quickstart"
+    return config
 
 
 def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) -> ConfigDict:

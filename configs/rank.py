@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in ARGS:
         raise UserError(f"configs/rank.py:{arg}: the argument is one of {', '.join(ARGS)}")
     if arg == "people":
-        return people()
+        return common.rank_by_people()
     scorers = {
         "vader": {"name": "vader"},
         "words": {"name": "word_fraction", "words": ("you", "your", "yours", "yourself")},
@@ -45,32 +45,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "backend": "simulated",
             "scorer": scorers[arg],
             "labeller": {"noise": noise[arg], "tie_margin": 0.05 if arg == "vader" else 0.0},
-        }
-    )
-
-
-def people() -> ConfigDict:
-    """Rankings by the people of a store."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "inputs": {"candidates": placeholder(str)},
-            "backend": "store",
-            "store": {
-                "url": placeholder(str),  # None: $GPTLAB_STORE
-                "poll_seconds": 5.0,
-            },
-            # Settings are of a campaign that isn't there yet; one that is, stays as it is.
-            "campaign": {
-                "name": placeholder(str),
-                "instructions": "Rank the replies from the best to the worst. Ties are allowed.",
-                "overlap": 2,
-                "lease_seconds": 900.0,
-                "gold_rate": 0.05,
-                "disagreement": 0.5,
-                "max_skips": 3,
-            },
-            "filters": common.feedback_filters(),
         }
     )
 

@@ -47,11 +47,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
       UserError: no candidates, a set that can't be ranked, or no such backend, scorer or store.
       Interrupted: SIGTERM or SIGINT.
     """
-    if config.backend not in ("simulated", "store"):
-        raise UserError(f"config.backend={config.backend!r}: there are 'simulated' and 'store'")
+    check(config)
     artifact.check_inputs(config)
-    if config.backend == "store":
-        _campaign_ranking().check(config)
     with artifact.open_run(config, workdir, "rank") as run:
         if run.finished:
             print(f"rank: {run.workdir} is done")
@@ -65,6 +62,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             _rank_by_labeller(run, sets)
         processes.barrier("rank")
         run.complete(records.digest(run.workdir / "records"))
+
+
+def check(config: ConfigDict) -> None:
+    """UserError for a config that could only fail later."""
+    if config.backend not in ("simulated", "store"):
+        raise UserError(f"config.backend={config.backend!r}: there are 'simulated' and 'store'")
+    if config.backend == "store":
+        _campaign_ranking().check(config)
 
 
 def _rank_by_labeller(run: artifact.Run, sets: Mapping[str, list[CandidateSet]]) -> None:

@@ -442,6 +442,10 @@ def check(config: ConfigDict) -> None:
         missing = [name for name in PROGRAMS if name not in config[group]]
         if missing:
             raise UserError(f"config.{group} lacks {', '.join(missing)}")
+    try:
+        rank.check(config.stages.rank)  # it comes after hours of training
+    except UserError as error:
+        raise UserError(f"config.stages.rank: {error}") from error
 
 
 def supersede(config: ConfigDict, root: epath.Path, raw: raw_inputs.Files) -> None:

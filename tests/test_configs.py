@@ -125,10 +125,12 @@ def test_an_unknown_argument_is_refused(name):
         load(name, "nonsense")
 
 
-@pytest.mark.parametrize("arg", [None, "smoke"])
+@pytest.mark.parametrize("arg", [None, "smoke", "smoke,people"])
 @pytest.mark.parametrize("stage", rounds.PROGRAMS)
 def test_quickstart_stages_have_the_keys_of_their_programs_config(stage, arg):
-    own, used = load(*OWN[stage]), quickstart.get_config(arg).stages[stage]
+    by_people = stage == "rank" and arg == "smoke,people"
+    own = load(*(("rank", "people") if by_people else OWN[stage]))
+    used = quickstart.get_config(arg).stages[stage]
     for name in ("optimizer", "value_optimizer"):  # may be another one, with its own keys
         if name in used:
             fragment = {"adamw": common.adamw(1.0), "muon": common.muon(1.0, adam_lr=1.0)}

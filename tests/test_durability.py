@@ -173,11 +173,13 @@ def test_a_killed_server_loses_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_20_kills_among_10000_tasks_lose_nothing(tmp_path):
     url = f"sqlite:///{tmp_path / 'serve' / 'store.sqlite'}"
     prove(tmp_path, url, tasks=10_000, kills=20, people=8, overlap=1)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_servers_before_postgresql_lose_nothing(tmp_path, postgresql):
     prove(tmp_path, new_database(postgresql), tasks=500, kills=5, people=8, overlap=2)

@@ -184,6 +184,8 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch):
     assert "there is no store" in error()
     assert "config.store.url is not set" in error(None)
     assert "not 'mysql://a/b'" in error("mysql://a/b")
+    assert "not 'runs/store.sqlite'" in error("runs/store.sqlite")
+    assert "secret" not in error("me:secret@host")
     assert "GPTLAB_STORE" in error("postgresql+psycopg://me:secret@host/db")
     assert "secret" not in error("postgresql+psycopg://me:secret@host/db")
     assert "is a directory" in error(f"sqlite:///{tmp_path}")

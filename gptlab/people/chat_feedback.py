@@ -13,6 +13,8 @@ from gptlab.people.store.content import Content
 from gptlab.people.store.conversations import Message as Stored
 from gptlab.people.store.feedback import Given
 
+MAX_REPLIES = 4  # of a comparison: a reward model's batch is as wide as its widest comparison
+
 
 def improved(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
     """A better reply is a demonstration, and above the one that it improves."""
@@ -57,7 +59,7 @@ def choices(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) ->
 
 
 def thumbs(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
-    """Replies to one turn that got a thumb: those up above those down."""
+    """Replies to one turn that got a thumb: those up above those down, the newest of each."""
     by_turn: dict[tuple[str, str], list[Given]] = {}
     for given in content.feedback:
         if given.kind == "thumb" and weight:
@@ -68,20 +70,23 @@ def thumbs(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> 
             for _ in thumbs:
                 sieve.leave_out("thumb", "nothing to compare with")
             continue
-        about = _about(content, thumbs[0].message)
+        ups = [given for given in thumbs if given.value > 0][-MAX_REPLIES // 2 :]
+        downs = [given for given in thumbs if given.value < 0][-MAX_REPLIES // 2 :]
+        compared = [*ups, *downs]
+        about = _about(content, compared[0].message)
         if sieve.passes("thumb", person, [about.owner]):
             yield _compared(
                 content, sieve, "thumb", turn, person, about,
-                [given.message for given in thumbs],
-                [1 if given.value > 0 else 2 for given in thumbs],
-                weight, split_of, [_row(given) for given in thumbs],
+                [given.message for given in compared],
+                [1] * len(ups) + [2] * len(downs),
+                weight, split_of, [_row(given) for given in compared],
             )  # fmt: skip
 
 
 def flags(
     content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
 ) -> Iterator[Item]:
-    """Flagged replies below those that weren't, and the prompts they were given to."""
+    """Flagged replies below the newest that weren't, and the prompts they were given to."""
     down: dict[str, set[str]] = {}  # turn -> texts; the same text may have come twice
     for given in content.feedback:
         if given.kind == "thumb" and given.value < 0:
@@ -102,6 +107,7 @@ def flags(
         yield safety_prompt(about.prompt, kinds, given.severity, given.id, rows, sieve, split_of)
         turn = content.messages[given.message].parent or ""
         others = [m.id for m in replies.get(turn, ()) if m.content not in down[turn]]
+        others = others[-(MAX_REPLIES - 1) :]
         weight = weights[given.severity - 1]
         if not others:
             sieve.leave_out("flag", "nothing to compare with")

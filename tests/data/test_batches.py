@@ -1,5 +1,6 @@
 """Batches: pure functions of (seed, step), alike for any number of processes, rightly masked."""
 
+import dataclasses
 import itertools
 import threading
 
@@ -270,6 +271,15 @@ def test_comparisons_are_prompt_and_reply_with_absent_candidates_at_rank_0(tiny_
             assert decoded(tok, ids[:at]) == comparison.prompt.messages[0].content
     assert batch.tokens.dtype == batch.last_index.dtype == batch.ranks.dtype == np.int32
     assert batch.weight.dtype == np.float32
+
+
+def test_a_comparison_counts_by_its_weight_and_padding_not_at_all(tiny_tokenizer):
+    thumb = dataclasses.replace(ranking("a", talk("hi?"), ["yes!", "no."], [2, 1]), weight=0.25)
+    plain = ranking("b", talk("why?"), ["so", "it"], [1, 2])
+    source = ComparisonBatches([thumb, plain], tiny_tokenizer, 2, 2, T, T, 0)
+    assert next(iter(source.eval())).weight.tolist() == [0.25, 1.0]
+    padded = ComparisonBatches([thumb, plain, plain], tiny_tokenizer, 2, 2, T, T, 0)
+    assert [batch.weight.tolist() for batch in padded.eval()][1] == [1.0, 0.0]
 
 
 def test_the_prompt_is_trimmed_by_whole_turns_and_alike_for_all_candidates(tiny_tokenizer):

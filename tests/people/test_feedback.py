@@ -216,6 +216,19 @@ def test_flags_compare_with_what_may_be_better(own_store):
     assert prompt.severity == 2 and prompt.record.source.endswith("harmful:severity=2")
 
 
+def test_a_turn_with_many_replies_makes_no_wider_comparison(own_store):
+    store = own_store
+    ann = person(store, "Ann", "user")
+    _, _, replies = chat(store, ann, replies=[f"reply {i}" for i in range(9)])
+    for i, reply in enumerate(replies[:8]):
+        store.feedback.thumb(ann.id, reply.id, i % 2 == 0, ["biased"] if i == 7 else ())
+    found = harvest(store)
+    (thumbs,) = of_kind(found, "thumb", Comparison)
+    assert order(thumbs) == {"reply 4": 1, "reply 6": 1, "reply 5": 2, "reply 7": 2}
+    (flag,) = of_kind(found, "flag", Comparison)
+    assert order(flag) == {"reply 4": 1, "reply 6": 1, "reply 8": 1, "reply 7": 2}
+
+
 def test_a_weight_of_nothing_leaves_a_kind_out(own_store):
     store = own_store
     ann = person(store, "Ann", "user")

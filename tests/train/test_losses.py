@@ -79,7 +79,7 @@ def slow_ranking(rewards, ranks, weight):
 RANKS = np.array(
     [[2, 1, 4, 3], [1, 0, 2, 0], [1, 1, 3, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 2, 3, 4]]
 )
-WEIGHT = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+WEIGHT = np.array([0.25, 1.0, 1.0, 1.0, 1.0, 0.0])
 
 
 def test_ranking_loss_on_a_ragged_batch():
@@ -93,7 +93,7 @@ def test_ranking_loss_on_a_ragged_batch():
     total, weight, _ = losses.ranking_loss_sums(x, *args)
     want, want_weight = slow_ranking(rewards, RANKS, WEIGHT)
     np.testing.assert_allclose(total, want, rtol=1e-5)
-    assert weight == want_weight == 3
+    assert weight == want_weight == 2.25
     grad = numeric_grad(lambda y: slow_ranking(y, RANKS, WEIGHT)[0], rewards)
     np.testing.assert_allclose(jax.grad(loss)(x), grad, atol=1e-5)
     assert (np.abs(grad[[0, 1, 2]]).sum(-1) > 0).all()

@@ -146,7 +146,9 @@ def _parse(url: str) -> sa.URL:
         parsed = None
     drivers = ("sqlite", "postgresql+psycopg")
     if parsed is None or parsed.drivername not in drivers or not parsed.database:
-        shown = "it" if parsed is None else repr(parsed.render_as_string(hide_password=True))
+        shown = repr(url if parsed is None else parsed.render_as_string(hide_password=True))
+        if parsed is None and "@" in url:  # there may be a password before it
+            shown = "what was given"
         raise UserError(
             f"the store's URL is sqlite:///PATH or postgresql+psycopg://HOST/NAME, not {shown}"
         )

@@ -5,7 +5,8 @@ consents, sessions, keys and invitations, and the content of tasks that show the
 others judged of those. What stays is a row in `people` without a name, and in the audit what was
 done when, by ids: no content. Tasks they judged are open again for others. Artifacts exported
 earlier are files outside of the store; the store knows which ones contain the person's data and
-lists them, so that they can be made again and the old ones removed.
+lists them, so that they can be made again and the old ones removed. What such an artifact still
+holds is not taken in again (provenance.py).
 
 SQLite's file holds nothing of it afterwards, not in its free pages either. PostgreSQL overwrites
 the space in its own time (VACUUM), and its write-ahead log and everybody's backups keep what they
