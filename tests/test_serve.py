@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import serve as serve_config
 from gptlab import serve
+from gptlab.people.store import Store
 from gptlab.run.errors import UserError
 from tests import serving
 
@@ -85,6 +86,7 @@ def config(**changes):
         ({"drain_seconds": -1.0}, "config.drain_seconds"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"mesh.tensor": 3}, "config.mesh"),
+        ({"web.secure": True}, "config.api.keys=True"),
         ({"moderation.scorer.name": "no such"}, "no scorer 'no such'"),
         ({"api.max_body_bytes": 0}, "config.api.max_body_bytes=0"),
     ],
@@ -109,11 +111,14 @@ def test_one_server_in_a_workdir_and_on_a_port_and_refusals_are_recorded(tmp_pat
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "content_filter"
         assert httpx.post(f"{url}/v1/completions", json={**ask, "prompt": "hi"}).is_success
-    (line,) = (tmp_path / "serve" / "refusals.jsonl").read_text().splitlines()
-    record = json.loads(line)
-    assert record["text"] == ask["prompt"] and record["where"] == "input"
-    assert record["score"] < -0.3 and record["scorer"] == "vader"
-    assert oct(os.stat(tmp_path / "serve" / "refusals.jsonl").st_mode)[-3:] == "600"
+    path = tmp_path / "serve" / "store.sqlite"
+    with Store.open(f"sqlite:///{path}") as store:
+        (row,) = [row for row in store.audit.entries() if row.action == "moderation.refuse"]
+        assert store.audit.verify() is None
+    assert (row.object, row.detail["scorer"]) == ("input", "vader")
+    assert row.detail["score"] < -0.3 and row.detail["characters"] == len(ask["prompt"])
+    assert "awful" not in repr(row)
+    assert oct(os.stat(path).st_mode)[-3:] == "600"
 
 
 @pytest.mark.parametrize("argument", ["runs/sft", "=runs/sft", "a=", "a=runs/sft,,"])
