@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         )
         served = app.make(
             _moderated(config, scorer, backend, store),
-            check_key=store.accounts.check_api_key if config.api.keys else None,
+            check_key=store.accounts.check_api_key if config.api.require_keys else None,
             limits=api.Limits(config.api.requests_per_minute, config.api.max_choices),
             max_body_bytes=config.api.max_body_bytes,
             body_seconds=config.api.body_seconds,
@@ -113,15 +113,15 @@ def check(config: ConfigDict) -> registry.Scorer | None:
         raise UserError(f"config.drain_seconds={config.drain_seconds} must not be negative")
     if not 0 <= config.port < 65536:
         raise UserError(f"config.port={config.port} is not in 0 .. 65535 (0: any that is free)")
-    if not _is_loopback(config.host) and not (config.api.keys or config.api.open):
+    if not _is_loopback(config.host) and not (config.api.require_keys or config.api.open):
         raise UserError(
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
-            "set config.api.keys=True, or config.api.open=True to let everybody use the API"
+            "set config.api.require_keys=True, or config.api.open=True to let everybody use the API"
         )
-    if config.web.secure and not (config.api.keys or config.api.open):
+    if config.web.secure and not (config.api.require_keys or config.api.open):
         raise UserError(
             "config.web.secure=True is for a server that a proxy makes known elsewhere, and no key "
-            "is asked for: set config.api.keys=True, or config.api.open=True to let everybody use "
+            "is asked for: set config.api.require_keys=True, or config.api.open=True to let everybody use "
             "the API"
         )
     settings = config.moderation

@@ -86,7 +86,7 @@ def config(**changes):
         ({"drain_seconds": -1.0}, "config.drain_seconds"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"mesh.tensor": 3}, "config.mesh"),
-        ({"web.secure": True}, "config.api.keys=True"),
+        ({"web.secure": True}, "config.api.require_keys=True"),
         ({"moderation.scorer.name": "no such"}, "no scorer 'no such'"),
         ({"api.max_body_bytes": 0}, "config.api.max_body_bytes=0"),
     ],
@@ -95,6 +95,18 @@ def test_mistakes_are_user_errors(tmp_path, workdir, changes, words):
     made = config(**{"models.gptlab": str(workdir), "mesh.fsdp": -1, **changes})
     with pytest.raises(UserError, match=words):
         serve.run(made, str(tmp_path / "serve"))
+
+
+def test_no_name_of_a_config_is_a_method_of_configs():
+    """config.api.keys would be ConfigDict.keys, which is always true."""
+
+    def names(made):
+        for name, value in made.items():
+            yield name
+            if isinstance(value, ConfigDict):
+                yield from names(value)
+
+    assert not [name for name in names(serve_config.get_config()) if hasattr(ConfigDict, name)]
 
 
 def test_one_server_in_a_workdir_and_on_a_port_and_refusals_are_recorded(tmp_path, workdir):
