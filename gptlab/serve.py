@@ -121,8 +121,8 @@ def check(config: ConfigDict) -> registry.Scorer | None:
     if config.web.secure and not (config.api.require_keys or config.api.open):
         raise UserError(
             "config.web.secure=True is for a server that a proxy makes known elsewhere, and no key "
-            "is asked for: set config.api.require_keys=True, or config.api.open=True to let everybody use "
-            "the API"
+            "is asked for: set config.api.require_keys=True, or config.api.open=True to let "
+            "everybody use the API"
         )
     settings = config.moderation
     if settings.scorer.name is None:
