@@ -224,7 +224,7 @@ def rank(admin: Page, images: Path) -> None:
     admin.goto(f"/label/{campaign}")
     admin.click("text=Yes, it may")
     admin.locator(".board").wait_for()
-    admin.locator("#toasts .toast").wait_for(state="detached")
+    admin.locator("#consent-banner").wait_for(state="detached")
     for key in ("j", "2", "j", "1", "j", "3"):
         admin.keyboard.press(key)
     admin.locator(".rank-layout").evaluate("layout => layout.scrollIntoView()")
