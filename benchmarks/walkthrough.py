@@ -1,6 +1,6 @@
 """The whole way in a browser: a writer gets help, says what is good and bad, and it is exported.
 
-    python -m benchmarks.walkthrough --model=runs/import
+    python -m benchmarks.walkthrough --model=runs/smollm2
     python -m benchmarks.walkthrough --upstream=http://127.0.0.1:8001
 
 Starts gptlab.serve with a store of its own, and Chromium. An admin comes in by the first invitation
@@ -75,6 +75,14 @@ def main() -> None:
     browser = shutil.which("chromium")
     if browser is None:
         parser.error("Chromium is not installed: apt-get install chromium")
+    try:
+        run(args, browser)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def run(args: argparse.Namespace, browser: str) -> None:
+    """Serves, walks, exports, and exits with 1 if something is missing."""
     with contextlib.ExitStack() as stack:
         place = Path(args.workdir or stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)

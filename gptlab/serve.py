@@ -105,10 +105,23 @@ def check(config: ConfigDict) -> registry.Scorer | None:
         "engine.deadline_seconds": config.engine.deadline_seconds,
         "engine.watch_seconds": config.engine.watch_seconds,
         "api.requests_per_minute": config.api.requests_per_minute,
+        "web.max_tokens": config.web.max_tokens,
+        "web.reply_seconds": config.web.reply_seconds,
+        "web.replies_at_once": config.web.replies_at_once,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"config.{name}={value} must be positive")
+    web_settings = config.web
+    if web_settings.temperature < 0 or not 0 < web_settings.top_p <= 1:
+        raise UserError(
+            f"config.web.temperature={web_settings.temperature} must not be negative, and "
+            f"config.web.top_p={web_settings.top_p} must be above 0 and at most 1"
+        )
+    if web_settings.artifacts is not None and not Path(web_settings.artifacts).is_dir():
+        raise UserError(
+            f"config.web.artifacts={web_settings.artifacts}: there is no such directory"
+        )
     if config.drain_seconds < 0:
         raise UserError(f"config.drain_seconds={config.drain_seconds} must not be negative")
     if not 0 <= config.port < 65536:
