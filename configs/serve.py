@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "max_choices": 16,  # n, times the prompts of one request
                 "max_body_bytes": 1 << 20,
                 "body_seconds": 30.0,  # in which a request has to arrive
-                "require_keys": False,  # True: /v1 is for holders of a key, which an admin makes
+                "require_keys": False,  # True: /v1 is for holders of API keys, which admins make
                 "open": False,  # True: an address that others reach may be served without keys
             },
             # What people say: sqlite:///PATH or postgresql+psycopg://HOST/NAME. None: that of

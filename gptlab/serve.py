@@ -19,14 +19,11 @@ at once.
 """
 
 import ipaddress
-import json
 import os
 import resource
 import signal
 import socket
 import sys
-import threading
-import time
 from pathlib import Path
 
 import uvicorn
@@ -39,6 +36,7 @@ from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options
 from gptlab.people.moderation import Moderated, Refusal
 from gptlab.people.store import Store, resolve_url
+from gptlab.people.store.audit import SYSTEM
 from gptlab.people.upstream import Upstream
 from gptlab.run import lock, processes, program, storage
 from gptlab.run.errors import UserError
@@ -70,7 +68,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             config.upstream, os.environ.get(UPSTREAM_KEY), config.engine.deadline_seconds
         )
         served = app.make(
-            _moderated(config, scorer, backend, Path(directory)),
+            _moderated(config, scorer, backend, store),
             check_key=store.accounts.check_api_key if config.api.require_keys else None,
             limits=api.Limits(config.api.requests_per_minute, config.api.max_choices),
             max_body_bytes=config.api.max_body_bytes,
@@ -107,10 +105,23 @@ def check(config: ConfigDict) -> registry.Scorer | None:
         "engine.deadline_seconds": config.engine.deadline_seconds,
         "engine.watch_seconds": config.engine.watch_seconds,
         "api.requests_per_minute": config.api.requests_per_minute,
+        "web.max_tokens": config.web.max_tokens,
+        "web.reply_seconds": config.web.reply_seconds,
+        "web.replies_at_once": config.web.replies_at_once,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"config.{name}={value} must be positive")
+    web_settings = config.web
+    if web_settings.temperature < 0 or not 0 < web_settings.top_p <= 1:
+        raise UserError(
+            f"config.web.temperature={web_settings.temperature} must not be negative, and "
+            f"config.web.top_p={web_settings.top_p} must be above 0 and at most 1"
+        )
+    if web_settings.artifacts is not None and not Path(web_settings.artifacts).is_dir():
+        raise UserError(
+            f"config.web.artifacts={web_settings.artifacts}: there is no such directory"
+        )
     if config.drain_seconds < 0:
         raise UserError(f"config.drain_seconds={config.drain_seconds} must not be negative")
     if not 0 <= config.port < 65536:
@@ -119,6 +130,12 @@ def check(config: ConfigDict) -> registry.Scorer | None:
         raise UserError(
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
             "set config.api.require_keys=True, or config.api.open=True to let everybody use the API"
+        )
+    if config.web.secure and not (config.api.require_keys or config.api.open):
+        raise UserError(
+            "config.web.secure=True is for a server that a proxy makes known elsewhere, and no key "
+            "is asked for: set config.api.require_keys=True, or config.api.open=True to let "
+            "everybody use the API"
         )
     settings = config.moderation
     if settings.scorer.name is None:
@@ -137,7 +154,10 @@ def _is_loopback(host: str) -> bool:
 
 def _store_url(config: ConfigDict, directory: Path) -> str:
     if config.store.url is None and "GPTLAB_STORE" not in os.environ:
-        return f"sqlite:///{directory / 'store.sqlite'}"
+        path = directory / "store.sqlite"
+        # What people wrote is nobody else's business on this machine; SQLite keeps the mode.
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        return f"sqlite:///{path}"
     return resolve_url(config.store.url)
 
 
@@ -166,32 +186,25 @@ def _embedded(config: ConfigDict) -> Embedded:
 
 
 def _moderated(
-    config: ConfigDict, scorer: registry.Scorer | None, backend: Backend, directory: Path
+    config: ConfigDict, scorer: registry.Scorer | None, backend: Backend, store: Store
 ) -> Backend:
     """The backend behind its moderation, if there is one."""
     if scorer is None:
         return backend
     settings = config.moderation
-    path, guard = directory / "refusals.jsonl", threading.Lock()
 
     def record(refusal: Refusal) -> None:
-        line = {
-            "time": time.time(),
-            "where": refusal.where,
+        # Without the text: the audit is for ever, and what people write has to be deletable.
+        detail = {
             "model": refusal.ask.model,
             "scorer": refusal.scorer,
             "score": refusal.score,
-            "text": refusal.text,
+            "characters": len(refusal.text),
         }
-        # What people wrote is nobody else's business on this machine.
-        with guard, open(path, "a", encoding="utf-8", opener=_private) as file:
-            file.write(json.dumps(line) + "\n")
+        with store.database.write() as writer:
+            store.audit.append(writer, SYSTEM, "moderation.refuse", refusal.where, detail)
 
     return Moderated(backend, scorer, settings.least, settings.input, settings.output, record)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _serve(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,23 @@ def test_the_server_is_measured_under_several_clients(tmp_path, tiny_model, tiny
         assert of_clients["tokens_per_sec"]["median"] > 0
         assert of_clients["first_token_ms"]["median"] > 0
     assert figures["gptlab"]["clients_1"]["speedup"]["median"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="apt-get install chromium")
+def test_a_walk_through_ends_in_the_exported_data(tmp_path, tiny_model, tiny_vocabulary):
+    """A random model can't answer what only the notes say: that check fails, and is told."""
+    model = {**tiny_model, "max_len": 1024}
+    workdir = serving.write_model(tmp_path / "model", model, tiny_vocabulary)
+    images = tmp_path / "images"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.walkthrough", f"--model={workdir}", "--tokens=12",
+         "--temperature=1.0", f"--images={images}"],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    checks = json.loads(done.stdout.splitlines()[-1])["checks"]
+    assert list(checks.values()) == [False, True, True, True, True]
+    assert {path.stem for path in images.iterdir()} == {
+        "chat", "chat-phone", "ranking", "ranking-phone"
+    }  # fmt: skip

@@ -321,6 +321,7 @@ def test_ranking_by_keyboard_alone(site, browser):
         page.goto(f"/label/{campaign.id}")
         page.locator(".board").wait_for()
         press = page.keyboard.press
+        page.focus("#main")  # where the consent banner leaves it
         press("j")
         for key in ("3", "j", "2", "j", "Alt+ArrowUp", "Alt+ArrowUp", "Alt+ArrowUp"):
             press(key)

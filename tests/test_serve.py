@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import serve as serve_config
 from gptlab import serve
+from gptlab.people.store import Store
 from gptlab.run.errors import UserError
 from tests import serving
 
@@ -85,6 +86,10 @@ def config(**changes):
         ({"drain_seconds": -1.0}, "config.drain_seconds"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"mesh.tensor": 3}, "config.mesh"),
+        ({"web.replies_at_once": 0}, "config.web.replies_at_once=0"),
+        ({"web.top_p": 0.0}, "config.web.top_p=0.0"),
+        ({"web.artifacts": "nowhere"}, "config.web.artifacts=nowhere"),
+        ({"web.secure": True}, "config.api.require_keys=True"),
         ({"moderation.scorer.name": "no such"}, "no scorer 'no such'"),
         ({"api.max_body_bytes": 0}, "config.api.max_body_bytes=0"),
     ],
@@ -93,6 +98,18 @@ def test_mistakes_are_user_errors(tmp_path, workdir, changes, words):
     made = config(**{"models.gptlab": str(workdir), "mesh.fsdp": -1, **changes})
     with pytest.raises(UserError, match=words):
         serve.run(made, str(tmp_path / "serve"))
+
+
+def test_no_name_of_a_config_is_a_method_of_configs():
+    """config.api.keys would be ConfigDict.keys, which is always true."""
+
+    def names(made):
+        for name, value in made.items():
+            yield name
+            if isinstance(value, ConfigDict):
+                yield from names(value)
+
+    assert not [name for name in names(serve_config.get_config()) if hasattr(ConfigDict, name)]
 
 
 def test_one_server_in_a_workdir_and_on_a_port_and_refusals_are_recorded(tmp_path, workdir):
@@ -109,11 +126,14 @@ def test_one_server_in_a_workdir_and_on_a_port_and_refusals_are_recorded(tmp_pat
         assert answer.status_code == 400
         assert answer.json()["error"]["code"] == "content_filter"
         assert httpx.post(f"{url}/v1/completions", json={**ask, "prompt": "hi"}).is_success
-    (line,) = (tmp_path / "serve" / "refusals.jsonl").read_text().splitlines()
-    record = json.loads(line)
-    assert record["text"] == ask["prompt"] and record["where"] == "input"
-    assert record["score"] < -0.3 and record["scorer"] == "vader"
-    assert oct(os.stat(tmp_path / "serve" / "refusals.jsonl").st_mode)[-3:] == "600"
+    path = tmp_path / "serve" / "store.sqlite"
+    with Store.open(f"sqlite:///{path}") as store:
+        (row,) = [row for row in store.audit.entries() if row.action == "moderation.refuse"]
+        assert store.audit.verify() is None
+    assert (row.object, row.detail["scorer"]) == ("input", "vader")
+    assert row.detail["score"] < -0.3 and row.detail["characters"] == len(ask["prompt"])
+    assert "awful" not in repr(row)
+    assert oct(os.stat(path).st_mode)[-3:] == "600"
 
 
 @pytest.mark.parametrize("argument", ["runs/sft", "=runs/sft", "a=", "a=runs/sft,,"])

@@ -24,8 +24,8 @@ _TASKS = 50
 _SOURCE = "web"  # of prompts written by an admin
 router = APIRouter(include_in_schema=False)
 Text = Annotated[str, Form()]
-Whole = Annotated[int, Form()]
-Real = Annotated[float, Form()]
+Whole = Annotated[int, Form(ge=0, le=1_000_000)]
+Real = Annotated[float, Form(ge=0, le=1_000_000, allow_inf_nan=False)]
 
 
 @router.get("/campaigns")
@@ -184,8 +184,12 @@ def _artifact(site: Site, workdir: str) -> Path:
     if site.settings.artifacts is None:
         raise Invalid("this server reads no artifacts: see config.web.artifacts")
     root = Path(site.settings.artifacts).resolve()
-    path = (root / workdir.strip()).resolve()
-    if not path.is_relative_to(root) or not path.is_dir():
+    try:
+        path = (root / workdir.strip()).resolve()
+        found = path.is_relative_to(root) and path.is_dir()
+    except (OSError, ValueError):  # too long, or no name at all
+        found = False
+    if not found:
         raise Invalid(f"there is no artifact {workdir!r} below the server's artifacts")
     return path
 

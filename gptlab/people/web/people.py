@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
@@ -13,6 +14,8 @@ from gptlab.people.web.security import Admin, Denied, Visitor
 from gptlab.people.web.site import Site, SiteOf
 
 _DAY = 86400.0  # seconds
+_MAX_DAYS = 36_500
+_MAX_PER_MINUTE = 1_000_000
 _ROWS = 100
 router = APIRouter(include_in_schema=False)
 Text = Annotated[str, Form()]
@@ -30,14 +33,15 @@ def invite(
     site: SiteOf,
     visitor: Admin,
     role: Text,
-    uses: Annotated[int, Form()] = 1,
-    days: Annotated[float, Form()] = 7.0,
+    uses: Annotated[int, Form(ge=1, le=10_000)] = 1,
+    days: Annotated[float, Form(gt=0, le=_MAX_DAYS, allow_inf_nan=False)] = 7.0,
     campaign: Text = "",
     simulated: Annotated[bool, Form()] = False,
 ) -> Response:
     """A link by which people join; it is shown once."""
+    leads_to = site.store.campaigns.get(campaign).id if campaign else None
     _, token = site.store.accounts.invite(
-        role, visitor.person.id, uses, days * _DAY, simulated, campaign or None
+        role, visitor.person.id, uses, days * _DAY, simulated, leads_to
     )
     return _people(request, site, visitor, link=_link(request, token))
 
@@ -102,8 +106,8 @@ def create_key(
         person,
         name,
         visitor.person.id,
-        int(_number(per_minute, "requests a minute")) if per_minute else None,
-        _number(days, "days") * _DAY if days else None,
+        int(_number(per_minute, 1, _MAX_PER_MINUTE, "requests a minute")) if per_minute else None,
+        _number(days, 0.001, _MAX_DAYS, "days") * _DAY if days else None,
     )
     return _keys(request, site, visitor, token=token)
 
@@ -121,7 +125,7 @@ def audit(
 ) -> Response:
     """Who did what: the newest rows, or those from one on."""
     head = site.store.audit.head()
-    begin = max(0, head.row - _ROWS) if after is None else max(0, after)
+    begin = max(0, head.row - _ROWS) if after is None else min(max(0, after), head.row)
     entries = site.store.audit.entries(begin, _ROWS)
     return site.page(
         request,
@@ -168,8 +172,12 @@ def _link(request: Request, token: str) -> str:
     return str(request.url_for("invitation", token=token))
 
 
-def _number(text: str, name: str) -> float:
+def _number(text: str, least: float, most: float, name: str) -> float:
+    """What a field says that may be empty."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise Denied(400, f"{name}: {text!r} is no number") from None
+        number = math.nan
+    if not least <= number <= most:
+        raise Denied(400, f"{name}: give a number from {least:g} to {most:,}")
+    return number

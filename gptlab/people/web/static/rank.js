@@ -105,7 +105,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
     event.preventDefault();
     document.getElementById("submit")?.click();
-  } else if ((event.key === "j" || event.key === "k") && document.activeElement === document.body && cards.length) {
+  } else if ((event.key === "j" || event.key === "k") && cards.length && !event.target.closest(".reply, .rank-chip, input, textarea, select, dialog")) {
     focusCard(0);
   }
 });
