@@ -178,3 +178,14 @@ def test_a_walk_through_ends_in_the_exported_data(tmp_path, tiny_model, tiny_voc
     assert {path.stem for path in images.iterdir()} == {
         "chat", "chat-phone", "ranking", "ranking-phone"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_labellers_are_measured_while_the_engine_serves(tmp_path, tiny_model, tiny_vocabulary):
+    workdir = serving.write_model(tmp_path / "model", tiny_model, tiny_vocabulary)
+    tiny = f"--model={workdir} --labellers=3 --tasks=20 --think=0.01 --chats=1 --new=4 --alone=0.5"
+    figures = figures_of("-m", "benchmarks.labelling", *tiny.split())
+    of_labelling = figures["labelling"]
+    for name in ("judge_ms", "lease_ms"):
+        assert 0 < of_labelling[name]["p50"] <= of_labelling[name]["p95"]
+    assert of_labelling["judgements_per_sec"] > 0 and figures["chats_alone"]["tokens_per_sec"] > 0
