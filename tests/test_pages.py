@@ -178,6 +178,7 @@ def test_stop_keeps_what_came(site, backend, browser):
         page.locator("text=Stopped or cut off here").last.wait_for()
 
 
+@pytest.mark.slow
 def test_the_model_the_theme_the_list_and_the_keyboard(site, backend, browser):
     with pages.visit(browser, site, color_scheme="light") as (page, person):
         page.goto("/chat")
