@@ -79,7 +79,12 @@ def run(config: ConfigDict, workdir: str) -> None:
             failures=tuple if embedded is None else embedded.failures,
         )
         web.add_pages(served, served.state.backend, store, web.Settings(**config.web))
-        _serve(served, listener, config.drain_seconds, web.first_invitation(store))
+        invitation = web.first_invitation(store)
+        if invitation is not None:
+            # Where people come by https, a session's cookie would not be taken over http.
+            origin = "https://NAME-OF-THIS-SERVER" if config.web.secure else _address(listener)
+            invitation = f"{origin}{invitation}"
+        _serve(served, listener, config.drain_seconds, invitation)
     finally:
         if store is not None:
             store.close()
@@ -250,10 +255,8 @@ class _Announced(uvicorn.Server):
             at = _address(self._listener)
             print(f"gptlab serve: {at}/v1", file=sys.stderr, flush=True)
             if self._invitation is not None:
-                link = f"{at}{self._invitation}"
-                print(
-                    f"gptlab serve: the first admin comes in by {link}", file=sys.stderr, flush=True
-                )
+                said = f"gptlab serve: the first admin comes in by {self._invitation}"
+                print(said, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Streamed:
 
     def __init__(self) -> None:
         self._tail = ""
+        self._returned = False  # whether the text so far ends with half of a \r\n
 
     def add(self, text: str) -> tuple[str, str]:
         """Takes more text.
@@ -36,9 +37,14 @@ class Streamed:
           (HTML of the blocks that are complete since the last call, HTML of the block that is
           still growing). Links that a later block defines are found by `render` alone.
         """
+        if self._returned and text.startswith("\n"):
+            text = text[1:]
+        self._returned = text.endswith("\r") or (self._returned and not text)
         # As lines are counted by the parser.
         self._tail = (self._tail + text).replace("\r\n", "\n").replace("\r", "\n")
-        blocks = [t for t in _MARKDOWN.parse(self._tail) if t.level == 0 and t.map is not None]
+        # A line that isn't complete may yet belong to another block: '*' begins a list, '**' none.
+        complete = self._tail[: self._tail.rfind("\n") + 1]
+        blocks = [t for t in _MARKDOWN.parse(complete) if t.level == 0 and t.map is not None]
         settled = ""
         if len(blocks) > 1:
             lines = self._tail.split("\n")

@@ -1,0 +1,168 @@
+"""Replies in the chat: streamed, refused, failed, left, too many; their Markdown as it grows."""
+
+import asyncio
+import contextlib
+import json
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptlab.people.backend import Model, Piece, Refused, Unavailable
+from gptlab.people.web import markdown
+from tests import pages, serving
+
+
+class Told:
+    """A backend that does what the prompt's last message says."""
+
+    def models(self):
+        return [Model("m", "policy", 0, None)]
+
+    async def reply(self, ask, deadline=None):
+        what = ask.prompt[-1].content
+        if what == "refuse the message":
+            raise Refused()
+        if what == "fail at once":
+            raise Unavailable("the model can't be reached: it is gone")
+        yield Piece("One ")
+        if what == "refuse the reply":
+            yield Piece("", finish_reason="content_filter")
+            return
+        if what == "fail later":
+            raise Unavailable("gone")
+        if what == "go on":
+            while True:
+                await asyncio.sleep(0.01)
+                yield Piece("more ")
+        yield Piece("*two*.", finish_reason="stop", policy="newer")
+
+    async def close(self, drain_seconds):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with pages.served(tmp_path_factory.mktemp("replies"), Told()) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def somebody(site):
+    """A program that acts for somebody new."""
+    person, _ = site.person()
+    _, key = site.store.accounts.create_api_key(person.id, "test", "system")
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=site.url, headers=headers, timeout=30, verify=False) as made:
+        yield made
+
+
+@pytest.fixture
+def client(site):
+    with somebody(site) as made:
+        yield made
+
+
+def begin(client, text):
+    """(conversation, turn) of a new chat."""
+    made = client.post("/api/conversations", json={"content": text}).json()
+    return made["conversation"]["id"], made["message"]["id"]
+
+
+def events(answer):
+    blocks = [block.split("\ndata: ") for block in answer.text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data)) for name, data in blocks]
+
+
+def kept(client, conversation):
+    found = client.get(f"/api/conversations/{conversation}").json()["messages"]
+    return [message for message in found if message["role"] == "assistant"]
+
+
+def test_a_reply_is_streamed_and_kept_with_its_policy(site, client):
+    conversation, turn = begin(client, "hello")
+    told = events(client.post(f"/api/messages/{turn}/reply", json={}))
+    assert [name for name, _ in told][0] == "start" and told[-1][0] == "done"
+    assert "".join(data["text"] for name, data in told if name == "text") == "One *two*."
+    (reply,) = kept(client, conversation)
+    assert reply == told[-1][1]["message"]
+    assert reply["html"] == "<p>One <em>two</em>.</p>\n" and reply["finished"]
+    person = client.get("/api/me").json()["id"]
+    stored = site.store.conversations.messages(person, conversation)[-1]
+    assert (stored.policy, stored.model) == ("newer", "m")
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("refuse the message", "moderation refused the message"),
+        ("refuse the reply", "moderation refused the reply"),
+    ],
+)
+def test_a_refusal_is_recorded(client, text, refusal):
+    conversation, turn = begin(client, text)
+    (*_, (name, data)) = events(client.post(f"/api/messages/{turn}/reply", json={}))
+    assert (name, data["message"]["refusal"]) == ("done", refusal)
+    (reply,) = kept(client, conversation)
+    assert reply["refusal"] == refusal and not reply["finished"]
+
+
+def test_a_failure_is_told_and_leaves_no_empty_reply(client):
+    conversation, turn = begin(client, "fail at once")
+    answer = client.post(f"/api/messages/{turn}/reply", json={})
+    assert answer.status_code in (502, 503) and "gone" in answer.json()["error"]["message"]
+    assert kept(client, conversation) == []
+    conversation, turn = begin(client, "fail later")
+    (*_, (name, data)) = events(client.post(f"/api/messages/{turn}/reply", json={}))
+    assert name == "done" and "failed" in data["notice"]
+    (reply,) = kept(client, conversation)
+    assert (reply["content"], reply["finished"]) == ("One ", False)
+
+
+def test_what_came_is_kept_when_the_browser_goes_away(site, client):
+    conversation, turn = begin(client, "go on")
+    with client.stream("POST", f"/api/messages/{turn}/reply", json={}) as answer:
+        for line in answer.iter_lines():
+            if "more" in line:
+                break
+    serving.wait_for(lambda: not site.app.state.site.running)
+    (reply,) = kept(client, conversation)
+    assert "more" in reply["content"] and not reply["finished"]
+
+
+def test_one_person_has_so_many_replies_at_once(site, client):
+    _, turn = begin(client, "go on")
+    path = f"/api/messages/{turn}/reply"
+    with (
+        client.stream("POST", path, json={}) as one,
+        client.stream("POST", path, json={}) as two,
+    ):
+        assert one.is_success and two.is_success
+        third = client.post(path, json={})
+        assert third.status_code == 429 and float(third.headers["Retry-After"]) > 0
+        (token, *_) = site.app.state.site.running
+        with somebody(site) as other:  # somebody else can't stop it
+            assert other.post(f"/api/replies/{token}/stop").status_code == 204
+        assert token in site.app.state.site.running
+        assert client.post(f"/api/replies/{token}/stop").status_code == 204
+        serving.wait_for(lambda: token not in site.app.state.site.running)
+    serving.wait_for(lambda: not site.app.state.site.running)
+
+
+LINES = st.sampled_from(
+    ["", "a", "**b", "c**", "- d", "  - e", "1. f", "```", "> g", "# h", "| i | j |", "|---|---|",
+     "***", "<b>", "    k", "\\", "`l`", "\t", "<script>alert(1)</script>", "[m](http://n.o)"]
+)  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(LINES, max_size=12), st.integers(1, 7), st.sampled_from(["\n", "\r\n"]))
+def test_markdown_that_grows_ends_as_the_whole(lines, step, newline):
+    """Blocks that were settled stay as they are; the last one completes the text."""
+    text, growing, settled, tail = newline.join(lines), markdown.Streamed(), "", ""
+    for begin_at in range(0, len(text), step):
+        done, tail = growing.add(text[begin_at : begin_at + step])
+        settled += done
+        assert "<script" not in settled + tail
+    assert settled + tail == markdown.render(text) or not text
