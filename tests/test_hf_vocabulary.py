@@ -112,6 +112,7 @@ def test_collect_and_the_reward_models_data(tuned, imported, tiny_clean, tokeniz
             assert ids == prompt + reply and (ids[-1] == 2) == candidate.finished
 
 
+@pytest.mark.slow
 def test_reward_and_ppo_run_on_it(tuned, imported, tiny_clean, tiny_comparisons, tokens, tmp_path):
     config = reward_config.get_config()
     config.inputs.update(

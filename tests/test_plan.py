@@ -143,7 +143,7 @@ def test_splash_attention_is_counted_apart():
     assert whole - without == 2 * 2 * 3 * 32 * 4096**2 * config.num_layers
 
 
-@pytest.mark.parametrize("rows, repeated", [(16, 1), (8, 2)])
+@pytest.mark.parametrize("rows, repeated", [pytest.param(16, 1, marks=pytest.mark.slow), (8, 2)])
 def test_a_context_axis_splits_the_rows_of_a_rollout(rows, repeated):
     """Where they divide: eight rows on data 2 x fsdp 4 have none left for context 2."""
     changes = {"mesh.context": 2, "mesh.data": 4 // repeated, "batch_size": rows}
