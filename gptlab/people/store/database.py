@@ -12,7 +12,7 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ Writer = sa.Connection
 _BUSY_SECONDS = 30.0
 _WRITES = "gptlab_writes"
 _URL_VARIABLE = "GPTLAB_STORE"
+# hide_parameters: what people write is not told by an error, which a server may log.
+_ENGINE: Mapping[str, Any] = {"pool_size": 10, "max_overflow": 30, "hide_parameters": True}
 # secure_delete: what is deleted is overwritten.
 _PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "secure_delete=ON")
 
@@ -178,14 +180,23 @@ def _check_file(url: sa.URL, create: bool) -> None:
 def _engine(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "postgresql":
         try:
-            return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
+            engine = sa.create_engine(url, pool_pre_ping=True, **_ENGINE)
         except ModuleNotFoundError as error:
             raise UserError(
                 "PostgreSQL needs the package psycopg: pip install 'gptlab[postgres]'"
             ) from error
-    engine = sa.create_engine(
-        url, connect_args={"timeout": _BUSY_SECONDS}, pool_size=10, max_overflow=30
-    )
+
+        @event.listens_for(engine, "handle_error")
+        def failed(context: sa.engine.ExceptionContext) -> None:
+            # PostgreSQL's details hold the values of the row that it refuses.
+            diagnosis = getattr(context.original_exception, "diag", None)
+            if diagnosis is not None and diagnosis.message_primary is not None:
+                for error in (context.original_exception, context.sqlalchemy_exception):
+                    if error is not None:
+                        error.args = (diagnosis.message_primary,)
+
+        return engine
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, **_ENGINE)
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, record: object) -> None:
