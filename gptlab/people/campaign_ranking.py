@@ -114,7 +114,7 @@ def _read(
     tasks = {states[item.id][0] for own in sets.values() for item in own}
     left_out: Counter[tuple[str, str]] = Counter()
     sieve = Sieve(content, filters_of(run.config.filters), left_out)
-    items = list(task_feedback.rankings(content, sieve, 1.0, lambda _, split: split, only=tasks))
+    items = list(task_feedback.rankings(content, sieve, 1.0, only=tasks))
     reasons = ", ".join(f"{count} x {reason}" for (_, reason), count in sorted(left_out.items()))
     ranked = {}
     for split in sets:

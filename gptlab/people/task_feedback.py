@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from gptlab.data.records import Comparison, Conversation
-from gptlab.people.items import Item, Row, SplitOf, name_of, safety_prompt, source
+from gptlab.people.items import Item, Row, name_of, safety_prompt, source
 from gptlab.people.sieve import Sieve
 from gptlab.people.store.campaigns import Task
 from gptlab.people.store.content import Content
@@ -17,7 +17,6 @@ def rankings(
     content: Content,
     sieve: Sieve,
     weight: float,
-    split_of: SplitOf,
     only: Collection[str] | None = None,
 ) -> Iterator[Item]:
     """Comparisons of ranked tasks: the reviewer's decision, or else one a labeller.
@@ -26,7 +25,6 @@ def rankings(
       content: the store's.
       sieve: what leaves out.
       weight: of a task; shared by its rankings.
-      split_of: messages and a task's own split -> split.
       only: ids of the tasks wanted; None: all.
     """
     for task, answers in _answers_by_task(content):
@@ -44,7 +42,7 @@ def rankings(
         for answer in used:
             yield Item(
                 "ranking",
-                split_of(task.prompt.messages, task.split),
+                task.split,
                 Comparison(
                     id=f"{task.source}:{answer.id}",
                     prompt=task.prompt,
@@ -59,7 +57,7 @@ def rankings(
             )
 
 
-def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterator[Item]:
+def demonstrations(content: Content, sieve: Sieve) -> Iterator[Item]:
     for task, answers in _answers_by_task(content):
         dropped = any(a.kind == "drop" for a in answers)
         for answer in answers:
@@ -73,7 +71,7 @@ def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterato
                 simulated = sieve.simulated(answer.person)
                 yield Item(
                     "demonstration",
-                    split_of(messages, task.split),
+                    task.split,
                     Conversation(
                         f"demonstration:{answer.id}",
                         messages,
@@ -85,9 +83,7 @@ def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterato
                 )
 
 
-def flags(
-    content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
-) -> Iterator[Item]:
+def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[Item]:
     """Flags of rankings; where a reviewer has decided, that one's."""
     for task, answers in _answers_by_task(content):
         decisions = [a for a in answers if a.kind in DECIDING]
@@ -99,10 +95,7 @@ def flags(
             worst = max(flag.severity for flag in answer.flags)
             rows, prompt = _rows_of(answer, task), task.prompt
             kinds = ",".join(sorted({flag.kind for flag in answer.flags}))
-            split = split_of(prompt.messages, task.split)
-            yield safety_prompt(
-                prompt, kinds, worst, answer.id, rows, sieve, lambda _, split=split: split
-            )
+            yield safety_prompt(prompt, kinds, worst, rows, sieve, task.split)
             flagged = {flag.reply for flag in answer.flags}
             ranks = tuple(2 if i in flagged else 1 for i in range(len(task.candidates)))
             if len(set(ranks)) < 2:
@@ -113,7 +106,7 @@ def flags(
                     f"flag:{answer.id}", prompt, task.candidates, ranks, name_of(person),
                     person.simulated, None, weights[worst - 1],
                 )  # fmt: skip
-                yield Item("flag", split, comparison, rows, person.simulated, worst)
+                yield Item("flag", task.split, comparison, rows, person.simulated, worst)
 
 
 def _answers_by_task(content: Content) -> Iterator[tuple[Task, list[Judgement]]]:

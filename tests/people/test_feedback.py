@@ -11,6 +11,7 @@ from gptlab.data.records import Comparison, Conversation, Message, Prompt
 from gptlab.people import feedback
 from gptlab.people.feedback import Weights
 from gptlab.people.sieve import filters_of
+from gptlab.people.splits import Shares
 from gptlab.people.store import Store
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Flag, Turn
@@ -28,11 +29,11 @@ def own_store(request, tmp_path, clock):
         yield opened
 
 
-def harvest(store, weights=None, **filters):
+def harvest(store, weights=None, safety_test=0.0, **filters):
     settings = filters_of(CONFIG.filters)
     own = Weights(**{**CONFIG.weights.to_dict(), **(weights or {})})
     settings = dataclasses.replace(settings, **filters)
-    return feedback.harvest(store.content(), settings, own, 0.1, 0)
+    return feedback.harvest(store.content(), settings, own, Shares(0.1, safety_test, 0))
 
 
 def of_kind(harvested, kind, cls):
