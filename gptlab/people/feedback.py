@@ -29,7 +29,8 @@ from gptlab.people.store.content import Content
 class Weights:
     """How much a comparison counts; 0 leaves the kind out.
 
-    A ranking's is shared by all rankings of its task; a flag's is that of its severity (1, 2, 3).
+    A ranking's is shared by all rankings of its task; a flag's is that of its severity (1, 2, 3),
+    shared by all who flag the same task.
     """
 
     ranking: float

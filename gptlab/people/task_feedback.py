@@ -12,6 +12,8 @@ from gptlab.people.store.content import Content
 from gptlab.people.store.judgements import Judgement
 from gptlab.people.store.settle import DECIDING, state_of
 
+_WAITING = "to be decided by a reviewer"
+
 
 def rankings(
     content: Content,
@@ -84,14 +86,21 @@ def demonstrations(content: Content, sieve: Sieve) -> Iterator[Item]:
 
 
 def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[Item]:
-    """Flags of rankings; where a reviewer has decided, that one's."""
+    """Flags of rankings; where a reviewer has decided, that one's, and where one is to, none yet.
+
+    The weight of a severity is shared by those who have flagged something of a task.
+    """
     for task, answers in _answers_by_task(content):
+        if task.prompt is None:
+            continue
         decisions = [a for a in answers if a.kind in DECIDING]
-        for answer in decisions[-1:] or answers:
-            if not answer.flags or task.prompt is None:
-                continue
-            if not sieve.passes("flag", answer.person, [task.person]):
-                continue
+        raised = [a for a in decisions[-1:] or answers if a.flags]
+        if not decisions and _in_review(content, task, answers):
+            for _ in raised:
+                sieve.leave_out("flag", _WAITING)
+            continue
+        used = [a for a in raised if sieve.passes("flag", a.person, [task.person])]
+        for answer in used:
             worst = max(flag.severity for flag in answer.flags)
             rows, prompt = _rows_of(answer, task), task.prompt
             kinds = ",".join(sorted({flag.kind for flag in answer.flags}))
@@ -104,7 +113,7 @@ def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[
                 person = content.people[answer.person]
                 comparison = Comparison(
                     f"flag:{answer.id}", prompt, task.candidates, ranks, name_of(person),
-                    person.simulated, None, weights[worst - 1],
+                    person.simulated, None, weights[worst - 1] / len(used),
                 )  # fmt: skip
                 yield Item("flag", task.split, comparison, rows, person.simulated, worst)
 
@@ -129,13 +138,17 @@ def _counting(
         for _ in ranked:
             sieve.leave_out("ranking", "a reviewer decided")
         return [a for a in decisions[-1:] if a.kind == "decision"]
-    settings = content.campaigns[task.campaign].settings
-    state = state_of(answers, settings.overlap, settings.disagreement, settings.max_skips)
-    if state == "review":
+    if _in_review(content, task, answers):
         for _ in ranked:
-            sieve.leave_out("ranking", "to be decided by a reviewer")
+            sieve.leave_out("ranking", _WAITING)
         return []
     return ranked
+
+
+def _in_review(content: Content, task: Task, answers: Sequence[Judgement]) -> bool:
+    settings = content.campaigns[task.campaign].settings
+    state = state_of(answers, settings.overlap, settings.disagreement, settings.max_skips)
+    return state == "review"
 
 
 def _rows_of(answer: Judgement, task: Task) -> tuple[Row, ...]:

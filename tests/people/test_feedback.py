@@ -192,6 +192,27 @@ def test_a_reviewers_decision_stands_in_the_labellers_place(own_store):
     assert harvest(store).left_out == {("ranking", "a reviewer decided"): 4}
 
 
+def test_flags_wait_for_the_reviewer_as_rankings_do_and_share_their_weight(own_store):
+    store = own_store
+    ray = person(store, "Ray", "reviewer")
+    made = campaign(store, tasks=2, overlap=2)
+    for who in (person(store), person(store, "Kim")):
+        for severity in (1, 3):
+            lease = store.work.lease(made.id, who.id)
+            worst = next(i for i, reply in enumerate(lease.replies) if number(reply) == 2)
+            flags = [Flag(worst, "harmful", severity)]
+            store.work.judge(lease.token, who.id, best_first(lease), flags=flags)
+    serious = next(t for t in store.campaigns.tasks(made.id) if t.state == "review")
+    found = harvest(store)
+    assert found.left_out["flag", "to be decided by a reviewer"] == 2
+    assert [i.record.weight for i in of_kind(found, "flag", Comparison)] == [0.125, 0.125]
+    (prompt,) = of_kind(found, "safety prompt", Prompt)
+    assert prompt.severity == 1 and prompt.record.id != serious.prompt.id
+    store.review.decide(serious.id, ray.id, [1, 2, 3], [Flag(2, "harmful", 3)])
+    weights = sorted(i.record.weight for i in of_kind(harvest(store), "flag", Comparison))
+    assert weights == [0.125, 0.125, 1.0]
+
+
 def test_flags_compare_with_what_may_be_better(own_store):
     store = own_store
     ann = person(store, "Ann", "user")
