@@ -9,6 +9,7 @@ SQLite, which itself lets writers try again after a sleep, and some of them for 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import threading
@@ -29,6 +30,7 @@ from gptlab.run.errors import UserError
 
 Reader = sa.Connection
 Writer = sa.Connection
+_LOG = logging.getLogger(__name__)
 _BUSY_SECONDS = 30.0
 _WRITES = "gptlab_writes"
 _URL_VARIABLE = "GPTLAB_STORE"
@@ -46,6 +48,7 @@ class Database:
         self._writers = engine.execution_options(**{_WRITES: True})
         sqlite = engine.dialect.name == "sqlite"
         self._turn = threading.Lock() if sqlite else contextlib.nullcontext()
+        self._remembers = False  # whether SQLite's log may hold what was deleted
         self.clock = clock
 
     @staticmethod
@@ -87,18 +90,36 @@ class Database:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(schema.head.c.row).with_for_update())
             yield connection
+        if self._remembers:
+            self._remembers = not self._truncate_log(0)
 
     def forget(self) -> None:
         """Has SQLite's write-ahead log forget what was deleted.
 
-        While somebody reads an earlier state for longer than _BUSY_SECONDS, the log stays until the
-        next deletion, or until the store is closed.
+        While somebody reads an earlier state for longer than _BUSY_SECONDS, the log stays: a
+        warning says so, and every later write tries again, as does closing the store.
         """
         if self._engine.dialect.name == "sqlite":
-            with _explained(self._engine.url), self._engine.connect() as connection:
-                raw = connection.connection.dbapi_connection
-                assert raw is not None
-                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._remembers = not self._truncate_log(_BUSY_SECONDS)
+            if self._remembers:
+                _LOG.warning(
+                    "%s: something was deleted, but the log beside it (-wal) still holds the text, "
+                    "as somebody has been reading for long; it goes with a later change, or when "
+                    "all programs that use the store have ended",
+                    self.where,
+                )
+
+    def _truncate_log(self, wait_seconds: float) -> bool:
+        """Whether all of the log has gone into the file, and nothing is left of it."""
+        with _explained(self._engine.url), self._engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            assert raw is not None
+            try:
+                raw.execute(f"PRAGMA busy_timeout={round(1000 * wait_seconds)}").close()
+                ((busy, _, _),) = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                raw.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_SECONDS)}").close()
+        return not busy
 
     def close(self) -> None:
         """Closes all connections."""
