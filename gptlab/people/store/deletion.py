@@ -69,6 +69,8 @@ class Exports:
     ) -> Export:
         """Notes an export, before it is written; one that is noted already gets further rows.
 
+        It loses those of people who were deleted since: it is written anew, without them.
+
         Args:
           identity: the artifact's.
           workdir: where it is.
@@ -89,6 +91,9 @@ class Exports:
                 writer.execute(exports.insert().values(id=known, created_at=now, **values))
             else:  # a run that was stopped, and has more to write now
                 writer.execute(exports.update().where(exports.c.id == known).values(**values))
+                gone = sa.select(people.c.id).where(people.c.deleted_at.is_not(None))
+                old = sa.and_(export_rows.c.export_id == known, export_rows.c.person_id.in_(gone))
+                writer.execute(export_rows.delete().where(old))
             new = sorted(set(rows) - _rows(writer, known))
             if new:
                 names = ("kind", "row_id", "person_id")
