@@ -32,5 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             },
             "scrub": True,  # people/scrubbing.py: e-mail, phone, IP, card, IBAN
             "validation_fraction": 0.1,
+            # Of flagged conversations: they are evaluated on, and nothing is learnt from them.
+            "safety_test_fraction": 0.2,
         }
     )  # fmt: skip

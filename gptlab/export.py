@@ -5,8 +5,9 @@
 
 Writes records/conversations-* (demonstrations and better replies, for `prepare:tokenize` and sft),
 records/comparisons-* (rankings, choices, thumbs, flags, for reward) and records/prompts-* (what
-flagged replies were given to, for collect), each in train and validation. people/feedback.py says
-what becomes what and by which filters; report.md what went in, what was left out and why.
+flagged replies were given to, for collect), each in train and validation; and in prompts-test what
+is kept of flagged conversations to evaluate on. people/feedback.py says what becomes what and by
+which filters; report.md what went in, what was left out and why.
 
 The input is the store's content up to a row of its audit: the same command on the same content does
 nothing twice. The store remembers which rows went into which export, so that it can name those that
@@ -29,6 +30,7 @@ from gptlab.people import feedback
 from gptlab.people.feedback import Harvest, Weights
 from gptlab.people.items import KINDS, Item
 from gptlab.people.sieve import filters_of
+from gptlab.people.splits import Shares
 from gptlab.people.store import Invalid, Store, resolve_url
 from gptlab.run import artifact, files, program
 from gptlab.run.errors import UserError
@@ -55,9 +57,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 raise UserError(f"the store {store.database.where} was tampered with: {problem}")
             content = store.content(state.until)
             filters, weights = filters_of(config.filters), Weights(**config.weights)
-            found = feedback.harvest(
-                content, filters, weights, config.validation_fraction, config.seed
-            )
+            shares = Shares(config.validation_fraction, config.safety_test_fraction, config.seed)
+            found = feedback.harvest(content, filters, weights, shares)
             if not found.items:
                 raise UserError(
                     f"nothing in the store {store.database.where} may be exported: "
@@ -85,6 +86,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"config.validation_fraction={config.validation_fraction}: a reward model needs "
             "held-out labels, and some to train on; give a share between 0 and 1"
+        )
+    if not 0 <= config.safety_test_fraction <= 1:
+        raise UserError(
+            f"config.safety_test_fraction={config.safety_test_fraction}: give the share of flagged "
+            "conversations to evaluate on, from 0 to 1"
         )
     weights = config.weights.to_dict()
     flag = weights.pop("flag")

@@ -44,13 +44,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Ranks the candidate sets of `config.inputs.candidates`.
 
     Raises:
-      UserError: no candidates, a set that can't be ranked, or no such backend, scorer or store.
+      UserError: no candidates, a set that can't be ranked, or no such backend, scorer or store; or
+        the finished rankings hold data of people who were deleted since.
       Interrupted: SIGTERM or SIGINT.
     """
     check(config)
     artifact.check_inputs(config)
     with artifact.open_run(config, workdir, "rank") as run:
         if run.finished:
+            if config.backend == "store":
+                _campaign_ranking().check_finished(run)
             print(f"rank: {run.workdir} is done")
             return
         source = epath.Path(config.inputs.candidates) / "records"

@@ -71,6 +71,17 @@ def rank(run: artifact.Run, sets: Mapping[str, Sequence[CandidateSet]]) -> dict[
         return _read(run, store, campaign, sets)
 
 
+def check_finished(run: artifact.Run) -> None:
+    """UserError if a finished run's rankings hold data of somebody who was deleted since."""
+    with Store.open(resolve_url(run.config.store.url), create=False) as store:
+        noted = (run.identity, str(run.workdir))
+        if any(e.deleted for e in store.exports.all() if (e.identity, e.workdir) == noted):
+            raise UserError(
+                f"{run.workdir} holds data of people who were deleted since: remove it and rank "
+                "again, which takes what the others have ranked from the store"
+            )
+
+
 def _campaign(store: Store, config: ConfigDict) -> Campaign:
     """The campaign of that name; made if there is none."""
     settings = config.campaign.to_dict()
@@ -114,7 +125,7 @@ def _read(
     tasks = {states[item.id][0] for own in sets.values() for item in own}
     left_out: Counter[tuple[str, str]] = Counter()
     sieve = Sieve(content, filters_of(run.config.filters), left_out)
-    items = list(task_feedback.rankings(content, sieve, 1.0, lambda _, split: split, only=tasks))
+    items = list(task_feedback.rankings(content, sieve, 1.0, only=tasks))
     reasons = ", ".join(f"{count} x {reason}" for (_, reason), count in sorted(left_out.items()))
     ranked = {}
     for split in sets:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptlab.data.records import Candidate, Comparison, Conversation, Prompt
-from gptlab.people.items import Item, Row, SplitOf, name_of, safety_prompt, source
+from gptlab.people.items import Item, Row, name_of, safety_prompt, source
 from gptlab.people.sieve import Sieve
 from gptlab.people.store.campaigns import prompt_id
 from gptlab.people.store.content import Content
@@ -16,7 +16,7 @@ from gptlab.people.store.feedback import Given
 MAX_REPLIES = 4  # of a comparison: a reward model's batch is as wide as its widest comparison
 
 
-def improved(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
+def improved(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
     """A better reply is a demonstration, and above the one that it improves."""
     for given in content.feedback:
         if given.kind != "better" or given.other is None:
@@ -28,7 +28,7 @@ def improved(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -
         rows = (*about.rows, ("messages", better.id, given.person), _row(given))
         yield Item(
             "better",
-            split_of(about.prompt.messages),
+            "",
             Conversation(
                 f"better:{given.id}",
                 (*about.prompt.messages, better.record()),
@@ -41,11 +41,11 @@ def improved(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -
         if weight:
             yield _compared(
                 content, sieve, "better", given.id, given.person, about,
-                (better.id, given.message), (1, 2), weight, split_of, [_row(given)],
+                (better.id, given.message), (1, 2), weight, [_row(given)],
             )  # fmt: skip
 
 
-def choices(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
+def choices(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
     for given in content.feedback:
         if given.kind != "choice" or given.other is None or not weight:
             continue
@@ -54,11 +54,11 @@ def choices(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) ->
             ranks = {1: (1, 2), 0: (1, 1), -1: (2, 1)}[given.value]
             yield _compared(
                 content, sieve, "choice", given.id, given.person, about,
-                (given.message, given.other), ranks, weight, split_of, [_row(given)],
+                (given.message, given.other), ranks, weight, [_row(given)],
             )  # fmt: skip
 
 
-def thumbs(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> Iterator[Item]:
+def thumbs(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
     """Replies to one turn that got a thumb: those up above those down, the newest of each."""
     by_turn: dict[tuple[str, str], list[Given]] = {}
     for given in content.feedback:
@@ -79,13 +79,11 @@ def thumbs(content: Content, sieve: Sieve, weight: float, split_of: SplitOf) -> 
                 content, sieve, "thumb", turn, person, about,
                 [given.message for given in compared],
                 [1] * len(ups) + [2] * len(downs),
-                weight, split_of, [_row(given) for given in compared],
+                weight, [_row(given) for given in compared],
             )  # fmt: skip
 
 
-def flags(
-    content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
-) -> Iterator[Item]:
+def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[Item]:
     """Flagged replies below the newest that weren't, and the prompts they were given to."""
     down: dict[str, set[str]] = {}  # turn -> texts; the same text may have come twice
     for given in content.feedback:
@@ -104,7 +102,7 @@ def flags(
             continue
         rows = (*about.rows, _row(given))
         kinds = ",".join(given.reasons)
-        yield safety_prompt(about.prompt, kinds, given.severity, given.id, rows, sieve, split_of)
+        yield safety_prompt(about.prompt, kinds, given.severity, rows, sieve, "")
         turn = content.messages[given.message].parent or ""
         others = [m.id for m in replies.get(turn, ()) if m.content not in down[turn]]
         others = others[-(MAX_REPLIES - 1) :]
@@ -114,8 +112,7 @@ def flags(
         elif weight:
             yield _compared(
                 content, sieve, "flag", given.id, given.person, about,
-                (*others, given.message), (*[1] * len(others), 2), weight, split_of,
-                [_row(given)],
+                (*others, given.message), (*[1] * len(others), 2), weight, [_row(given)],
             )  # fmt: skip
 
 
@@ -139,7 +136,7 @@ def _about(content: Content, reply: str) -> _About:
 
 def _compared(
     content: Content, sieve: Sieve, kind: str, key: str, judge: str, about: _About,
-    replies: Sequence[str], ranks: Sequence[int], weight: float, split_of: SplitOf,
+    replies: Sequence[str], ranks: Sequence[int], weight: float,
     rows: Iterable[Row],
 ) -> Item:  # fmt: skip
     """A comparison of replies in a chat."""
@@ -153,8 +150,7 @@ def _compared(
         simulated=sieve.simulated(judge),
         weight=weight,
     )
-    split = split_of(about.prompt.messages)
-    return Item(kind, split, comparison, (*about.rows, *shown, *rows), comparison.simulated)
+    return Item(kind, "", comparison, (*about.rows, *shown, *rows), comparison.simulated)
 
 
 def _candidate(message: Stored) -> Candidate:

@@ -4,26 +4,22 @@
     rankings, choices                -> comparisons
     thumbs on replies to one turn    -> weak comparisons, ups above downs
     flags                            -> comparisons against replies that weren't flagged, weighed
-                                        by severity; and the prompts, to evaluate on and to collect
-                                        new replies to
+                                        by severity, and the prompts, to collect new replies to;
+                                        or of a share of them the prompts alone, to evaluate on
 
 Who a record is of is known (`Item.rows`), so that an export can be looked up by person. A record is
 made only if everybody whose words or judgement it holds has consented; simulated people are
-programs, and need not. Records of simulated people say so.
-
-Splits: a task's own split stays; anything else goes by a hash of the conversation's first turn, so
-that all turns of a conversation, and conversations that begin alike, are on one side.
+programs, and need not. Records of simulated people say so. splits.py says what is trained on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from gptlab.data.records import Comparison, Message
-from gptlab.people import chat_feedback, scrubbing, task_feedback
+from gptlab.people import chat_feedback, scrubbing, splits, task_feedback
 from gptlab.people.items import Item, Record
 from gptlab.people.sieve import Filters, Sieve
 from gptlab.people.store.content import Content
@@ -33,7 +29,8 @@ from gptlab.people.store.content import Content
 class Weights:
     """How much a comparison counts; 0 leaves the kind out.
 
-    A ranking's is shared by all rankings of its task; a flag's is that of its severity (1, 2, 3).
+    A ranking's is shared by all rankings of its task; a flag's is that of its severity (1, 2, 3),
+    shared by all who flag the same task.
     """
 
     ranking: float
@@ -51,35 +48,20 @@ class Harvest:
     left_out: Mapping[tuple[str, str], int]  # (kind, reason)
 
 
-def harvest(
-    content: Content, filters: Filters, weights: Weights, validation_fraction: float, seed: int
-) -> Harvest:
+def harvest(content: Content, filters: Filters, weights: Weights, shares: splits.Shares) -> Harvest:
     """All items of a store's content, in an order that depends on the content alone."""
-
-    def split_of(messages: Sequence[Message], own: str = "") -> str:
-        return own or hashed_split(messages, validation_fraction, seed)
-
     left_out: Counter[tuple[str, str]] = Counter()
     sieve = Sieve(content, filters, left_out)
     items = [
-        *task_feedback.rankings(content, sieve, weights.ranking, split_of),
-        *task_feedback.demonstrations(content, sieve, split_of),
-        *chat_feedback.improved(content, sieve, weights.better, split_of),
-        *chat_feedback.choices(content, sieve, weights.choice, split_of),
-        *chat_feedback.thumbs(content, sieve, weights.thumb, split_of),
-        *task_feedback.flags(content, sieve, weights.flag, split_of),
-        *chat_feedback.flags(content, sieve, weights.flag, split_of),
+        *task_feedback.rankings(content, sieve, weights.ranking),
+        *task_feedback.demonstrations(content, sieve),
+        *chat_feedback.improved(content, sieve, weights.better),
+        *chat_feedback.choices(content, sieve, weights.choice),
+        *chat_feedback.thumbs(content, sieve, weights.thumb),
+        *task_feedback.flags(content, sieve, weights.flag),
+        *chat_feedback.flags(content, sieve, weights.flag),
     ]
-    return Harvest(tuple(_merged(items)), dict(left_out))
-
-
-def hashed_split(messages: Sequence[Message], validation_fraction: float, seed: int) -> str:
-    """'train' or 'validation', by a hash of the first turn that isn't the system's."""
-    first = next((m for m in messages if m.role != "system"), None)
-    text = "" if first is None else " ".join(first.content.casefold().split())
-    digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
-    share = int.from_bytes(digest[:7], "big") / 2**56
-    return "validation" if share < validation_fraction else "train"
+    return Harvest(tuple(_merged(splits.assign(items, shares, left_out))), dict(left_out))
 
 
 def scrubbed(item: Item) -> tuple[Item, Counter[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from gptlab.data.records import Comparison, Conversation, Prompt
 from gptlab.people.sieve import Sieve
@@ -11,10 +10,9 @@ from gptlab.people.store.accounts import Person
 
 Record = Conversation | Comparison | Prompt
 Row = tuple[str, str, str]  # table, id, person
-# Messages, and the split they have already ('': none) -> split.
-SplitOf = Callable[..., str]
 # What an item comes from, in the order of reports.
-KINDS = ("demonstration", "better", "ranking", "choice", "thumb", "flag", "safety prompt")
+SAFETY_PROMPT = "safety prompt"
+KINDS = ("demonstration", "better", "ranking", "choice", "thumb", "flag", SAFETY_PROMPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Item:
     """A record to be exported: where it comes from, of whom it is, how bad what was flagged is."""
 
     kind: str  # one of KINDS
-    split: str
+    split: str  # '': it has none yet
     record: Record
     rows: tuple[Row, ...]
     simulated: bool
@@ -39,10 +37,9 @@ def source(kind: str, simulated: bool) -> str:
 
 
 def safety_prompt(
-    prompt: Prompt, kinds: str, severity: int, key: str, rows: tuple[Row, ...], sieve: Sieve,
-    split_of: SplitOf,
+    prompt: Prompt, kinds: str, severity: int, rows: tuple[Row, ...], sieve: Sieve, split: str
 ) -> Item:  # fmt: skip
     simulated = sieve.simulated(rows[-1][2])
     flagged = f"{source('flag', simulated)}:{kinds}:severity={severity}"
     record = dataclasses.replace(prompt, source=flagged)
-    return Item("safety prompt", split_of(prompt.messages), record, rows, simulated, severity)
+    return Item(SAFETY_PROMPT, split, record, rows, simulated, severity)

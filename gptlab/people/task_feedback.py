@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from gptlab.data.records import Comparison, Conversation
-from gptlab.people.items import Item, Row, SplitOf, name_of, safety_prompt, source
+from gptlab.people.items import Item, Row, name_of, safety_prompt, source
 from gptlab.people.sieve import Sieve
 from gptlab.people.store.campaigns import Task
 from gptlab.people.store.content import Content
 from gptlab.people.store.judgements import Judgement
 from gptlab.people.store.settle import DECIDING, state_of
 
+_WAITING = "to be decided by a reviewer"
+
 
 def rankings(
     content: Content,
     sieve: Sieve,
     weight: float,
-    split_of: SplitOf,
     only: Collection[str] | None = None,
 ) -> Iterator[Item]:
     """Comparisons of ranked tasks: the reviewer's decision, or else one a labeller.
@@ -26,7 +27,6 @@ def rankings(
       content: the store's.
       sieve: what leaves out.
       weight: of a task; shared by its rankings.
-      split_of: messages and a task's own split -> split.
       only: ids of the tasks wanted; None: all.
     """
     for task, answers in _answers_by_task(content):
@@ -44,7 +44,7 @@ def rankings(
         for answer in used:
             yield Item(
                 "ranking",
-                split_of(task.prompt.messages, task.split),
+                task.split,
                 Comparison(
                     id=f"{task.source}:{answer.id}",
                     prompt=task.prompt,
@@ -59,7 +59,7 @@ def rankings(
             )
 
 
-def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterator[Item]:
+def demonstrations(content: Content, sieve: Sieve) -> Iterator[Item]:
     for task, answers in _answers_by_task(content):
         dropped = any(a.kind == "drop" for a in answers)
         for answer in answers:
@@ -73,7 +73,7 @@ def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterato
                 simulated = sieve.simulated(answer.person)
                 yield Item(
                     "demonstration",
-                    split_of(messages, task.split),
+                    task.split,
                     Conversation(
                         f"demonstration:{answer.id}",
                         messages,
@@ -85,24 +85,26 @@ def demonstrations(content: Content, sieve: Sieve, split_of: SplitOf) -> Iterato
                 )
 
 
-def flags(
-    content: Content, sieve: Sieve, weights: Sequence[float], split_of: SplitOf
-) -> Iterator[Item]:
-    """Flags of rankings; where a reviewer has decided, that one's."""
+def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[Item]:
+    """Flags of rankings; where a reviewer has decided, that one's, and where one is to, none yet.
+
+    The weight of a severity is shared by those who have flagged something of a task.
+    """
     for task, answers in _answers_by_task(content):
+        if task.prompt is None:
+            continue
         decisions = [a for a in answers if a.kind in DECIDING]
-        for answer in decisions[-1:] or answers:
-            if not answer.flags or task.prompt is None:
-                continue
-            if not sieve.passes("flag", answer.person, [task.person]):
-                continue
+        raised = [a for a in decisions[-1:] or answers if a.flags]
+        if not decisions and _in_review(content, task, answers):
+            for _ in raised:
+                sieve.leave_out("flag", _WAITING)
+            continue
+        used = [a for a in raised if sieve.passes("flag", a.person, [task.person])]
+        for answer in used:
             worst = max(flag.severity for flag in answer.flags)
             rows, prompt = _rows_of(answer, task), task.prompt
             kinds = ",".join(sorted({flag.kind for flag in answer.flags}))
-            split = split_of(prompt.messages, task.split)
-            yield safety_prompt(
-                prompt, kinds, worst, answer.id, rows, sieve, lambda _, split=split: split
-            )
+            yield safety_prompt(prompt, kinds, worst, rows, sieve, task.split)
             flagged = {flag.reply for flag in answer.flags}
             ranks = tuple(2 if i in flagged else 1 for i in range(len(task.candidates)))
             if len(set(ranks)) < 2:
@@ -111,9 +113,9 @@ def flags(
                 person = content.people[answer.person]
                 comparison = Comparison(
                     f"flag:{answer.id}", prompt, task.candidates, ranks, name_of(person),
-                    person.simulated, None, weights[worst - 1],
+                    person.simulated, None, weights[worst - 1] / len(used),
                 )  # fmt: skip
-                yield Item("flag", split, comparison, rows, person.simulated, worst)
+                yield Item("flag", task.split, comparison, rows, person.simulated, worst)
 
 
 def _answers_by_task(content: Content) -> Iterator[tuple[Task, list[Judgement]]]:
@@ -136,13 +138,17 @@ def _counting(
         for _ in ranked:
             sieve.leave_out("ranking", "a reviewer decided")
         return [a for a in decisions[-1:] if a.kind == "decision"]
-    settings = content.campaigns[task.campaign].settings
-    state = state_of(answers, settings.overlap, settings.disagreement, settings.max_skips)
-    if state == "review":
+    if _in_review(content, task, answers):
         for _ in ranked:
-            sieve.leave_out("ranking", "to be decided by a reviewer")
+            sieve.leave_out("ranking", _WAITING)
         return []
     return ranked
+
+
+def _in_review(content: Content, task: Task, answers: Sequence[Judgement]) -> bool:
+    settings = content.campaigns[task.campaign].settings
+    state = state_of(answers, settings.overlap, settings.disagreement, settings.max_skips)
+    return state == "review"
 
 
 def _rows_of(answer: Judgement, task: Task) -> tuple[Row, ...]:

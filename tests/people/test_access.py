@@ -280,3 +280,23 @@ def test_nobody_joins_by_a_link_that_is_used_up_or_lets_strangers_start(site):
         joined = client.post("/api/join", json={"token": token, "name": "Cy"})
         assert (joined.json()["role"], joined.json()["name"]) == ("labeller", "Cy")
         assert client.post("/api/join", json={"token": token, "name": "Di"}).status_code == 404
+
+
+def test_admins_see_which_exports_hold_data_of_who_was_deleted(site):
+    (ann, _), (lee, _) = site.person("user"), site.person("labeller")
+    mark = "Some hold data of people who were deleted since"
+    rows = [("messages", "a", ann.id), ("messages", "b", ann.id), ("judgements", "c", lee.id)]
+    site.store.exports.register("0123", "runs/holds-ann", site.store.state(), rows)
+    site.store.exports.register("4567", "runs/holds-lee", site.store.state(), rows[2:])
+    with browser(site, "admin") as client:
+        assert mark not in client.get("/audit").text
+        site.store.delete_person(ann.id, "system")
+        page = client.get("/audit").text
+        assert mark in page
+        row_of = lambda name: next(r for r in page.split("<tr>") if f"runs/{name}" in r)  # noqa: E731
+        assert "severity-3" in row_of("holds-ann") and ">2</span>" in row_of("holds-ann")
+        assert "severity-3" not in row_of("holds-lee")
+        # And what deleting doesn't take, they are told before.
+        assert "What you wrote for campaigns stays" in client.get("/you").text
+    with browser(site, "user") as client:
+        assert "What you wrote for campaigns stays" not in client.get("/you").text

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -166,6 +167,40 @@ def test_what_may_not_be_used_is_said(store, config, tmp_path):
             rank.run(config, tmp_path / "run")
     store.accounts.consent(silent.id, "training", True, "v1")
     rank.run(config, tmp_path / "run")  # the same command, once they have agreed
+
+
+def test_finished_rankings_of_who_was_deleted_are_refused_and_made_again(
+    store, config, tmp_path, capsys
+):
+    config.campaign.overlap = 2
+    lee, kim, kay = person(store), person(store, "Kim"), person(store, "Kay")
+
+    def label(*people):
+        def act():
+            where = queued(store)
+            for who in people:
+                work_off(store, where, who)
+
+        return meanwhile(act)
+
+    with label(lee, kim):
+        rank.run(config, tmp_path / "run")
+    store.delete_person(kay.id, "system")  # of whom nothing is in it
+    rank.run(config, tmp_path / "run")
+    assert "is done" in capsys.readouterr().out
+    store.delete_person(lee.id, "system")
+    with pytest.raises(UserError, match="run holds data of people who were deleted since"):
+        rank.run(config, tmp_path / "run")
+    # Elsewhere, or once it is removed: of those who are left, and somebody new.
+    with label(person(store, "Kit")):
+        rank.run(config, tmp_path / "again")
+    rank.run(config, tmp_path / "again")
+    found = read_records(tmp_path / "again", "comparisons", "train", Comparison)
+    assert len(found) == 8 and lee.id not in {c.labeller.partition(":")[2] for c in found}
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        rank.run(config, tmp_path / "run")
+    assert "is done" in capsys.readouterr().out and not any(e.deleted for e in store.exports.all())
 
 
 def test_sets_of_a_deleted_chat_are_not_waited_for(store, config, tmp_path):

@@ -11,6 +11,7 @@ from gptlab.data.records import Comparison, Conversation, Message, Prompt
 from gptlab.people import feedback
 from gptlab.people.feedback import Weights
 from gptlab.people.sieve import filters_of
+from gptlab.people.splits import Shares
 from gptlab.people.store import Store
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Flag, Turn
@@ -28,11 +29,11 @@ def own_store(request, tmp_path, clock):
         yield opened
 
 
-def harvest(store, weights=None, **filters):
+def harvest(store, weights=None, safety_test=0.0, **filters):
     settings = filters_of(CONFIG.filters)
     own = Weights(**{**CONFIG.weights.to_dict(), **(weights or {})})
     settings = dataclasses.replace(settings, **filters)
-    return feedback.harvest(store.content(), settings, own, 0.1, 0)
+    return feedback.harvest(store.content(), settings, own, Shares(0.1, safety_test, 0))
 
 
 def of_kind(harvested, kind, cls):
@@ -189,6 +190,27 @@ def test_a_reviewers_decision_stands_in_the_labellers_place(own_store):
     (decided,) = harvest(store).items
     assert decided.record.ranks == (2, 1, 1) and decided.record.labeller == f"person:{ray.id}"
     assert harvest(store).left_out == {("ranking", "a reviewer decided"): 4}
+
+
+def test_flags_wait_for_the_reviewer_as_rankings_do_and_share_their_weight(own_store):
+    store = own_store
+    ray = person(store, "Ray", "reviewer")
+    made = campaign(store, tasks=2, overlap=2)
+    for who in (person(store), person(store, "Kim")):
+        for severity in (1, 3):
+            lease = store.work.lease(made.id, who.id)
+            worst = next(i for i, reply in enumerate(lease.replies) if number(reply) == 2)
+            flags = [Flag(worst, "harmful", severity)]
+            store.work.judge(lease.token, who.id, best_first(lease), flags=flags)
+    serious = next(t for t in store.campaigns.tasks(made.id) if t.state == "review")
+    found = harvest(store)
+    assert found.left_out["flag", "to be decided by a reviewer"] == 2
+    assert [i.record.weight for i in of_kind(found, "flag", Comparison)] == [0.125, 0.125]
+    (prompt,) = of_kind(found, "safety prompt", Prompt)
+    assert prompt.severity == 1 and prompt.record.id != serious.prompt.id
+    store.review.decide(serious.id, ray.id, [1, 2, 3], [Flag(2, "harmful", 3)])
+    weights = sorted(i.record.weight for i in of_kind(harvest(store), "flag", Comparison))
+    assert weights == [0.125, 0.125, 1.0]
 
 
 def test_flags_compare_with_what_may_be_better(own_store):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from gptlab.people.store import Forbidden, NotFound
+from gptlab.people.store import Forbidden, LeaseLost, NotFound
 from gptlab.people.store.schema import metadata, tasks
 from tests.people.campaigns import best_first, campaign, candidate_set, chat, person, work_off
 
@@ -60,6 +60,26 @@ def test_text_of_who_withdraws_is_shown_to_nobody(used):
     store.accounts.consent(ann.id, "training", True, "v1")
     assert states(store) == ["done", "open", "open", "open", "open"]
     assert work_off(store, made, lee, lambda lease: [*range(1, len(lease.replies) + 1)]) == 4
+
+
+def test_who_withdraws_takes_their_text_from_who_holds_it(used):
+    store, _, ann, lee, _, made, _ = used
+    mine = {task.id for task in store.campaigns.tasks(made.id) if task.person == ann.id}
+    lease = store.work.lease(made.id, lee.id)
+    while "secret" not in repr(lease):  # the campaign's own task may come first
+        store.work.judge(lease.token, lee.id, best_first(lease))
+        lease = store.work.lease(made.id, lee.id)
+    store.accounts.consent(ann.id, "training", False, "v1")
+    with pytest.raises(LeaseLost):
+        store.work.renew(lease.token, lee.id)
+    with pytest.raises(LeaseLost):
+        store.work.judge(lease.token, lee.id, [1, 2, 3])
+    assert "secret" not in repr(store.work.lease(made.id, lee.id))
+    assert not {answer.task for answer in store.work.mine(made.id, lee.id)} & mine
+    # She may change her mind: nothing of the task was used up.
+    store.accounts.consent(ann.id, "training", True, "v1")
+    work_off(store, made, lee, lambda lease: [*range(1, len(lease.replies) + 1)])
+    assert mine <= {answer.task for answer in store.work.mine(made.id, lee.id)}
 
 
 @pytest.mark.parametrize("all_of_it", [False, True], ids=["conversation", "person"])

@@ -49,6 +49,25 @@ def test_an_invitation_ends_with_time_and_by_hand(store, clock):
             store.accounts.accept(wrong, "Ann")
 
 
+@pytest.mark.parametrize("deleted", [False, True], ids=["demoted", "deleted"])
+def test_an_invitation_ends_with_the_admin_who_made_it(store, deleted):
+    accounts = store.accounts
+    stays, goes = (accounts.add_person(name, "admin", "system") for name in ("Ann", "Bo"))
+    kept, valid = accounts.invite("admin", stays.id)
+    tokens = [accounts.invite("admin", goes.id)[1], accounts.sign_in_link(stays.id, goes.id)[1]]
+    assert len(accounts.invitations()) == 3
+    if deleted:
+        store.delete_person(goes.id, goes.id)
+    else:
+        accounts.set_role(goes.id, "reviewer", stays.id)
+    assert accounts.invitations() == [kept]
+    for token in tokens:
+        assert accounts.invitation(token) is None
+        with pytest.raises(NotFound, match="not valid"):
+            accounts.accept(token, "Cy")
+    assert accounts.accept(valid, "Cy").role == "admin"
+
+
 def test_a_link_signs_in_once(store):
     ann = store.accounts.add_person("Ann", "reviewer", "system")
     _, token = store.accounts.sign_in_link(ann.id, "system")

@@ -155,9 +155,7 @@ class Accounts:
 
     def invitations(self) -> list[Invitation]:
         """Those that still can be used, newest first."""
-        query = sa.select(invitations).where(
-            invitations.c.uses_left > 0, invitations.c.expires_at > self._database.clock()
-        )
+        query = sa.select(invitations).where(_valid(self._now()))
         with self._database.read() as reader:
             rows = reader.execute(query.order_by(invitations.c.created_at.desc()))
             return [_invitation(row) for row in rows]
@@ -174,7 +172,8 @@ class Accounts:
     def accept(self, token: str, name: str) -> Person:
         """Uses an invitation: the new person, or the one whose sign-in link it is.
 
-        Raises NotFound if the link is unknown, used up, revoked or too old.
+        Raises NotFound if the link is unknown, used up, revoked or too old, or if the admin who
+        made it is none any more.
         """
         with self._database.write() as writer:
             found = self._usable(writer, token)
@@ -362,9 +361,7 @@ class Accounts:
 
     def _usable(self, reader: Reader, token: str) -> Invitation | None:
         query = sa.select(invitations).where(
-            invitations.c.token_hash == _hashed(token),
-            invitations.c.uses_left > 0,
-            invitations.c.expires_at > self._now(),
+            invitations.c.token_hash == _hashed(token), _valid(self._now())
         )
         row = reader.execute(query).first()
         return None if row is None else _invitation(row)
@@ -407,6 +404,17 @@ def check_not_last_admin(reader: Reader, person: str) -> None:
     )
     if not reader.execute(query).scalar_one():
         raise Invalid("this is the only admin: make somebody else one first")
+
+
+def _valid(now: float) -> sa.ColumnElement[bool]:
+    """Of invitations: they can be used, and who made them still may invite."""
+    admins = sa.select(people.c.id).where(people.c.role == "admin", people.c.deleted_at.is_(None))
+    made_by = invitations.c.created_by
+    return sa.and_(
+        invitations.c.uses_left > 0,
+        invitations.c.expires_at > now,
+        sa.or_(made_by == SYSTEM, made_by.in_(admins)),
+    )
 
 
 def _hashed(token: str) -> str:

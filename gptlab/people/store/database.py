@@ -9,10 +9,11 @@ SQLite, which itself lets writers try again after a sleep, and some of them for 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ from gptlab.run.errors import UserError
 
 Reader = sa.Connection
 Writer = sa.Connection
+_LOG = logging.getLogger(__name__)
 _BUSY_SECONDS = 30.0
 _WRITES = "gptlab_writes"
 _URL_VARIABLE = "GPTLAB_STORE"
+# hide_parameters: what people write is not told by an error, which a server may log.
+_ENGINE: Mapping[str, Any] = {"pool_size": 10, "max_overflow": 30, "hide_parameters": True}
 # secure_delete: what is deleted is overwritten.
 _PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "secure_delete=ON")
 
@@ -44,6 +48,7 @@ class Database:
         self._writers = engine.execution_options(**{_WRITES: True})
         sqlite = engine.dialect.name == "sqlite"
         self._turn = threading.Lock() if sqlite else contextlib.nullcontext()
+        self._remembers = False  # whether SQLite's log may hold what was deleted
         self.clock = clock
 
     @staticmethod
@@ -85,18 +90,36 @@ class Database:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(schema.head.c.row).with_for_update())
             yield connection
+        if self._remembers:
+            self._remembers = not self._truncate_log(0)
 
     def forget(self) -> None:
         """Has SQLite's write-ahead log forget what was deleted.
 
-        While somebody reads an earlier state for longer than _BUSY_SECONDS, the log stays until the
-        next deletion, or until the store is closed.
+        While somebody reads an earlier state for longer than _BUSY_SECONDS, the log stays: a
+        warning says so, and every later write tries again, as does closing the store.
         """
         if self._engine.dialect.name == "sqlite":
-            with _explained(self._engine.url), self._engine.connect() as connection:
-                raw = connection.connection.dbapi_connection
-                assert raw is not None
-                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._remembers = not self._truncate_log(_BUSY_SECONDS)
+            if self._remembers:
+                _LOG.warning(
+                    "%s: something was deleted, but the log beside it (-wal) still holds the text, "
+                    "as somebody has been reading for long; it goes with a later change, or when "
+                    "all programs that use the store have ended",
+                    self.where,
+                )
+
+    def _truncate_log(self, wait_seconds: float) -> bool:
+        """Whether all of the log has gone into the file, and nothing is left of it."""
+        with _explained(self._engine.url), self._engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            assert raw is not None
+            try:
+                raw.execute(f"PRAGMA busy_timeout={round(1000 * wait_seconds)}").close()
+                ((busy, _, _),) = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                raw.execute(f"PRAGMA busy_timeout={round(1000 * _BUSY_SECONDS)}").close()
+        return not busy
 
     def close(self) -> None:
         """Closes all connections."""
@@ -178,14 +201,23 @@ def _check_file(url: sa.URL, create: bool) -> None:
 def _engine(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "postgresql":
         try:
-            return sa.create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=30)
+            engine = sa.create_engine(url, pool_pre_ping=True, **_ENGINE)
         except ModuleNotFoundError as error:
             raise UserError(
                 "PostgreSQL needs the package psycopg: pip install 'gptlab[postgres]'"
             ) from error
-    engine = sa.create_engine(
-        url, connect_args={"timeout": _BUSY_SECONDS}, pool_size=10, max_overflow=30
-    )
+
+        @event.listens_for(engine, "handle_error")
+        def failed(context: sa.engine.ExceptionContext) -> None:
+            # PostgreSQL's details hold the values of the row that it refuses.
+            diagnosis = getattr(context.original_exception, "diag", None)
+            if diagnosis is not None and diagnosis.message_primary is not None:
+                for error in (context.original_exception, context.sqlalchemy_exception):
+                    if error is not None:
+                        error.args = (diagnosis.message_primary,)
+
+        return engine
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS}, **_ENGINE)
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, record: object) -> None:

@@ -3,14 +3,17 @@
 Deleting a person removes their conversations with all messages, their feedback, judgements, flags,
 consents, sessions, keys and invitations, and the content of tasks that show their text, with what
 others judged of those. What stays is a row in `people` without a name, and in the audit what was
-done when, by ids: no content. Tasks they judged are open again for others. Artifacts exported
-earlier are files outside of the store; the store knows which ones contain the person's data and
-lists them, so that they can be made again and the old ones removed. What such an artifact still
-holds is not taken in again (provenance.py).
+done when, by ids: no content. What an admin wrote for a campaign stays with it as well: its
+instructions, questions, topics and gold checks. Tasks they judged are open again for others.
 
-SQLite's file holds nothing of it afterwards, not in its free pages either. PostgreSQL overwrites
-the space in its own time (VACUUM), and its write-ahead log and everybody's backups keep what they
-have until they are rotated: that is for the administrator.
+Artifacts exported earlier are files outside of the store; the store knows which ones contain the
+person's data and lists them, so that they can be made again and the old ones removed. What such an
+artifact still holds is not taken in again (provenance.py).
+
+SQLite's file holds nothing of it afterwards, not in its free pages either, nor does its log once
+nobody reads an earlier state (Database.forget). PostgreSQL overwrites the space in its own time
+(VACUUM), and its write-ahead log and everybody's backups keep what they have until they are
+rotated: that is for the administrator.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class Export:
     until: int  # the audit row up to which content went in
     created_at: float
     rows: int  # of those asked for: all, or one person's
+    deleted: int  # of these rows, those of people who were deleted since
 
 
 class Exports:
@@ -64,6 +68,8 @@ class Exports:
         self, identity: str, workdir: str, state: State, rows: Iterable[tuple[str, str, str]]
     ) -> Export:
         """Notes an export, before it is written; one that is noted already gets further rows.
+
+        It loses those of people who were deleted since: it is written anew, without them.
 
         Args:
           identity: the artifact's.
@@ -85,6 +91,9 @@ class Exports:
                 writer.execute(exports.insert().values(id=known, created_at=now, **values))
             else:  # a run that was stopped, and has more to write now
                 writer.execute(exports.update().where(exports.c.id == known).values(**values))
+                gone = sa.select(people.c.id).where(people.c.deleted_at.is_not(None))
+                old = sa.and_(export_rows.c.export_id == known, export_rows.c.person_id.in_(gone))
+                writer.execute(export_rows.delete().where(old))
             new = sorted(set(rows) - _rows(writer, known))
             if new:
                 names = ("kind", "row_id", "person_id")
@@ -122,7 +131,7 @@ class Exports:
             writer.execute(leases.delete().where(leases.c.person_id == person))
             settle(writer, touched)
             remove(writer, feedback, feedback.c.person_id == person)
-            # Text of theirs is in their conversations only, and in tasks made of those.
+            # Tasks made of them go with them; those that an admin wrote are the campaign's.
             remove_conversations(writer, conversations.c.person_id == person)
             for table in (consents, sessions, api_keys, invitations):
                 writer.execute(table.delete().where(table.c.person_id == person))
@@ -146,13 +155,15 @@ def _exports(reader: Reader | Writer, person: str | None = None) -> list[Export]
     if person is not None:
         rows = sa.and_(rows, export_rows.c.person_id == person)
     count = sa.func.count(export_rows.c.row_id).label("inside")
+    deleted = sa.func.count(people.c.deleted_at).label("deleted")
     query = (
-        sa.select(exports, count)
+        sa.select(exports, count, deleted)
         .join(export_rows, rows, isouter=person is None)
+        .join(people, people.c.id == export_rows.c.person_id, isouter=True)
         .group_by(*exports.c)
         .order_by(exports.c.created_at.desc(), exports.c.id)
     )
     return [
-        Export(r.id, r.identity, r.workdir, r.until, r.created_at, r.inside)
+        Export(r.id, r.identity, r.workdir, r.until, r.created_at, r.inside, r.deleted)
         for r in reader.execute(query)
     ]

@@ -14,4 +14,4 @@ class Forbidden(Exception):
 
 
 class LeaseLost(Exception):
-    """The lease has run out and its task went to somebody else, or it was given back."""
+    """The lease ran out and its task went to somebody else, or it was given back or withheld."""

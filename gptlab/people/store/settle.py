@@ -76,13 +76,18 @@ def state_of(answers: Sequence[Judgement], overlap: int, threshold: float, max_s
 
 
 def settle(writer: Writer, task_ids: Iterable[str]) -> None:
-    """Writes the states of these tasks; deleted ones stay deleted."""
+    """Writes the states of these tasks; deleted ones stay deleted.
+
+    Who holds a task that is withheld loses it: its text is to be shown to nobody any more.
+    """
     for task in task_ids:
         row = writer.execute(_SETTLED, {"key": task}).first()
         if row is None:
             continue
         if row.withheld:
             state = "withheld"
+            held = sa.and_(leases.c.task_id == task, leases.c.state == "held")
+            writer.execute(leases.update().where(held).values(state="released"))
         elif row.gold is not None:
             state = "open"
         else:

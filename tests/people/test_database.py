@@ -1,0 +1,47 @@
+"""What the database behind the store keeps to itself."""
+
+import sqlite3
+import traceback
+
+import pytest
+import sqlalchemy as sa
+
+from gptlab.people.store import Store, database
+from gptlab.people.store.schema import people
+from tests.people.campaigns import chat, person
+
+
+def test_a_statement_that_fails_does_not_tell_its_text(store):
+    # A server logs the traceback of an error that it didn't expect.
+    ann = person(store, "Ann", "user")
+    whole = {
+        "id": "0123456789abcdef", "name": "a secret", "role": "user", "simulated": False,
+        "created_at": 1.0, "deleted_at": None,
+    }  # fmt: skip
+    for wrong in ({"id": ann.id}, {"role": None}):
+        with pytest.raises(sa.exc.IntegrityError) as caught, store.database.write() as writer:
+            writer.execute(people.insert(), whole | wrong)
+        said = "".join(traceback.format_exception(caught.value))
+        assert "INSERT INTO people" in said and "a secret" not in said
+
+
+def test_a_log_that_cannot_forget_yet_is_told_and_forgets_later(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(database, "_BUSY_SECONDS", 0.1)
+    path = tmp_path / "store.sqlite"
+
+    def told():
+        return any(b"a secret" in file.read_bytes() for file in tmp_path.iterdir())
+
+    with Store.open(f"sqlite:///{path}") as store:
+        ann = person(store, "Ann", "user")
+        conversation, _, _ = chat(store, ann, "a secret")
+        reader = sqlite3.connect(path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM messages").fetchall()
+        store.conversations.delete(ann.id, conversation.id)
+        assert told() and "still holds the text" in caplog.text
+        store.conversations.create(ann.id)  # no change waits for the reader
+        assert told()
+        reader.close()
+        store.conversations.create(ann.id)
+        assert not told()
