@@ -10,7 +10,7 @@ from gptlab.people.backend import Model, Piece
 from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.web import pages as web_pages
-from gptlab.people.web.security import HEADERS
+from gptlab.people.web.security import HEADERS, SESSION_SECONDS
 from tests import pages
 from tests.people.campaigns import candidate_set
 
@@ -280,3 +280,25 @@ def test_nobody_joins_by_a_link_that_is_used_up_or_lets_strangers_start(site):
         joined = client.post("/api/join", json={"token": token, "name": "Cy"})
         assert (joined.json()["role"], joined.json()["name"]) == ("labeller", "Cy")
         assert client.post("/api/join", json={"token": token, "name": "Di"}).status_code == 404
+
+
+def test_an_admin_can_always_come_in(store, clock):
+    """The first by an invitation, and the only one again when the session has ended."""
+
+    def accept(link):
+        person = store.accounts.accept(link.removeprefix("/join/"), "Ann")
+        store.accounts.open_session(person.id, SESSION_SECONDS)
+        return person
+
+    lost, link = web_pages.admin_link(store), web_pages.admin_link(store)
+    assert store.accounts.invitation(lost.removeprefix("/join/")) is None
+    admin = accept(link)
+    assert admin.role == "admin" and web_pages.admin_link(store) is None
+    clock.now += SESSION_SECONDS - 1
+    assert web_pages.admin_link(store) is None
+    clock.now += 2
+    lost, link = web_pages.admin_link(store), web_pages.admin_link(store)
+    assert len(store.accounts.invitations()) == 1 and lost != link
+    assert accept(link) == admin and web_pages.admin_link(store) is None
+    store.accounts.close_sessions(admin.id, admin.id)
+    assert accept(web_pages.admin_link(store)) == admin
