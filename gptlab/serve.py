@@ -136,6 +136,13 @@ def check(config: ConfigDict) -> registry.Scorer | None:
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
             "set config.api.require_keys=True, or config.api.open=True to let everybody use the API"
         )
+    known = [host for host in config.allowed_hosts if not _is_loopback(host)]
+    if known and not (config.api.require_keys or config.api.open):
+        raise UserError(
+            f"config.allowed_hosts has {known[0]}, by which others reach the server, and no key is "
+            "asked for: set config.api.require_keys=True, or config.api.open=True to let everybody "
+            "use the API"
+        )
     if config.web.secure and not (config.api.require_keys or config.api.open):
         raise UserError(
             "config.web.secure=True is for a server that a proxy makes known elsewhere, and no key "
