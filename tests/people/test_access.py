@@ -271,6 +271,22 @@ def test_every_answer_has_the_headers(site):
     assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
 
 
+def test_what_answers_to_a_defect_has_the_headers_too(site, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(type(site.store.accounts), "invitation", fails)
+    monkeypatch.setattr(type(site.store.accounts), "accept", fails)
+    with browser(site) as client, browser(site) as other:  # the server closes the connection
+        page = client.get("/join/wrong")
+        told = other.post("/api/join", json={"token": "a", "name": "b"})
+    assert "<h1" in page.text and told.json()["error"]["code"] == "internal_error"
+    for answer in (page, told):
+        assert answer.status_code == 500 and "secret" not in answer.text
+        assert HEADERS.items() <= {name: answer.headers.get(name) for name in HEADERS}.items()
+        assert answer.headers["cache-control"] == "no-store"
+
+
 def test_nobody_joins_by_a_link_that_is_used_up_or_lets_strangers_start(site):
     with browser(site) as client:
         assert client.post("/start").status_code == 403

@@ -100,6 +100,14 @@ async def _end(site: Site) -> None:
 
 async def _answer(request: Request, error: Exception) -> Response:
     """What went wrong: JSON for programs and scripts, a page for people."""
+    site: Site = request.app.state.site
+    answer = _told(request, site, error)
+    # Of a defect, no middleware sees the answer.
+    security.add_headers(answer.headers, request.url.path, site.settings.secure)
+    return answer
+
+
+def _told(request: Request, site: Site, error: Exception) -> Response:
     status = _STATUS.get(type(error)) or getattr(error, "status", None)
     known = isinstance(error, (*_STATUS, security.Denied))
     told = ApiError(status or 500, str(error)) if known else explain(error)
@@ -109,7 +117,6 @@ async def _answer(request: Request, error: Exception) -> Response:
         return RedirectResponse("/", 303)
     if isinstance(error, HTTPException) and told.status == 404:
         told = ApiError(404, "there is no such page")
-    site: Site = request.app.state.site
     answer = site.page(
         request, "error.html", None, told.status, code=told.status, message=str(told)
     )
