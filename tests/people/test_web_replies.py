@@ -94,6 +94,15 @@ def test_a_reply_is_streamed_and_kept_with_its_policy(site, client):
 
 
 @pytest.mark.parametrize(
+    "body", [{"content": "a" * 200_001}, {"content": "a", "context": "a" * 200_001}]
+)
+def test_a_turn_that_is_refused_leaves_no_conversation(client, body):
+    answer = client.post("/api/conversations", json=body)
+    assert answer.status_code == 400 and "200,000 are allowed" in answer.text
+    assert client.get("/api/conversations").json() == []
+
+
+@pytest.mark.parametrize(
     ("text", "refusal"),
     [
         ("refuse the message", "moderation refused the message"),
