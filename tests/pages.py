@@ -82,8 +82,8 @@ def chromium():
 def visit(browser, site: Served, role="user", viewport=WIDE, consent=True, errors=(), **options):
     """(a page signed in as somebody new, who that is).
 
-    Errors of scripts, dialogs and breaches of the policy fail the test, but for messages with one of
-    the words in `errors`.
+    Errors of scripts, dialogs and breaches of the policy fail the test, but for messages with one
+    of the words in `errors`.
     """
     person, cookie = site.person(role, consent=consent)
     context = browser.new_context(
