@@ -6,9 +6,11 @@ import types
 import httpx
 import pytest
 
+from gptlab.data.records import Message
 from gptlab.people.backend import Model, Piece
 from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.campaigns import Settings
+from gptlab.people.store.judgements import Turn
 from gptlab.people.web import pages as web_pages
 from gptlab.people.web.security import HEADERS, SESSION_SECONDS
 from tests import pages
@@ -215,6 +217,24 @@ def test_a_lease_is_nobody_elses(site):
             answer = other.post(f"/api/leases/{lease}/{what}", json=body)
             assert answer.status_code in (404, 409), what
         assert client.post(f"/api/leases/{lease}/judge", json={"ranks": [1, 2, 3]}).is_success
+
+
+def test_a_reviewer_reads_what_was_demonstrated(site):
+    store = site.store
+    made = store.campaigns.create("d", "demonstration", Settings(overlap=2, max_skips=1), "system")
+    store.campaigns.queue_topics(made.id, ["tea"], "system")
+    one, two = (store.accounts.add_person(name, "labeller", "system") for name in ("Lee", "Kim"))
+    turns = [
+        Turn(Message("user", "<b>Tea?</b>")),
+        Turn(Message("assistant", "*Yes*."), "edited", "0123456789ab"),
+    ]
+    store.work.demonstrate(store.work.lease(made.id, one.id).token, one.id, turns)
+    store.work.skip(store.work.lease(made.id, two.id).token, two.id, "unclear")
+    (task,) = store.campaigns.tasks(made.id, "review")
+    with browser(site, "reviewer") as client:
+        page = client.get(f"/review/{made.id}/{task.id}").text
+    assert "What Lee wrote" in page and "suggestion edited" in page
+    assert "&lt;b&gt;Tea?&lt;/b&gt;" in page and "<em>Yes</em>" in page
 
 
 def test_a_key_takes_the_place_of_a_session_and_needs_no_csrf_token(site):
