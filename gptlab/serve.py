@@ -9,8 +9,8 @@ one is promoted, new requests go to it while running ones finish on the old. Wit
 --config.upstream=http://HOST:PORT the same app stands before another server with OpenAI's API; its
 key, if it needs one, is in $GPTLAB_UPSTREAM_KEY.
 
-People come in by invitation links. As long as there is no admin, the first start prints a link for
-one; with --config.web.open_chat=True anybody who reaches the server may chat. What they say and
+People come in by invitation links. Where no admin is signed in, the start prints a link for one;
+with --config.web.open_chat=True anybody who reaches the server may chat. What they say and
 judge is kept in config.store.url, a SQLite file in the workdir unless it is set.
 
 Compiling takes some seconds at the first start. SIGTERM and Ctrl-C take no more requests and let
@@ -79,7 +79,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             failures=tuple if embedded is None else embedded.failures,
         )
         web.add_pages(served, served.state.backend, store, web.Settings(**config.web))
-        invitation = web.first_invitation(store)
+        invitation = web.admin_link(store)
         if invitation is not None:
             # Where people come by https, a session's cookie would not be taken over http.
             origin = "https://NAME-OF-THIS-SERVER" if config.web.secure else _address(listener)
@@ -135,6 +135,13 @@ def check(config: ConfigDict) -> registry.Scorer | None:
         raise UserError(
             f"config.host={config.host} can be reached from elsewhere, and no key is asked for: "
             "set config.api.require_keys=True, or config.api.open=True to let everybody use the API"
+        )
+    known = [host for host in config.allowed_hosts if not _is_loopback(host)]
+    if known and not (config.api.require_keys or config.api.open):
+        raise UserError(
+            f"config.allowed_hosts has {known[0]}, by which others reach the server, and no key is "
+            "asked for: set config.api.require_keys=True, or config.api.open=True to let everybody "
+            "use the API"
         )
     if config.web.secure and not (config.api.require_keys or config.api.open):
         raise UserError(
@@ -242,7 +249,7 @@ def _address(listener: socket.socket) -> str:
 
 
 class _Announced(uvicorn.Server):
-    """Says where it listens, once it does, and how the first admin comes in."""
+    """Says where it listens, once it does, and how an admin comes in."""
 
     def __init__(self, settings: uvicorn.Config, listener: socket.socket, invitation: str | None):
         super().__init__(settings)
@@ -255,7 +262,7 @@ class _Announced(uvicorn.Server):
             at = _address(self._listener)
             print(f"gptlab serve: {at}/v1", file=sys.stderr, flush=True)
             if self._invitation is not None:
-                said = f"gptlab serve: the first admin comes in by {self._invitation}"
+                said = f"gptlab serve: an admin comes in by {self._invitation}"
                 print(said, file=sys.stderr, flush=True)
 
 

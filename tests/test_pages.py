@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from gptlab.data.records import Candidate
 from gptlab.people.store.campaigns import Settings
 from tests import pages, serving
+from tests.people import campaigns
 from tests.people.campaigns import candidate_set
 
 
@@ -314,6 +316,24 @@ def test_ranking_by_mouse_with_a_tie_a_rating_and_a_flag(site, browser):
         page.locator("text=There is no task for you now").wait_for()
         made = site.store.work.mine(campaign.id, person.id)[0]
         assert (made.kind, made.note) == ("skip", "too_hard: no idea")
+
+
+def test_a_deleted_text_leaves_the_screen(site, browser):
+    store = site.store
+    owner = campaigns.person(store, "Ann")
+    talk, _, (said,) = campaigns.chat(store, owner, "A secret?")
+    campaign = store.campaigns.create("gone", "ranking", Settings(), "system")
+    (picked,) = (p for p in store.campaigns.pick(campaign.id, 99, 0) if p.message == said.id)
+    store.campaigns.queue_picked(campaign.id, picked, [Candidate("b", "Ho.", "b", True)], "system")
+    with pages.visit(browser, site, role="labeller", errors=("404",)) as (page, _):
+        page.goto(f"/label/{campaign.id}")
+        page.locator("text=A secret?").wait_for()
+        store.conversations.delete(owner.id, talk.id)
+        page.click("button:text-is('Skip')")
+        page.check("[value=too_hard]")
+        page.click("text=Skip the task")
+        page.locator("text=There is no task for you now").wait_for()
+        assert page.locator("text=A secret?").count() == 0
 
 
 def test_ranking_by_keyboard_alone(site, browser):

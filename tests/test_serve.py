@@ -90,6 +90,8 @@ def config(**changes):
         ({"web.replies_at_once": 0}, "config.web.replies_at_once=0"),
         ({"web.top_p": 0.0}, "config.web.top_p=0.0"),
         ({"web.artifacts": "nowhere"}, "config.web.artifacts=nowhere"),
+        ({"allowed_hosts": ("127.0.0.1", "chat.example.org")}, "has chat.example.org"),
+        ({"allowed_hosts": ("*",)}, "config.allowed_hosts has \\*"),
         ({"web.secure": True}, "config.api.require_keys=True"),
         ({"moderation.scorer.name": "no such"}, "no scorer 'no such'"),
         ({"api.max_body_bytes": 0}, "config.api.max_body_bytes=0"),

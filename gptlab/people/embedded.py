@@ -82,8 +82,9 @@ class Embedded:
         self._options, self._dtype, self._mesh = options, dtype, mesh
         self._deadline, self._draining, self._load = deadline_seconds, False, load
         self._served = {name: self._serve(workdir) for name, workdir in workdirs.items()}
-        self._retiring: list[threading.Thread] = []
+        self._retiring: dict[threading.Thread, Engine] = {}
         self._closed = threading.Event()
+        self._changing = threading.Lock()  # no engine is put in place after `close` has looked
         self._watcher = threading.Thread(target=self._watch, args=(watch_seconds,), daemon=True)
         if watch_seconds is not None:
             self._watcher.start()
@@ -136,11 +137,12 @@ class Embedded:
     async def close(self, drain_seconds: float) -> None:
         """See Backend."""
         self._draining = True
-        self._closed.set()
-        engines = [one.engine for one in self._served.values()]
+        with self._changing:
+            self._closed.set()
+            engines = [one.engine for one in self._served.values()] + [*self._retiring.values()]
         await asyncio.gather(*(asyncio.to_thread(e.stop, drain_seconds) for e in engines))
-        for thread in self._retiring:
-            await asyncio.to_thread(thread.join, drain_seconds)
+        if self._watcher.is_alive():  # it stops what it is compiling
+            await asyncio.to_thread(self._watcher.join, drain_seconds)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._served:
@@ -170,12 +172,20 @@ class Embedded:
                         _say(f"{name} stays at {one.path}: {error}")
                     passed_over[name] = path
                     continue
-                self._served[name] = newer
+                with self._changing:
+                    if self._closed.is_set():
+                        newer.engine.stop(0)
+                        return
+                    self._served[name] = newer
+                    self._retire(one.engine)
                 _say(f"{name} is now {newer.path}")
-                # What runs finishes on the old one: at the latest by its deadline.
-                stop = threading.Thread(target=one.engine.stop, args=(2 * self._deadline,))
-                stop.start()
-                self._retiring = [t for t in self._retiring if t.is_alive()] + [stop]
+
+    def _retire(self, engine: Engine) -> None:
+        """Ends an engine when its last request has: each ends by a deadline of its own."""
+        stop = threading.Thread(target=engine.stop, args=(threading.TIMEOUT_MAX,), daemon=True)
+        stop.start()
+        left = {thread: old for thread, old in self._retiring.items() if thread.is_alive()}
+        self._retiring = {**left, stop: engine}
 
 
 def _say(line: str) -> None:

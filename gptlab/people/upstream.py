@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -51,10 +52,19 @@ class Upstream:
           UserError: there is no such server, or it has no models.
         """
         base = url.rstrip("/").removesuffix("/v1")
-        if not base.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(base)
+        except ValueError:
+            parts = urlsplit("")
+        if parts.username is not None or parts.password is not None:
+            raise UserError(
+                "config.upstream has a name or a password, which would be kept in config.json: "
+                "put that server's key into $GPTLAB_UPSTREAM_KEY"
+            )
+        if parts.scheme not in ("http", "https"):
             raise UserError(f"config.upstream={url} is no URL: http://HOST:PORT")
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._url, self._deadline, self._draining = base, deadline_seconds, False
+        self._deadline, self._draining = deadline_seconds, False
         settings: dict[str, Any] = {"base_url": f"{base}/v1/", "headers": headers}
         try:
             with httpx.Client(**settings, timeout=_LIST_SECONDS) as client:
@@ -119,9 +129,9 @@ class Upstream:
         except httpx.TimeoutException:
             finish, usage = "deadline", None
         except httpx.HTTPError as error:
-            raise Unavailable(f"{self._url}: {type(error).__name__}: {error}") from None
+            raise Unavailable(f"the upstream server: {type(error).__name__}: {error}") from None
         if finish is None:
-            raise Unavailable(f"{self._url} ended its reply without a finish_reason")
+            raise Unavailable("the upstream server ended its reply without a finish_reason")
         counted = Usage(0, tokens) if not usage else _usage(usage)
         reason = finish if finish in FINISH_REASONS else "stop"
         yield Piece("", (), reason, counted, policy)

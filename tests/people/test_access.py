@@ -6,11 +6,13 @@ import types
 import httpx
 import pytest
 
+from gptlab.data.records import Message
 from gptlab.people.backend import Model, Piece
 from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.campaigns import Settings
+from gptlab.people.store.judgements import Turn
 from gptlab.people.web import pages as web_pages
-from gptlab.people.web.security import HEADERS
+from gptlab.people.web.security import HEADERS, SESSION_SECONDS
 from tests import pages
 from tests.people.campaigns import candidate_set
 
@@ -217,6 +219,24 @@ def test_a_lease_is_nobody_elses(site):
         assert client.post(f"/api/leases/{lease}/judge", json={"ranks": [1, 2, 3]}).is_success
 
 
+def test_a_reviewer_reads_what_was_demonstrated(site):
+    store = site.store
+    made = store.campaigns.create("d", "demonstration", Settings(overlap=2, max_skips=1), "system")
+    store.campaigns.queue_topics(made.id, ["tea"], "system")
+    one, two = (store.accounts.add_person(name, "labeller", "system") for name in ("Lee", "Kim"))
+    turns = [
+        Turn(Message("user", "<b>Tea?</b>")),
+        Turn(Message("assistant", "*Yes*."), "edited", "0123456789ab"),
+    ]
+    store.work.demonstrate(store.work.lease(made.id, one.id).token, one.id, turns)
+    store.work.skip(store.work.lease(made.id, two.id).token, two.id, "unclear")
+    (task,) = store.campaigns.tasks(made.id, "review")
+    with browser(site, "reviewer") as client:
+        page = client.get(f"/review/{made.id}/{task.id}").text
+    assert "What Lee wrote" in page and "suggestion edited" in page
+    assert "&lt;b&gt;Tea?&lt;/b&gt;" in page and "<em>Yes</em>" in page
+
+
 def test_a_key_takes_the_place_of_a_session_and_needs_no_csrf_token(site):
     person, _ = site.person("labeller", "Program")
     _, key = site.store.accounts.create_api_key(person.id, "test", "system")
@@ -271,6 +291,22 @@ def test_every_answer_has_the_headers(site):
     assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
 
 
+def test_what_answers_to_a_defect_has_the_headers_too(site, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(type(site.store.accounts), "invitation", fails)
+    monkeypatch.setattr(type(site.store.accounts), "accept", fails)
+    with browser(site) as client, browser(site) as other:  # the server closes the connection
+        page = client.get("/join/wrong")
+        told = other.post("/api/join", json={"token": "a", "name": "b"})
+    assert "<h1" in page.text and told.json()["error"]["code"] == "internal_error"
+    for answer in (page, told):
+        assert answer.status_code == 500 and "secret" not in answer.text
+        assert HEADERS.items() <= {name: answer.headers.get(name) for name in HEADERS}.items()
+        assert answer.headers["cache-control"] == "no-store"
+
+
 def test_nobody_joins_by_a_link_that_is_used_up_or_lets_strangers_start(site):
     with browser(site) as client:
         assert client.post("/start").status_code == 403
@@ -300,3 +336,25 @@ def test_admins_see_which_exports_hold_data_of_who_was_deleted(site):
         assert "What you wrote for campaigns stays" in client.get("/you").text
     with browser(site, "user") as client:
         assert "What you wrote for campaigns stays" not in client.get("/you").text
+
+
+def test_an_admin_can_always_come_in(store, clock):
+    """The first by an invitation, and the only one again when the session has ended."""
+
+    def accept(link):
+        person = store.accounts.accept(link.removeprefix("/join/"), "Ann")
+        store.accounts.open_session(person.id, SESSION_SECONDS)
+        return person
+
+    lost, link = web_pages.admin_link(store), web_pages.admin_link(store)
+    assert store.accounts.invitation(lost.removeprefix("/join/")) is None
+    admin = accept(link)
+    assert admin.role == "admin" and web_pages.admin_link(store) is None
+    clock.now += SESSION_SECONDS - 1
+    assert web_pages.admin_link(store) is None
+    clock.now += 2
+    lost, link = web_pages.admin_link(store), web_pages.admin_link(store)
+    assert len(store.accounts.invitations()) == 1 and lost != link
+    assert accept(link) == admin and web_pages.admin_link(store) is None
+    store.accounts.close_sessions(admin.id, admin.id)
+    assert accept(web_pages.admin_link(store)) == admin

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from ml_collections import ConfigDict
 
 from gptlab.data.records import Message
 from gptlab.people import embedded as embedded_lib
-from gptlab.people.backend import Ask, Invalid, UnknownModel
+from gptlab.people import policy as policies
+from gptlab.people.backend import Ask, Invalid, Refused, UnknownModel
 from gptlab.people.moderation import Moderated
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
@@ -154,6 +156,72 @@ def test_a_promoted_policy_takes_over_without_a_lost_request(
         run(reply(backend, asked))
 
 
+def test_a_long_reply_ends_on_the_old_policy(tmp_path, workdir, tiny_model, tiny_vocabulary):
+    """Its own deadline counts, not the one of requests without."""
+    newer = serving.write_model(tmp_path / "newer", tiny_model, tiny_vocabulary, seed=5)
+    directory = rounds(tmp_path / "rounds", workdir)
+    backend = serving.embedded(directory, watch_seconds=0.02, deadline_seconds=0.05)
+    old = backend._served["tiny"].engine
+    call, go, calls = old._call, threading.Event(), []
+
+    def held(*arguments):
+        calls.append(arguments)
+        if len(calls) > 10:
+            go.wait(100)
+        return call(*arguments)
+
+    old._call = held
+
+    async def talk():
+        pieces = backend.reply(ask("how was the film?", max_tokens=90, temperature=0.5), 300.0)
+        found = [await anext(pieces)]
+        rounds(directory, newer)
+        while backend._served["tiny"].engine is old:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.4)
+        go.set()
+        return found + [piece async for piece in pieces]
+
+    assert run(talk())[-1].finish_reason in ("stop", "length")
+    run(backend.close(0))
+
+
+def test_a_policy_that_is_compiled_at_the_end_is_stopped(
+    tmp_path, workdir, tiny_model, tiny_vocabulary, monkeypatch
+):
+    newer = serving.write_model(tmp_path / "newer", tiny_model, tiny_vocabulary, seed=5)
+    directory = rounds(tmp_path / "rounds", workdir)
+    engines, begun, go = [], threading.Event(), threading.Event()
+
+    def made(*arguments):
+        engines.append(real(*arguments))
+        return engines[-1]
+
+    def load(path, dtype, mesh):
+        if engines:
+            begun.set()
+            go.wait(100)
+        return policies.load(path, dtype, mesh)
+
+    real = embedded_lib.Engine
+    monkeypatch.setattr(embedded_lib, "Engine", made)
+    backend = embedded_lib.Embedded(
+        {"tiny": str(directory)}, serving.OPTIONS, "float32", serving.one_device(), 60.0, 0.02, load
+    )
+    rounds(directory, newer)
+    assert begun.wait(60)
+
+    async def close():
+        closing = asyncio.create_task(backend.close(60))
+        while not backend._closed.is_set():
+            await asyncio.sleep(0.01)
+        go.set()
+        await closing
+
+    run(close())
+    assert len(engines) == 2 and not any(engine._thread.is_alive() for engine in engines)
+
+
 def test_a_policy_that_can_not_be_loaded_leaves_the_old_one(tmp_path, workdir, capsys):
     directory = rounds(tmp_path / "rounds", workdir)
     backend = serving.embedded(directory, watch_seconds=0.02)
@@ -179,7 +247,7 @@ def test_moderation_refuses_and_records(backend, where):
 
     moderated = Moderated(backend, Opposite(), 0.0, True, False, refusals.append)
     if where == "input":
-        with pytest.raises(Exception, match="^$"):
+        with pytest.raises(Refused):
             run(reply(moderated, ask("the film")))
         assert run(reply(moderated, ask("the tea")))[0] == run(reply(backend, ask("the tea")))[0]
         assert [(r.where, r.text, r.scorer) for r in refusals] == [

@@ -1,6 +1,7 @@
 """Whatever is sent, the server answers, in the documented form, and goes on serving."""
 
 import json
+import resource
 import socket
 import time
 
@@ -99,9 +100,20 @@ def test_control_tokens_and_odd_characters_are_text(url):
         assert answer.status_code == 200, answer.text
 
 
-def test_slow_and_idle_connections_keep_nobody_out(url):
+@pytest.fixture
+def many_files():
+    """Both ends of the connections are files of this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("this machine allows a process too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_slow_and_idle_connections_keep_nobody_out(url, many_files):
     host, port = url.removeprefix("http://").split(":")
-    lines = [socket.create_connection((host, int(port)), timeout=30) for _ in range(200)]
+    lines = [socket.create_connection((host, int(port)), timeout=30) for _ in range(1000)]
     try:
         head = f"POST {ROUTES[0]} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n"
         for line in lines[:20]:

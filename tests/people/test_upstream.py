@@ -170,7 +170,20 @@ def test_a_server_without_extras_is_enough():
     assert last.usage.completion_tokens == 1
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1", "http://a b/"])
+def test_a_url_with_a_password_is_refused_and_no_caller_sees_the_url():
+    with pytest.raises(UserError, match="GPTLAB_UPSTREAM_KEY") as found:
+        Upstream("http://user:secret@127.0.0.1:9", None, 1.0)
+    assert "secret" not in str(found.value)
+    with answering(200, event(choices=[])) as address:
+        one, two = (Upstream(address, None, 60.0) for _ in range(2))
+        with pytest.raises(Unavailable, match="without a finish_reason") as ended:
+            run(replies(one, Ask("odd", "a")))
+    with pytest.raises(Unavailable, match="ConnectError") as gone:
+        run(replies(two, Ask("odd", "a")))
+    assert "127.0.0.1" not in f"{ended.value} {gone.value}"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1", "http://a b/", "http://[a"])
 def test_no_server_is_an_error_of_one_line(url):
     with pytest.raises(UserError, match="config.upstream"):
         Upstream(url, None, 1.0)

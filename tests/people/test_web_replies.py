@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import json
+import time
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptlab.people.backend import Model, Piece, Refused, Unavailable
-from gptlab.people.web import markdown
+from gptlab.data.records import Message
+from gptlab.people.backend import Ask, Model, Piece, Refused, Unavailable
+from gptlab.people.web import markdown, replies
 from tests import pages, serving
 
 
@@ -94,6 +96,15 @@ def test_a_reply_is_streamed_and_kept_with_its_policy(site, client):
 
 
 @pytest.mark.parametrize(
+    "body", [{"content": "a" * 200_001}, {"content": "a", "context": "a" * 200_001}]
+)
+def test_a_turn_that_is_refused_leaves_no_conversation(client, body):
+    answer = client.post("/api/conversations", json=body)
+    assert answer.status_code == 400 and "200,000 are allowed" in answer.text
+    assert client.get("/api/conversations").json() == []
+
+
+@pytest.mark.parametrize(
     ("text", "refusal"),
     [
         ("refuse the message", "moderation refused the message"),
@@ -148,6 +159,31 @@ def test_one_person_has_so_many_replies_at_once(site, client):
         assert client.post(f"/api/replies/{token}/stop").status_code == 204
         serving.wait_for(lambda: token not in site.app.state.site.running)
     serving.wait_for(lambda: not site.app.state.site.running)
+
+
+def test_a_reply_that_takes_long_to_render_leaves_time_for_others(monkeypatch):
+    spent = []
+
+    class Slow(markdown.Streamed):
+        def add(self, text):
+            begin = time.monotonic()
+            time.sleep(0.03)
+            shown = super().add(text)
+            spent.append(time.monotonic() - begin)
+            return shown
+
+    async def follow():
+        reply = replies.begin({}, Told(), ask, 60.0, "ann", lambda *_: {})
+        begin = time.monotonic()
+        async with contextlib.aclosing(reply.events()) as told:
+            async for _ in told:
+                if len(spent) == 4:
+                    break
+        return time.monotonic() - begin
+
+    monkeypatch.setattr(replies, "Streamed", Slow)
+    ask = Ask("m", (Message("user", "go on"),))
+    assert asyncio.run(follow()) > 5 * sum(spent)
 
 
 LINES = st.sampled_from(

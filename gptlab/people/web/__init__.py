@@ -20,7 +20,7 @@
 Scripts get text and the HTML that `markdown.py` rendered; they set innerHTML from the latter alone.
 """
 
-from gptlab.people.web.pages import add_pages, first_invitation
+from gptlab.people.web.pages import add_pages, admin_link
 from gptlab.people.web.site import Settings
 
-__all__ = ["Settings", "add_pages", "first_invitation"]
+__all__ = ["Settings", "add_pages", "admin_link"]

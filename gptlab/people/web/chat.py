@@ -11,7 +11,8 @@ from starlette.responses import Response, StreamingResponse
 
 from gptlab.people.backend import Ask, Busy, Unavailable
 from gptlab.people.store import Invalid, NotFound
-from gptlab.people.store.conversations import Conversation, Message
+from gptlab.people.store.conversations import MAX_CHARACTERS, Conversation, Message
+from gptlab.people.store.database import storable
 from gptlab.people.store.feedback import FLAGGING, REASONS, Given
 from gptlab.people.web import markdown, replies
 from gptlab.people.web.entry import asks_consent
@@ -109,6 +110,9 @@ def begin(body: Begin, site: SiteOf, visitor: SignedIn) -> dict[str, Any]:
         raise Invalid("a message can't be empty")
     first = " ".join(body.content.split())
     title = first if len(first) <= _TITLE else first[: _TITLE - 1].rstrip() + "…"
+    # What can't be said leaves no empty conversation behind.
+    storable(body.content, MAX_CHARACTERS, "a message")
+    storable(body.context or "", MAX_CHARACTERS, "the additional context")
     store, person = site.store.conversations, visitor.person.id
     made = store.create(person, title, body.system.strip())
     message = store.say(person, made.id, None, body.content, body.context)

@@ -16,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 from gptlab.people.backend import Backend
 from gptlab.people.openai_errors import ApiError, explain
 from gptlab.people.store import Forbidden, Invalid, LeaseLost, NotFound, Store
+from gptlab.people.store.audit import SYSTEM, Entry
 from gptlab.people.web import campaigns, chat, entry, labelling, people, review, security
 from gptlab.people.web.site import Settings, Site, load_templates
 
@@ -49,12 +50,40 @@ def add_pages(app: FastAPI, backend: Backend, store: Store, settings: Settings) 
     app.router.lifespan_context = lifespan
 
 
-def first_invitation(store: Store, valid_seconds: float = 86400.0) -> str | None:
-    """The path of a link by which the first admin comes in; None if there is an admin."""
-    if any(person.role == "admin" for person in store.accounts.people()):
+def admin_link(store: Store, valid_seconds: float = 86400.0) -> str | None:
+    """The path of a link by which an admin comes in; None if one is signed in.
+
+    Without an admin it is an invitation for the first one, else the oldest one signs in again:
+    nobody else could let them. Unused links of that kind are revoked: only the newest is good.
+    """
+    accounts = store.accounts
+    admins = [person for person in accounts.people() if person.role == "admin"]
+    if any(_signed_in(store, admin.id) for admin in admins):
         return None
-    _, token = store.accounts.invite("admin", "system", valid_seconds=valid_seconds)
+    person = admins[0].id if admins else None
+    for unused in accounts.invitations():
+        if (unused.role, unused.person) == ("admin", person):
+            accounts.revoke_invitation(unused.id, SYSTEM)
+    if person is None:
+        _, token = accounts.invite("admin", SYSTEM, valid_seconds=valid_seconds)
+    else:
+        _, token = accounts.sign_in_link(person, SYSTEM, valid_seconds)
     return f"/join/{token}"
+
+
+def _signed_in(store: Store, person: str) -> bool:
+    """Whether the newest change of a person's sessions left one that is still valid.
+
+    One of several that was closed last counts as all of them: a link too many does no harm.
+    """
+    last: Entry | None = None
+    after = 0
+    while rows := store.audit.entries(after, object=f"people:{person}"):
+        after = rows[-1].row
+        last = next((r for r in reversed(rows) if r.action.startswith("session.")), last)
+    if last is None or last.action != "session.open":
+        return False
+    return last.at + security.SESSION_SECONDS > store.database.clock()
 
 
 async def _end(site: Site) -> None:
@@ -71,6 +100,14 @@ async def _end(site: Site) -> None:
 
 async def _answer(request: Request, error: Exception) -> Response:
     """What went wrong: JSON for programs and scripts, a page for people."""
+    site: Site = request.app.state.site
+    answer = _told(request, site, error)
+    # Of a defect, no middleware sees the answer.
+    security.add_headers(answer.headers, request.url.path, site.settings.secure)
+    return answer
+
+
+def _told(request: Request, site: Site, error: Exception) -> Response:
     status = _STATUS.get(type(error)) or getattr(error, "status", None)
     known = isinstance(error, (*_STATUS, security.Denied))
     told = ApiError(status or 500, str(error)) if known else explain(error)
@@ -80,7 +117,6 @@ async def _answer(request: Request, error: Exception) -> Response:
         return RedirectResponse("/", 303)
     if isinstance(error, HTTPException) and told.status == 404:
         told = ApiError(404, "there is no such page")
-    site: Site = request.app.state.site
     answer = site.page(
         request, "error.html", None, told.status, code=told.status, message=str(told)
     )

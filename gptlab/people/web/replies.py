@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from gptlab.people.web.markdown import Streamed
 
 _LOG = logging.getLogger(__name__)
 _PAUSE = 0.04  # seconds between two events: faster than people read
+_REST = 9  # times what an event took to make: one reply takes a tenth of the time at most
 REFUSED = "moderation refused the message"
 REPLY_REFUSED = "moderation refused the reply"
 
@@ -68,11 +70,15 @@ class Running:
             yield _event("start", {"token": self.token})
             while not self._task.done():
                 await self._next_change()
+                pause = _PAUSE
                 if self._sent < len(self._text):
                     text, self._sent = self._text[self._sent :], len(self._text)
+                    begin = time.monotonic()
                     settled, tail = html.add(text)
+                    # A block takes the longer the more it grows, and nobody else is served then.
+                    pause = max(_PAUSE, _REST * (time.monotonic() - begin))
                     yield _event("text", {"text": text, "settled": settled, "tail": tail})
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(pause)
             if self._task.cancelled():  # before it began
                 yield _event("done", {"message": None, "notice": None})
             elif error := self._task.exception():

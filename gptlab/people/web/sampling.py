@@ -9,11 +9,13 @@ import random
 from starlette.concurrency import run_in_threadpool
 
 from gptlab.data.records import Candidate
-from gptlab.people.backend import Ask, Busy, Invalid, Refused
+from gptlab.people.backend import Ask, Busy, Invalid, Refused, Unavailable
+from gptlab.people.store import NotFound
 from gptlab.people.store.campaigns import Picked
 from gptlab.people.web.site import Site
 
 _LOG = logging.getLogger(__name__)
+_FAILURES = 3  # of the model in a row that end a run: it is gone, and not only for a moment
 
 
 class Sampling:
@@ -45,15 +47,22 @@ class Sampling:
             seed = random.SystemRandom().randrange(2**31)  # which ones: people's, by chance
             picked = await run_in_threadpool(store.pick, self._campaign, self._count, seed)
             self.wanted = len(picked)
+            failed = 0  # in a row
             for item in picked:
-                others = await self._sample(item)
-                if others:
-                    await run_in_threadpool(
-                        store.queue_picked, self._campaign, item, others, self._actor
-                    )
-                    self.queued += 1
-                else:
-                    self.left_out += 1
+                try:
+                    others, failed = await self._sample(item), 0
+                    if others:
+                        await run_in_threadpool(
+                            store.queue_picked, self._campaign, item, others, self._actor
+                        )
+                except NotFound:  # its chat has been deleted meanwhile
+                    others = []
+                except Unavailable:
+                    others, failed = [], failed + 1
+                    if failed == _FAILURES:
+                        raise
+                self.queued += bool(others)
+                self.left_out += not others
         except Exception as error:
             self.error = str(error) or type(error).__name__
             _LOG.error("sampling for campaign %s failed", self._campaign, exc_info=error)
@@ -64,9 +73,8 @@ class Sampling:
         models = {model.name: model for model in self._site.backend.models()}
         model = models.get(item.model) or next(iter(models.values()))
         found: dict[str, Candidate] = {}
-        for index in range(2 * self._alternatives):
-            if len(found) == self._alternatives:
-                break
+        index = 0
+        while index < 2 * self._alternatives and len(found) < self._alternatives:
             ask = Ask(
                 model.name, item.prompt.messages, settings.max_tokens, settings.temperature,
                 top_p=settings.top_p, index=index,
@@ -81,8 +89,9 @@ class Sampling:
                 continue
             except (Invalid, Refused):
                 break
+            index += 1
             if text.strip() and text != item.reply.content and text not in found:
-                found[text] = Candidate(f"{item.reply.id}:{index}", text, policy, finished)
+                found[text] = Candidate(f"{item.reply.id}:{ask.index}", text, policy, finished)
         return list(found.values())
 
 

@@ -39,23 +39,29 @@ HEADERS = {
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
+def add_headers(headers: MutableHeaders, path: str, secure: bool) -> None:
+    """HEADERS on a response to a path; what isn't a static file is never cached."""
+    for name, value in HEADERS.items():
+        headers.setdefault(name, value)
+    if secure:
+        headers.setdefault("Strict-Transport-Security", "max-age=31536000")
+    if not path.startswith("/static/"):
+        headers.setdefault("Cache-Control", "no-store")
+
+
 class SecurityHeaders:
-    """ASGI middleware: HEADERS on every response; what isn't a static file is never cached."""
+    """ASGI middleware: `add_headers` on every response but those to defects.
+
+    Starlette answers to those outside of all middleware.
+    """
 
     def __init__(self, app: ASGIApp, secure: bool):
-        self._app = app
-        self._headers = dict(HEADERS)
-        if secure:
-            self._headers["Strict-Transport-Security"] = "max-age=31536000"
+        self._app, self._secure = app, secure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self._headers.items():
-                    headers.setdefault(name, value)
-                if not scope["path"].startswith("/static/"):
-                    headers.setdefault("Cache-Control", "no-store")
+                add_headers(MutableHeaders(scope=message), scope["path"], self._secure)
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)

@@ -2,6 +2,7 @@
 import { call, complain, element, icon, rendered, stopwatch, toast } from "./common.js";
 
 const RENEW_BELOW = 0.3; // of a lease's time
+const GONE = [404, 409]; // whose text it shows has deleted it; or it isn't ours any more
 
 // `show(task, place)` draws a task. Returns what its page may do with it.
 export function worker(show) {
@@ -46,7 +47,7 @@ export function worker(show) {
     document.getElementById("progress").textContent = found ? `${found.judged} of ${found.wanted} judged` : "not open";
   }
 
-  // Sends an answer and goes on to the next task; one that isn't ours any more is dropped.
+  // Sends an answer and goes on to the next task; one that is gone is dropped.
   async function answer(what, body, thanks) {
     try {
       await call("POST", `/api/leases/${task.lease}/${what}`, body);
@@ -54,7 +55,7 @@ export function worker(show) {
       await lease();
     } catch (error) {
       complain(error);
-      if (error.status === 409) await lease();
+      if (GONE.includes(error.status)) await lease();
     }
   }
 
@@ -68,7 +69,7 @@ export function worker(show) {
       try {
         took((await call("POST", `/api/leases/${task.lease}/renew`)).task);
       } catch (error) {
-        if (error.status === 409) await lease();
+        if (GONE.includes(error.status)) await lease();
       }
     }
   }
