@@ -1,5 +1,6 @@
 """The program: it serves, ends as it is asked to, and refuses what can't be served."""
 
+import contextlib
 import json
 import os
 import signal
@@ -40,14 +41,16 @@ def events(url, body, begun=None):
 
 
 def test_it_serves_and_finishes_what_runs_when_it_is_stopped(tmp_path, workdir):
-    flags = (f"--config.models.gptlab={workdir}",)
-    with serving.program(tmp_path, *flags) as (process, url):
-        with serving.program(tmp_path / "front", f"--config.upstream={url}") as (_, front):
-            assert httpx.get(f"{front}/healthz").json()["status"] == "ok"
-            body = {**LONG, "stream": False, "seed": 1, "n": 2}
-            answers = [httpx.post(f"{at}/v1/completions", json=body) for at in (url, front)]
-            texts = [answer.json()["choices"][0]["text"] for answer in answers]
-            assert texts[0] == texts[1] != ""
+    own = f"--config.models.gptlab={workdir}"
+    with contextlib.ExitStack() as stack:
+        process, url = stack.enter_context(serving.program(tmp_path, own))
+        flags = (f"--config.upstream={url}", "--config.engine.watch_seconds=0.2")
+        _, front = stack.enter_context(serving.program(tmp_path / "front", *flags))
+        assert httpx.get(f"{front}/healthz").json()["status"] == "ok"
+        body = {**LONG, "stream": False, "seed": 1, "n": 2}
+        answers = [httpx.post(f"{at}/v1/completions", json=body) for at in (url, front)]
+        texts = [answer.json()["choices"][0]["text"] for answer in answers]
+        assert texts[0] == texts[1] != ""
         begun, found = threading.Event(), []
         reader = threading.Thread(target=lambda: found.append(events(url, LONG, begun)))
         reader.start()
@@ -59,6 +62,9 @@ def test_it_serves_and_finishes_what_runs_when_it_is_stopped(tmp_path, workdir):
         assert len(reasons) == 8 and set(reasons) <= {"stop", "length"} and ended
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/healthz")
+        serving.wait_for(lambda: httpx.get(f"{front}/healthz").status_code == 503)
+        (said,) = httpx.get(f"{front}/healthz").json()["failures"]
+        assert said.startswith("upstream: it can't be reached")
     log = (tmp_path / "serve.log").read_text()
     address, invitation = log.splitlines()  # and nothing else: no warnings of libraries
     assert address == f"gptlab serve: {url}/v1" and f"{url}/join/" in invitation
