@@ -264,11 +264,34 @@ def test_flags_and_skips_go_to_a_reviewer(store):
         assert store.work.lease(made.id, who.id) is None
     cases = store.review.queue(made.id, rae.id)
     assert [case.severity for case in cases] == [3, 0] and cases[1].skips == 2
+    assert store.review.queue(made.id, rae.id, limit=1) == cases[:1]
     assert store.figures.statistics(made.id).skips == {"too_hard": 2}
     with pytest.raises(Invalid, match="still at this task"):
         campaign_open = store.campaigns.create("d", "ranking", Settings(), "system")
         store.campaigns.queue("d", [candidate_set("z")], "system")
         store.review.drop(store.campaigns.tasks(campaign_open.id)[0].id, rae.id, "")
+
+
+def test_a_case_is_read_by_whoever_may_decide_it(store):
+    made = campaign(store, tasks=2, max_skips=1)
+    store.campaigns.create("other", "ranking", Settings(), "system")
+    ann, rae, ada = (person(store, role, role) for role in ("labeller", "reviewer", "admin"))
+    for who in (ann, rae):  # each skips the other task
+        lease = store.work.lease(made.id, who.id)
+        store.work.skip(lease.token, who.id, "unclear")
+    (case,) = store.review.queue(made.id, rae.id)
+    assert store.review.case(made.id, case.task.id, rae.id) == case
+    assert [j.person for j in case.judgements] == [ann.id]
+    (own,) = (t for t in store.campaigns.tasks(made.id) if t.id != case.task.id)
+    assert store.review.case("c", own.id, ada.id).task == own
+    store.review.drop(case.task.id, rae.id, "")
+    for campaign_, task, who in (
+        (made.id, own.id, rae), (made.id, case.task.id, ada), ("other", own.id, ada),
+    ):  # fmt: skip
+        with pytest.raises(NotFound):
+            store.review.case(campaign_, task, who.id)
+    with pytest.raises(Forbidden):
+        store.review.case(made.id, own.id, ann.id)
 
 
 def test_a_correction_is_a_new_judgement(store):
