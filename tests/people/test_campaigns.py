@@ -1,15 +1,17 @@
 """Campaigns: what is queued, who gets what, what is judged, decided and counted."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import threading
+import time
 
 import pytest
 import sqlalchemy as sa
 
 from gptlab.data.records import Message, Prompt
-from gptlab.people.store import Forbidden, Invalid, LeaseLost, NotFound
+from gptlab.people.store import Forbidden, Invalid, LeaseLost, NotFound, figures
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Flag, Turn
 from gptlab.people.store.schema import judgements, leases
@@ -374,6 +376,41 @@ def test_statistics_are_those_of_the_judgements(store, clock):
     labellers = {one.name: one for one in statistics.labellers}
     assert labellers["Ann"].median_seconds == 10.0 and labellers["Ann"].judged == 6
     assert labellers["Cy"].agreement_pairs == 0 and math.isnan(labellers["Cy"].agreement.mean)
+
+
+def test_statistics_are_computed_once_for_the_same_judgements(store, monkeypatch):
+    made, computed, compute = campaign(store, tasks=3), [], figures._statistics
+    ann, bo = person(store, "Ann"), person(store, "Bo")
+
+    def slow(given):
+        time.sleep(0.05)  # all who ask are there by then
+        computed.append(len(given.rows))
+        return compute(given)
+
+    monkeypatch.setattr(figures, "_statistics", slow)
+
+    def asked():
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: store.figures.statistics(made.id), range(4)))
+        assert all(one is found[0] for one in found)
+        return found[0]
+
+    def judged(who, **kwargs):
+        lease = store.work.lease(made.id, who.id)
+        return store.work.judge(lease.token, who.id, best_first(lease), **kwargs)
+
+    assert asked().labellers == ()
+    first = judged(ann, ratings=[7, None, 1])
+    judged(bo)
+    assert asked().ratings == {1: 1, 7: 1}
+    store.work.correct(first.id, ann.id, [1, 1, 1], ratings=[4, 4, 4])
+    statistics = asked()
+    assert (statistics.ratings, statistics.tie_rate) == ({4: 3}, 0.5)
+    store.delete_person(bo.id, "system")
+    assert [one.name for one in asked().labellers] == ["Ann"]
+    judged(ann, flags=[Flag(0, "untrue", 1)])
+    assert asked().flags == {"untrue": 1}
+    assert computed == [0, 2, 2, 1, 2]
 
 
 def test_a_campaign_without_answers_has_figures(store):

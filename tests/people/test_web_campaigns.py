@@ -1,5 +1,7 @@
 """What a campaign's page shows an admin: its tasks, page by page, and nobody's withdrawn text."""
 
+import re
+
 import pytest
 
 from gptlab.data.records import Candidate
@@ -59,3 +61,18 @@ def test_text_that_is_withheld_or_deleted_is_not_shown(site, admin):
     assert text.count("Not shown: its author") == 1 == text.count("Deleted with the chat")
     store.accounts.consent(ann.id, "training", True, "test")
     assert "the secret of Ann" in admin.get(path).text
+
+
+def test_times_and_ratings_are_shown(site, admin):
+    store = site.store
+    made = store.campaigns.create("rated", "ranking", Settings(), "system")
+    store.campaigns.queue(made.id, [candidate_set("r")], "system", "train")
+    assert 'aria-label="Ratings"' not in admin.get(f"/campaigns/{made.id}").text
+    lee = person(store, "Lee")
+    lease = store.work.lease(made.id, lee.id)
+    store.work.judge(lease.token, lee.id, [1, 2, 3], [6, 6, None])
+    text = admin.get(f"/campaigns/{made.id}").text
+    table = text.split('aria-label="Ratings"')[1].split("</table>")[0]
+    assert [cell.split("<")[0] for cell in table.split("<td>")[1:]] == list("0000020")
+    for name in ("median", "mean"):
+        assert re.search(rf"Time for a task, {name}</dt><dd>\d+\.\d s</dd>", text)

@@ -14,6 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from gptlab.data.records import Candidate, CandidateSet, Message, Prompt, RecordReader
 from gptlab.people.store import Invalid
 from gptlab.people.store.campaigns import KINDS, STATES, Campaign, Settings
+from gptlab.people.store.judgements import RATINGS
 from gptlab.people.web import sampling
 from gptlab.people.web.security import Admin
 from gptlab.people.web.site import Site, SiteOf
@@ -83,6 +84,7 @@ def page(
         after=after,
         before=max(0, after - _TASKS) if after else None,
         more=after + _TASKS if len(tasks) > _TASKS else None,
+        ratings=range(RATINGS[0], RATINGS[1] + 1),
         states=STATES,
         sampling=site.sampling.get(found.id),
         artifacts=site.settings.artifacts,
