@@ -113,6 +113,7 @@ class Upstream:
         until = time.monotonic() + (self._deadline if deadline is None else deadline)
         path, body = _request(ask)
         policy = known[ask.model].policy
+        known_by_policy = policy != ask.model  # else a fingerprint is of something else
         tokens = 0
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -127,6 +128,8 @@ class Upstream:
                     if "error" in event:
                         raise Unavailable(_words(event))
                     usage = event.get("usage") or usage
+                    if known_by_policy:  # which may be newer than the list
+                        policy = event.get("system_fingerprint") or policy
                     for choice in event.get("choices", []):
                         text, entries = _text(choice), _tokens(choice)
                         tokens += len(entries) or bool(text)

@@ -129,9 +129,10 @@ def test_a_server_that_goes_and_comes_back_with_another_model(backend, caplog):
             serving.wait_for(lambda: health().status_code == 200)
             listed = httpx.get(f"{front}/v1/models").json()["data"]
             assert [one["id"] for one in listed] == ["tiny", "newer"]
-            ask = {"model": "newer", "prompt": "a", "max_tokens": 1}
-            assert httpx.post(f"{front}/v1/completions", json=ask).is_success
             assert [m.policy for m in made.models()] == [model.policy, "f" * 12]
+            ask = {"model": "newer", "prompt": "a", "max_tokens": 1}
+            answer = httpx.post(f"{front}/v1/completions", json=ask).json()
+            assert answer["system_fingerprint"] == model.policy  # what has written, not the list
     said = [record.getMessage() for record in caplog.records if "upstream" in record.name]
     assert len(said) == 2 and "can't be reached" in said[0] and "answers again" in said[1]
 

@@ -149,6 +149,8 @@ def test_a_defect_is_logged_by_its_type_and_place_without_a_text(site, client, c
         _, turn = begin(client, "break at once")
         assert client.post(f"/api/messages/{turn}/reply", json={}).status_code == 500
         serving.wait_for(lambda: logged)
+        asyncio_log = logging.getLogger("asyncio")
+        asyncio_log.error("not retrieved\nfuture: broken", exc_info=ValueError("broken"))
     finally:
         servers.removeHandler(handler)
     own = [record.getMessage() for record in caplog.records if "replies" in record.name]
