@@ -129,7 +129,7 @@ class Upstream:
                         raise Unavailable(_words(event))
                     usage = event.get("usage") or usage
                     if known_by_policy:  # which may be newer than the list
-                        policy = event.get("system_fingerprint") or policy
+                        policy = str(event.get("system_fingerprint") or policy)
                     for choice in event.get("choices", []):
                         text, entries = _text(choice), _tokens(choice)
                         tokens += len(entries) or bool(text)
@@ -158,7 +158,7 @@ class Upstream:
                     self._models, self._failure = _listed(client), None
                 except Unavailable as error:
                     self._failure = str(error)
-                if self._failure != before:
+                if (self._failure is None) != (before is None):
                     _LOG.warning("%s: %s", self._where, self._failure or "it answers again")
 
 
