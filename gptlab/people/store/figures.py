@@ -178,7 +178,8 @@ def _read(reader: Reader, campaign: str) -> _Answers:
         .group_by(flags.c.kind)
     )
     rows = reader.execute(query).all()
-    known = {row.id: row for row in reader.execute(sa.select(people))}
+    who = sa.select(people).where(people.c.id.in_(sa.select(judgements.c.person_id).where(*own)))
+    known = {row.id: row for row in reader.execute(who)}
     return _Answers(rows, {kind: n for kind, n in reader.execute(flagged)}, known)
 
 
