@@ -133,7 +133,7 @@ def test_a_server_that_goes_and_comes_back_with_another_model(backend, caplog):
             ask = {"model": "newer", "prompt": "a", "max_tokens": 1}
             answer = httpx.post(f"{front}/v1/completions", json=ask).json()
             assert answer["system_fingerprint"] == model.policy  # what has written, not the list
-    said = [record.getMessage() for record in caplog.records if "upstream" in record.name]
+            said = [one.getMessage() for one in caplog.records if "upstream" in one.name]
     assert len(said) == 2 and "can't be reached" in said[0] and "answers again" in said[1]
 
 

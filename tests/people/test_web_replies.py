@@ -38,6 +38,7 @@ class Told:
         if what == "fail later":
             raise Unavailable("gone")
         if what == "break later":
+            await asyncio.sleep(0.2)  # until the first piece is sent
             raise ValueError(f"broken by {what!r}")
         if what == "go on":
             while True:
