@@ -213,7 +213,7 @@ def _by_length(rankings: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, 
     lengths = np.array([len(ranks) for ranks in rankings], np.int64)
     for length in np.unique(lengths):
         rows = np.flatnonzero(lengths == length)
-        yield rows, np.array([rankings[row] for row in rows])
+        yield rows, np.array([rankings[row] for row in rows.tolist()])
 
 
 def _orders(ranks: np.ndarray) -> np.ndarray:
