@@ -20,6 +20,7 @@ from gptlab.people.store.database import Database, Reader
 from gptlab.people.store.schema import flags, judgements, leases, people, tasks
 from gptlab.people.store.settle import DECIDING, standing
 
+_COUNTED = ("task_id", "person_id", "kind", "ranks", "ratings", "note", "seconds", "gold_right")
 _BOOTSTRAP = Bootstrap(1000, 0, 0.95)
 
 
@@ -145,7 +146,7 @@ class Figures:
 class _Answers:
     """What a campaign's labellers have answered, as far as it is counted."""
 
-    rows: Sequence[Any]  # judgements, with the order shown
+    rows: Sequence[Any]  # of judgements, what _COUNTED names, and the order shown
     flags: dict[str, int]
     people: dict[str, Any]
 
@@ -158,7 +159,6 @@ def _which(reader: Reader, campaign: str) -> tuple[Any, ...]:
 
 def _read(reader: Reader, campaign: str) -> _Answers:
     own = (judgements.c.campaign_id == campaign, judgements.c.kind.not_in(DECIDING), standing())
-    names = ("task_id", "person_id", "kind", "ranks", "ratings", "note", "seconds", "gold_right")
     # A correction has no lease of its own: what was shown is known by task and person.
     shown = sa.and_(
         leases.c.task_id == judgements.c.task_id,
@@ -166,7 +166,7 @@ def _read(reader: Reader, campaign: str) -> _Answers:
         leases.c.state == "judged",
     )
     query = (
-        sa.select(*(judgements.c[name] for name in names), leases.c.shown)
+        sa.select(*(judgements.c[name] for name in _COUNTED), leases.c.shown)
         .join(leases, shown, isouter=True)
         .where(*own)
         .order_by(judgements.c.row)
@@ -189,27 +189,43 @@ def _numbers(text: str) -> tuple[Any, ...]:
     return tuple(json.loads(text))
 
 
+@dataclasses.dataclass
+class _Work:
+    """What one person has answered: seconds of each judgement, gold checks that are right."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    gold: list[bool] = dataclasses.field(default_factory=list)
+    skipped: int = 0
+
+
 def _statistics(given: _Answers) -> Statistics:
-    answers = [row for row in given.rows if row.kind != "skip"]
-    ranked = [row for row in answers if row.ranks is not None]
+    work: dict[str, _Work] = {}
     by_task: dict[str, dict[str, tuple[int, ...]]] = {}
-    for row in ranked:
-        if row.gold_right is None:
-            by_task.setdefault(row.task_id, {})[row.person_id] = _numbers(row.ranks)
+    orders: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    ratings: Counter[int] = Counter()
+    skips: Counter[str] = Counter()
+    for task, person, kind, ranks, rated, note, seconds, right, shown in given.rows:
+        own = work.setdefault(person, _Work())
+        if kind == "skip":
+            own.skipped += 1
+            skips[note.split(":")[0]] += 1
+            continue
+        own.seconds.append(seconds)
+        if right is not None:
+            own.gold.append(right)
+        if rated is not None:
+            ratings.update(value for value in _numbers(rated) if value is not None)
+        if ranks is not None:
+            orders.append((_numbers(ranks), _numbers(shown)))
+            if right is None:
+                by_task.setdefault(task, {})[person] = orders[-1][0]
     preferences = agreement.Preferences.of([own for own in by_task.values() if len(own) > 1])
     agreed, pairs = agreement.pair_agreement(preferences, _BOOTSTRAP)
-    orders = [(_numbers(row.ranks), _numbers(row.shown)) for row in ranked]
     bias, bias_pairs = agreement.position_bias(orders, _BOOTSTRAP)
-    seconds = [row.seconds for row in answers]
-    ratings = Counter(
-        value for row in answers if row.ratings for value in _numbers(row.ratings) if value
-    )
-    by_person: dict[str, list[Any]] = {}
-    for row in given.rows:
-        by_person.setdefault(row.person_id, []).append(row)
+    everything = [second for own in work.values() for second in own.seconds]
     return Statistics(
-        median_seconds=_median(seconds),
-        mean_seconds=float(np.mean(seconds)) if seconds else float("nan"),
+        median_seconds=_median(everything),
+        mean_seconds=float(np.mean(everything)) if everything else float("nan"),
         agreement=agreed,
         agreement_pairs=pairs,
         alpha=agreement.preference_alpha(preferences, _BOOTSTRAP),
@@ -217,23 +233,20 @@ def _statistics(given: _Answers) -> Statistics:
         position_pairs=bias_pairs,
         tie_rate=agreement.tie_rate([ranks for ranks, _ in orders]),
         flags=given.flags,
-        skips=dict(Counter(row.note.split(":")[0] for row in given.rows if row.kind == "skip")),
-        ratings={value: ratings[value] for value in sorted(ratings)},
+        skips=dict(skips),
+        ratings=dict(ratings),
         labellers=tuple(
-            _labeller(given.people[person], by_person[person], preferences)
-            for person in sorted(by_person)
+            _labeller(given.people[person], work[person], preferences) for person in sorted(work)
         ),
     )
 
 
-def _labeller(person: Any, given: list[Any], preferences: agreement.Preferences) -> Labeller:
-    answers = [row for row in given if row.kind != "skip"]
-    right = [row.gold_right for row in given if row.gold_right is not None]
-    gold = agreement.share(np.array([[value, 1.0] for value in right]).reshape(-1, 2), _BOOTSTRAP)
+def _labeller(person: Any, own: _Work, preferences: agreement.Preferences) -> Labeller:
+    sums = np.array([[right, 1.0] for right in own.gold]).reshape(-1, 2)
     agreed, pairs = agreement.pair_agreement(preferences, _BOOTSTRAP, person.id)
     return Labeller(
-        person.id, person.name, person.simulated, len(answers), len(given) - len(answers),
-        _median([row.seconds for row in answers]), gold, len(right), agreed, pairs,
+        person.id, person.name, person.simulated, len(own.seconds), own.skipped,
+        _median(own.seconds), agreement.share(sums, _BOOTSTRAP), len(own.gold), agreed, pairs,
     )  # fmt: skip
 
 
