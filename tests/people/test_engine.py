@@ -120,7 +120,7 @@ def test_replies_are_the_same_alone_and_in_a_crowd(make):
     assert stats.steps < sum(len(a[0]) for a in alone)  # they did share steps
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_replies_are_what_generate_draws(make, policy, temperature):
     ids = prompts(1, seed=3)[0]
     key = jax.random.fold_in(jax.random.key(7), 0)

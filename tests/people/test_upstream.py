@@ -111,27 +111,28 @@ def test_a_server_that_goes_and_comes_back_with_another_model(backend, caplog):
     new.models = lambda: [model, dataclasses.replace(model, name="newer", policy="f" * 12)]
     new.reply = lambda ask, _=None: backend.reply(dataclasses.replace(ask, model="tiny"))
     with contextlib.ExitStack() as stack:
+        http = stack.enter_context(httpx.Client(verify=False, timeout=60))
         with serving.serving(old) as address:
             made = Upstream(address, None, 60.0, 0.02)
             front = stack.enter_context(serving.serving(made, failures=made.failures))
 
             def health():
-                return httpx.get(f"{front}/healthz")
+                return http.get(f"{front}/healthz")
 
             assert health().json() == {"status": "ok", "failures": []}
         serving.wait_for(lambda: health().status_code == 503)
         (said,) = health().json()["failures"]
         assert said.startswith("upstream: it can't be reached: ") and address not in said
-        listed = httpx.get(f"{front}/v1/models").json()["data"]
+        listed = http.get(f"{front}/v1/models").json()["data"]
         assert [one["id"] for one in listed] == ["tiny"]  # who comes back finds it
         port = int(address.rpartition(":")[2])
         with serving.serving(new, port=port):
             serving.wait_for(lambda: health().status_code == 200)
-            listed = httpx.get(f"{front}/v1/models").json()["data"]
+            listed = http.get(f"{front}/v1/models").json()["data"]
             assert [one["id"] for one in listed] == ["tiny", "newer"]
             assert [m.policy for m in made.models()] == [model.policy, "f" * 12]
             ask = {"model": "newer", "prompt": "a", "max_tokens": 1}
-            answer = httpx.post(f"{front}/v1/completions", json=ask).json()
+            answer = http.post(f"{front}/v1/completions", json=ask).json()
             assert answer["system_fingerprint"] == model.policy  # what has written, not the list
             said = [one.getMessage() for one in caplog.records if "upstream" in one.name]
     assert len(said) == 2 and "can't be reached" in said[0] and "answers again" in said[1]
