@@ -274,6 +274,18 @@ def test_flags_and_skips_go_to_a_reviewer(store):
         store.review.drop(store.campaigns.tasks(campaign_open.id)[0].id, rae.id, "")
 
 
+def test_a_flag_that_was_corrected_does_not_count(store):
+    made, lee, rae = campaign(store, tasks=2), person(store), person(store, "Rae", "reviewer")
+    first, _ = (  # in the order of their places
+        store.work.judge(
+            store.work.lease(made.id, lee.id).token, lee.id, [1, 2, 3], flags=[Flag(0, "untrue", 3)]
+        )
+        for _ in range(2)
+    )
+    store.work.correct(first.id, lee.id, [1, 2, 3], flags=[Flag(0, "untrue", 2)])
+    assert [case.severity for case in store.review.queue(made.id, rae.id)] == [3, 2]
+
+
 def test_a_case_is_read_by_whoever_may_decide_it(store):
     made = campaign(store, tasks=2, max_skips=1)
     store.campaigns.create("other", "ranking", Settings(), "system")
