@@ -287,11 +287,11 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def run_smoke(workdir: Path) -> str:
-    """Runs the smoke command in `workdir`; returns what it printed."""
+def run_smoke(workdir: Path, *flags: str) -> str:
+    """Runs the smoke command in `workdir`, perhaps with more flags; returns what it printed."""
     command = [sys.executable, "-m", "gptlab.rounds", "--config=configs/quickstart.py:smoke"]
     done = subprocess.run(
-        [*command, f"--workdir={workdir}"],
+        [*command, f"--workdir={workdir}", *flags],
         cwd=Path(__file__).parent.parent,
         env=dict(os.environ, XLA_FLAGS=""),
         stdout=subprocess.PIPE,
