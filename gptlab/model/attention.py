@@ -209,11 +209,9 @@ def blockwise_attention(
     def add(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, out = carry  # [B, Hkv, G, T], the same, [B, Hkv, G, T, K]
         first = number * reach.block
-        begin = jnp.minimum(
-            first, slots - reach.block
-        )  # the last block may begin in the one before
+        begin = jnp.minimum(first, slots - reach.block)  # the last may begin in the one before it
         k, v = (read(x, begin) for x in cache)
-        own = begin + jnp.arange(reach.block)
+        own = begin + jnp.arange(reach.block, dtype=jnp.int32)[None, None]
         seen = (own <= reach.positions[:, :, None]) & (own >= first)  # [B, T, block]
         scores = jnp.einsum("btngk,bnsk->bngts", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where(seen[:, None, None], scores, _MASKED)
