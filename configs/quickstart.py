@@ -237,7 +237,7 @@ def demonstrations() -> ConfigDict:
     config = sft()
     config.data.max_reply_tokens = 0  # what people took the trouble to write counts to its end
     config.optimizer = common.muon(0.001, adam_lr=0.0004, warmup_steps=2)
-    config.update(common.duration(total_epochs=2.0))
+    config.total_steps, config.total_epochs = None, 2.0
     return config
 
 

@@ -518,6 +518,21 @@ def find_feedback(config: ConfigDict) -> dict[int, Feedback]:
     return found
 
 
+def newest(feedback: Mapping[int, Feedback], number: int) -> Feedback | None:
+    """What a round learns from: the last export until then, as it holds what its store held."""
+    return feedback.get(max((r for r in feedback if r <= number), default=0))
+
+
+def stages_of(config: ConfigDict, feedback: Mapping[int, Feedback]) -> list[str]:
+    """The stages of the whole run, in order."""
+    names = list(ONCE)
+    for number in range(1, config.num_rounds + 1):
+        export = newest(feedback, number)
+        names += OF_DEMONSTRATIONS if export is not None and export.has_demonstrations else ()
+        names += EACH_ROUND
+    return names
+
+
 def supersede(
     config: ConfigDict, root: epath.Path, raw: raw_inputs.Files, feedback: Mapping[int, Feedback]
 ) -> None:

@@ -39,6 +39,7 @@ from gptlab.run.errors import Interrupted
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
 from gptlab.train.log import StepLog
+from tests.compiling import environment
 from tests.rl import artifacts
 
 ROOT = Path(__file__).parents[1]
@@ -227,11 +228,6 @@ def command(loop, config, workdir, moment="never"):
     )
     driver = str(ROOT / "tests" / "loop_driver.py")
     return [sys.executable, driver, loop.stage, str(path), str(workdir), moment]
-
-
-def environment(**extra):
-    """One device a process, instead of the 8 of this one."""
-    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **extra}
 
 
 def run_alone(loop, config, workdir, moment="never"):

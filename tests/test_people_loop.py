@@ -1,7 +1,6 @@
 """The whole loop with people in it: chat, feedback, export, SFT, reward, PPO, and chat again."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from gptlab.people.store.campaigns import Settings
 from gptlab.run import artifact
 from gptlab.run.errors import EXIT_INTERRUPTED, UserError
 from gptlab.scorers import registry
-from tests import serving
+from tests import compiling, serving
 from tests.fixtures import read_records, run_smoke
 from tests.people.campaigns import person
 
@@ -167,7 +166,7 @@ def start_rounds(root, url, log):
     ]  # fmt: skip
     with open(log, "a") as out:
         return subprocess.Popen(
-            command, cwd=serving.ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=out, stderr=out
+            command, cwd=serving.ROOT, env=compiling.environment(), stdout=out, stderr=out
         )
 
 
