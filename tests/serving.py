@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from gptlab.model.sharding import MESH_AXES
 from gptlab.people import api, app
 from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options, Request, Token
+from tests import compiling
 from tests.rl import artifacts
 
 ROOT = Path(__file__).parents[1]
@@ -115,11 +115,10 @@ def program(tmp_path, *flags, config="configs/serve.py"):
         f"--workdir={tmp_path / 'serve'}", "--config.port=0", "--config.engine.slots=4",
         "--config.engine.chunk=8", *flags,
     ]  # fmt: skip
-    # Of the tests' flags, those that make the compiler quick: a server has one device.
-    quick = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = {**os.environ, "XLA_FLAGS": " ".join(quick)}
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=out, stdout=out, env=environment)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=out, stdout=out, env=compiling.environment()
+        )
     try:
         wait_for(lambda: process.poll() is not None or "http://" in log.read_text(), 120)
         said = log.read_text()
