@@ -67,7 +67,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             items, scrubbed = _scrub(found.items) if config.scrub else (found.items, Counter())
             try:  # before anything is written: a person deleted from now on finds this export
                 rows = {row for item in items for row in item.rows}
-                store.exports.register(run.identity, str(run.workdir), content.state, rows)
+                noted = (run.identity, str(run.workdir), content.state, rows)
+                store.exports.register(*noted, filters.consent)
             except Invalid as error:
                 raise UserError(str(error)) from error
             write(run, items)

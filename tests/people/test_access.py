@@ -322,8 +322,9 @@ def test_admins_see_which_exports_hold_data_of_who_was_deleted(site):
     (ann, _), (lee, _) = site.person("user"), site.person("labeller")
     mark = "Some hold data of people who were deleted since"
     rows = [("messages", "a", ann.id), ("messages", "b", ann.id), ("judgements", "c", lee.id)]
-    site.store.exports.register("0123", "runs/holds-ann", site.store.state(), rows)
-    site.store.exports.register("4567", "runs/holds-lee", site.store.state(), rows[2:])
+    state = site.store.state()
+    site.store.exports.register("0123", "runs/holds-ann", state, rows, "training")
+    site.store.exports.register("4567", "runs/holds-lee", state, rows[2:], "training")
     with browser(site, "admin") as client:
         assert mark not in client.get("/audit").text
         site.store.delete_person(ann.id, "system")
