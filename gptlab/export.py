@@ -181,9 +181,7 @@ def _scrubbing_text(scrubbed: Counter[str]) -> str:
     found = ", ".join(f"{kind} {count}" for kind, count in sorted(scrubbed.items())) or "nothing"
     return (
         f"Replaced: {found}. Names, postal addresses, dates of birth, user names and numbers of "
-        "documents can't be found by a pattern: read a sample before this leaves the house. A "
-        "conversation that a person improved holds the model's earlier replies too, which sft "
-        "learns like the better one."
+        "documents can't be found by a pattern: read a sample before this leaves the house."
     )
 
 
