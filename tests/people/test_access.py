@@ -9,9 +9,9 @@ import pytest
 
 from gptlab.data.records import Message
 from gptlab.people.backend import Model, Piece
-from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Turn
+from gptlab.people.store.person import ROLES
 from gptlab.people.web import pages as web_pages
 from gptlab.people.web.security import HEADERS, SESSION_SECONDS
 from tests import pages
@@ -401,5 +401,8 @@ def test_an_admin_can_always_come_in(store, clock):
     lost, link = web_pages.admin_link(store), web_pages.admin_link(store)
     assert len(store.accounts.invitations()) == 1 and lost != link
     assert accept(link) == admin and web_pages.admin_link(store) is None
+    _, newer = store.accounts.open_session(admin.id)
+    store.accounts.close_session(newer)  # one browser of two
+    assert web_pages.admin_link(store) is None
     store.accounts.close_sessions(admin.id, admin.id)
     assert accept(web_pages.admin_link(store)) == admin

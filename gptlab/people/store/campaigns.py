@@ -20,12 +20,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from gptlab.data.records import Candidate, CandidateSet, Prompt
-from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.consent import usable
 from gptlab.people.store.conversations import path_to
 from gptlab.people.store.database import Database, Reader, new_id, storable
 from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.person import require
 from gptlab.people.store.provenance import GOLD, origins
 from gptlab.people.store.removal import EMPTY
 from gptlab.people.store.schema import (

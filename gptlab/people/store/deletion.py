@@ -25,12 +25,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gptlab.people.store.accounts import check_not_last_admin, find_person, require
 from gptlab.people.store.audit import SYSTEM, Audit
 from gptlab.people.store.consent import SCOPES, usable
 from gptlab.people.store.content import State, state_of_content
 from gptlab.people.store.database import Database, Reader, new_id
 from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.person import check_not_last_admin, find_person, require
 from gptlab.people.store.removal import remove, remove_answers, remove_conversations
 from gptlab.people.store.schema import (
     api_keys,

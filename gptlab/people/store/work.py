@@ -18,7 +18,6 @@ from typing import Any
 import sqlalchemy as sa
 
 from gptlab.data.records import Message
-from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.campaigns import (
     Campaign,
@@ -41,6 +40,7 @@ from gptlab.people.store.judgements import (
     insert_judgement,
     read_judgements,
 )
+from gptlab.people.store.person import require
 from gptlab.people.store.schema import judgements, leases, tasks, to_json
 from gptlab.people.store.settle import occupied, settle, standing
 

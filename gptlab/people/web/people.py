@@ -9,8 +9,8 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Request
 from starlette.responses import RedirectResponse, Response
 
-from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.deletion import Export
+from gptlab.people.store.person import ROLES
 from gptlab.people.web.entry import delete_someone
 from gptlab.people.web.security import Admin, Denied, Visitor
 from gptlab.people.web.site import Site, SiteOf
