@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from gptlab.data.records import Comparison, Conversation
 from gptlab.people.items import Item, Row, name_of, safety_prompt, source
 from gptlab.people.sieve import Sieve
-from gptlab.people.store.campaigns import Task
 from gptlab.people.store.content import Content
 from gptlab.people.store.judgements import Judgement
 from gptlab.people.store.settle import DECIDING, state_of
+from gptlab.people.store.tasks import Task
 
 _WAITING = "to be decided by a reviewer"
 

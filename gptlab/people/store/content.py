@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import sqlalchemy as sa
 
-from gptlab.people.store.campaigns import Campaign, Task, campaign_of, task_of
+from gptlab.people.store.campaigns import Campaign, campaign_of
 from gptlab.people.store.consent import SCOPES, consenting
 from gptlab.people.store.conversations import Message, message_of
 from gptlab.people.store.database import Database, Reader
@@ -32,6 +32,7 @@ from gptlab.people.store.schema import (
     tasks,
 )
 from gptlab.people.store.settle import standing
+from gptlab.people.store.tasks import Task, task_of
 
 # Content that is only added to, so that `until` can leave it out. Any other change counts at once.
 _ADDING = ("message.add", "feedback.add", "judgement.add", "task.queue")
