@@ -84,8 +84,8 @@ def check_finished(run: artifact.Run) -> None:
     if any(export.stale for export in here[:1] or noted):
         raise UserError(
             f"{run.workdir} holds data of people who were deleted or have withdrawn their consent "
-            "since: remove it and rank again, which takes what the others have ranked from the "
-            "store"
+            "since: remove it and what was made of it, and rank again, which takes what the others "
+            "have ranked from the store"
         )
 
 
