@@ -93,7 +93,7 @@ def _manifests(
     unreadable: list[str] = []
     for directory in directories:
         for place, below, names in os.walk(
-            directory, onerror=lambda error: unreadable.append(str(error.filename))
+            directory, onerror=lambda error: unreadable.append(_shown(error.filename))
         ):
             below[:] = sorted(name for name in below if name not in _LEAVES)
             if artifact.MANIFEST_FILE not in names:
@@ -102,7 +102,7 @@ def _manifests(
             try:
                 manifest = _read(path)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                unreadable.append(str(path))
+                unreadable.append(_shown(path))
                 continue
             if manifest is not None:
                 found.append(manifest)
@@ -118,5 +118,10 @@ def _read(path: Path) -> _Manifest | None:
         raise ValueError(f"schema {content['schema']}")
     inputs = tuple((entry["stage"], entry["identity"]) for entry in content["inputs"].values())
     return _Manifest(
-        str(path.parent), content["stage"], content["identity"], content["created_at"], inputs
+        _shown(path.parent), content["stage"], content["identity"], content["created_at"], inputs
     )
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """A path as text: a file system's names may be none."""
+    return os.fsencode(path).decode("utf-8", "replace")

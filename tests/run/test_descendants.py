@@ -1,6 +1,7 @@
 """What was made of an artifact is found, by whatever way, and what can't be told is said."""
 
 import json
+import os
 import shutil
 
 from ml_collections import ConfigDict
@@ -70,6 +71,10 @@ def test_a_gap_in_the_lineage_is_said(tmp_path):
     broken = str(tmp_path / "sft" / "manifest.json")
     assert set(found) == {"manifest.json", "ppo"} and found["manifest.json"].unknown == (broken,)
     assert found["ppo"].unknown == (f"sft {made_of['sft']}",)
+    odd = tmp_path / os.fsdecode(b"\xff")  # a name that is no text
+    (tmp_path / "ppo").rename(odd)
+    (shown,) = (one for one in descendants.find({"x"}, [tmp_path]) if one.stage == "ppo")
+    assert shown.path.encode().decode() == f"{tmp_path}/\ufffd"
     newer = json.loads((tmp_path / "reward" / "manifest.json").read_text()) | {"schema": 99}
     (tmp_path / "reward" / "manifest.json").write_text(json.dumps(newer))
     found = descendants.find({made_of["export"]}, [tmp_path])
