@@ -20,7 +20,7 @@ from gptlab.people import http_labeller
 from gptlab.people.labellers import SimulatedLabeller
 from gptlab.people.store import NotFound, Store
 from gptlab.people.store.campaigns import Settings
-from gptlab.run import artifact
+from gptlab.run import artifact, descendants
 from gptlab.run.errors import EXIT_INTERRUPTED, UserError
 from gptlab.scorers import registry
 from tests import serving, test_loops
@@ -164,6 +164,10 @@ def test_what_people_say_in_the_chat_changes_the_model_that_answers(
         trained = artifact.read_manifest(tmp_path / "reward")["inputs"]["comparisons"]
         assert after["inputs"]["reward"]["identity"] and trained["identity"] == exported["identity"]
         assert exported["files"]["store"]["digest"].startswith(store.state().store)
+        # And the other way, to all that learnt from it.
+        found = descendants.find({exported["identity"]}, [tmp_path])
+        learnt = {one.path for one in found if one.of == (exported["identity"],)}
+        assert learnt == {str(tmp_path / name) for name in ("tokens", "sft", "reward", "ppo")}
 
         promoted(served, tmp_path / "ppo")
         models = lambda: httpx.get(f"{url}/v1/models").json()["data"]  # noqa: E731
