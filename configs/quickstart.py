@@ -12,6 +12,9 @@ minutes, to see that everything works: its figures mean nothing. With `:people` 
 the campaign 'quickstart' of a server (`gptlab.serve`) with the same store, which is
 --config.stages.rank.store.url or $GPTLAB_STORE.
 
+What people said in the chat comes in at a round of its own: --config.num_rounds=3
+--config.inputs.feedback_3=runs/export (an artifact of `gptlab.export`).
+
 Your own files: --config.data.documents=DIR_OR_GLOB. Another seed: --config.seed=1.
 """
 
@@ -38,6 +41,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.num_rounds = 2
+    # What people said (artifacts of gptlab.export), by the round at which it comes in.
+    config.inputs = common.inputs("feedback_1", "feedback_2", "feedback_3", "feedback_4")
     config.ppo_init = "sft"  # what PPO starts from in later rounds: sft | previous
     config.backend = "in_process"  # or subprocess: slower to start, memory freed after each stage
     # Of all training but PPO. bfloat16 is twice as fast as float32 on a CPU with AMX, but slower on
@@ -51,6 +56,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "tokenize": tokenize(),
             "pretrain": pretrain(),
             "sft": sft(),
+            "feedback_tokens": feedback_tokens(),
+            "demonstrations": demonstrations(),
             "reviews": reward(comparisons="reviews"),
             "collect": collect(),
             "rank": people() if "people" in chosen else rank(),
@@ -63,14 +70,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # How long each stage takes on 2 cores, for the remaining-time estimate only.
     config.expected_seconds = {
         "clean": 17, "vocabulary": 14, "tokenize": 42, "pretrain": 235, "sft": 93, "reviews": 80,
-        "collect": 50, "rank": 1, "reward": 95, "judge": 45, "ppo": 87, "evaluate": 71,
+        "feedback_tokens": 20, "demonstrations": 30, "collect": 50, "rank": 1, "reward": 95,
+        "judge": 45, "ppo": 87, "evaluate": 71,
     }  # fmt: skip
     if "smoke" in chosen:
         shrink(config)
     for name, stage in config.stages.items():
         if "seed" in stage:
             stage.seed = config.get_ref("seed") + (1 if name == "judge" else 0)
-    for name in ("pretrain", "sft", "reviews", "reward", "judge"):
+    for name in ("pretrain", "sft", "demonstrations", "reviews", "reward", "judge"):
         config.stages[name].compute.dtype = config.get_ref("dtype")
     config.stages.clean.data.documents = config.data.get_ref("documents")
     return config
@@ -217,6 +225,22 @@ def sft() -> ConfigDict:
     return config
 
 
+def feedback_tokens() -> ConfigDict:
+    """What people wrote in the chat, as tokens."""
+    config = tokenize()
+    config.tasks = ("dialogues",)
+    return config
+
+
+def demonstrations() -> ConfigDict:
+    """Two epochs of what people wrote in the chat, from the SFT model on and more gently."""
+    config = sft()
+    config.data.max_reply_tokens = 0  # what people took the trouble to write counts to its end
+    config.optimizer = common.muon(0.001, adam_lr=0.0004, warmup_steps=2)
+    config.total_steps, config.total_epochs = None, 2.0
+    return config
+
+
 def collect() -> ConfigDict:
     """4 replies to each of 1,792 prompts, drawn anew in each round."""
     return ConfigDict(
@@ -269,6 +293,7 @@ def reward(comparisons: str = "rounds", folds: tuple[int, ...] | None = None) ->
                 "comparisons_2",
                 "comparisons_3",
                 "comparisons_4",
+                "comparisons_feedback",
                 "demonstrations",
             ),
             "compute": common.compute(unroll=4),
@@ -410,11 +435,13 @@ def shrink(config: ConfigDict) -> None:
     pretrain.data.seq_len, pretrain.optimizer.warmup_steps = 96, 2
     sft = stages.sft
     sft.update(batch_size=8, total_steps=12, eval_every_steps=12, eval_batches=2)
-    sft.update(log_every_steps=4, sample_every_steps=12)
-    sft.data.seq_len, sft.optimizer.warmup_steps = 96, 2
-    for name in ("pretrain", "sft", "reviews", "reward", "judge", "collect", "ppo", "evaluate"):
-        stages[name].compute.unroll = 2
-    for stage in (pretrain, sft):
+    for stage in (sft, stages.demonstrations):
+        stage.update(log_every_steps=4, sample_every_steps=12)
+        stage.data.seq_len, stage.optimizer.warmup_steps = 96, 2
+    for stage in stages.values():
+        if "compute" in stage:
+            stage.compute.unroll = 2
+    for stage in (pretrain, sft, stages.demonstrations):
         stage.checkpoint.every_steps, stage.sample.max_new_tokens = 6, 12
     for name in ("reviews", "reward", "judge"):
         stages[name].update(batch_size=8, total_epochs=None, total_steps=4, eval_every_steps=4)
@@ -443,6 +470,7 @@ def shrink(config: ConfigDict) -> None:
     )
     stages.evaluate.gate.min_distinct_2_ratio = 0.0
     config.expected_seconds.update(
-        clean=15, vocabulary=5, tokenize=20, pretrain=15, sft=15, reviews=12, collect=8, rank=2,
+        clean=15, vocabulary=5, tokenize=20, pretrain=15, sft=15, reviews=12,
+        feedback_tokens=15, demonstrations=10, collect=8, rank=2,
         reward=10, judge=5, ppo=20, evaluate=15,
     )  # fmt: skip

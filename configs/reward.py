@@ -36,6 +36,7 @@ def get_config(arg: str = "rounds") -> ConfigDict:
                 "comparisons_2",
                 "comparisons_3",
                 "comparisons_4",
+                "comparisons_feedback",
                 "demonstrations",
             ),
             "compute": common.compute(unroll=4),

@@ -29,7 +29,7 @@ def get_config(arg: str = "8b") -> ConfigDict:
     config.seed = 0
     config.inputs = common.inputs(
         "init", "vocabulary", "comparisons", "comparisons_2", "comparisons_3", "comparisons_4",
-        "demonstrations",
+        "comparisons_feedback", "demonstrations",
     )  # fmt: skip
     config.data = {
         "seq_len": 2048, "prompt_len": 1024, "max_candidates": 4, "num_folds": 1, "folds": (0,),

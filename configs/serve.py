@@ -38,6 +38,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "slots": 8,  # replies that are written at the same time
                 "chunk": 32,  # tokens of a prompt that are read between two steps of the others
                 "max_len": placeholder(int),  # of prompt and reply; None: the model's window
+                # Positions of the cache that are read at once: of a longer window a step reads as
+                # many blocks as the longest running reply needs.
+                "block": 256,
                 "queue": 64,  # requests that may wait for a slot; others are told to come later
                 "deadline_seconds": 120.0,  # of a request, waiting included
                 "watch_seconds": 5.0,  # how often to look for a newly promoted policy

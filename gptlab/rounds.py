@@ -6,6 +6,14 @@ Prepares, pretrains and fine-tunes once; then, for each round, collects replies 
 policy, ranks them, trains a reward model on the rankings of *all* rounds from its SFT start, runs
 PPO, evaluates, and promotes the new policy if it passes the evaluation's gate.
 
+What people said in the chat meanwhile (an artifact of `gptlab.export`) comes in at a round:
+
+    python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart \
+        --config.num_rounds=3 --config.inputs.feedback_3=runs/export
+
+From that round on their demonstrations continue fine-tuning, and their comparisons join the
+rankings. Rounds before it stay as they are.
+
 Every stage is an artifact at WORKDIR/artifacts/<program>-<identity>, where the identity follows
 from its config and its inputs, so a change runs only what depends on it, and running the same
 command again does nothing twice. WORKDIR/rounds/<r>.json lists what each round was made of,
@@ -43,6 +51,8 @@ PROGRAMS = {
     "pretrain": "pretrain",
     "sft": "sft",
     "reviews": "reward",
+    "feedback_tokens": "prepare",
+    "demonstrations": "sft",
     "collect": "collect",
     "rank": "rank",
     "reward": "reward",
@@ -51,6 +61,7 @@ PROGRAMS = {
     "evaluate": "evaluate",
 }
 ONCE = ("clean", "vocabulary", "tokenize", "pretrain", "sft", "reviews")
+OF_DEMONSTRATIONS = ("feedback_tokens", "demonstrations")  # of a round that has some, and first
 EACH_ROUND = ("collect", "rank", "reward", "judge", "ppo", "evaluate")
 # prepare is not among them: it needs TensorFlow, so it always runs in a process of its own.
 IN_PROCESS: Mapping[str, Callable[[ConfigDict, str], object]] = {
@@ -65,6 +76,11 @@ IN_PROCESS: Mapping[str, Callable[[ConfigDict, str], object]] = {
 }
 # The inputs of `reward` that the rankings of rounds 1, 2, ... go into: it pools them.
 LABEL_INPUTS = ("comparisons", "comparisons_2", "comparisons_3", "comparisons_4")
+# The one for what people said in the chat.
+FEEDBACK_INPUT = "comparisons_feedback"
+# Stages that draw the same in all rounds: the same prompts and SFT replies to compare policies on;
+# and the same feedback gives the same model.
+_SAME_DRAWS = (*OF_DEMONSTRATIONS, "evaluate")
 # Seeds of the rounds are this far apart, so that no round's draws are another experiment's.
 _SEEDS_APART = 1000
 
@@ -98,6 +114,16 @@ class Step:
         return manifest if manifest["status"] == "done" else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """An artifact of gptlab.export, as an input of steps."""
+
+    identity: str
+    workdir: epath.Path
+    has_demonstrations: bool
+    has_comparisons: bool
+
+
 class Planner:
     """Turns stages of the config into steps, whose identities are known before anything runs."""
 
@@ -105,13 +131,13 @@ class Planner:
         self._config = config
         self._root = storage.resolve(root)
 
-    def step(self, name: str, round_number: int, **inputs: Step | None) -> Step:
+    def step(self, name: str, round_number: int, **inputs: Step | Feedback | None) -> Step:
         """The step of a stage whose inputs are other steps; one that is None stays empty."""
         stage = self._config.stages[name]
         optional = {k: t for k, t in program.may_be_empty(stage).items() if t in (int, float, str)}
         # Its own: what stages share by reference would change in all of them.
         config = program.with_placeholders(stage.to_dict(), optional)
-        if round_number and name != "evaluate":  # the same prompts and SFT replies in all rounds
+        if round_number and name not in _SAME_DRAWS:
             config.seed = config.seed + _SEEDS_APART * round_number
         for key, value in inputs.items():
             if key not in config.inputs:
@@ -136,11 +162,13 @@ def raw_files(config: ConfigDict) -> raw_inputs.Files:
 class Runner:
     """Runs steps, each at most once, and says where the whole stands."""
 
-    def __init__(self, config: ConfigDict, root: epath.Path, stop: Callable[[], bool]):
+    def __init__(
+        self, config: ConfigDict, root: epath.Path, stages: list[str], stop: Callable[[], bool]
+    ):
         self._config = config
         self._root = root
         self._stop_requested = stop
-        self._left = [*ONCE, *EACH_ROUND * config.num_rounds]
+        self._left = list(stages)
         self._total = len(self._left)
         self._start = time.monotonic()
         self._spent = {"expected": 0.0, "measured": 0.0}
@@ -159,6 +187,8 @@ class Runner:
         label = f"[{number:2}/{self._total}] {step.title:18}"
         manifest = step.manifest()
         if manifest is not None:
+            if step.program == "rank" and step.config.backend == "store":
+                rank.run(step.config, str(step.workdir))  # refuses what may not be used now
             print(f"{label} is done: artifacts/{step.workdir.name}", flush=True)
             return manifest
         print(f"{label} {self._outlook(step)}", flush=True)
@@ -261,6 +291,7 @@ class State:
     """Where the rounds have led so far."""
 
     once: dict[str, Step]
+    feedback: Mapping[int, Feedback]  # by the round at which it comes in
     policy: Step  # the newest promoted policy; the SFT model before there is one
     latest: Step | None = None  # the newest policy, promoted or not
     labels: list[Step] = dataclasses.field(default_factory=list)  # the rankings of all rounds
@@ -316,20 +347,28 @@ def run_round(number: int, state: State, planner: Planner, runner: Runner, start
     steps: dict[str, Step] = {}
     manifests: dict[str, dict[str, Any]] = {}
 
-    def do(name: str, **inputs: Step | None) -> None:
+    def do(name: str, **inputs: Step | Feedback | None) -> None:
         steps[name] = planner.step(name, number, **inputs)
         manifests[name] = runner.run(steps[name])
 
+    feedback = newest(state.feedback, number)
+    start_model = once["sft"]  # of the reward models and PPO
+    if feedback is not None and feedback.has_demonstrations:
+        do("feedback_tokens", corpus=feedback, **shared)
+        do("demonstrations", init=once["sft"], tokens=steps["feedback_tokens"], **shared)
+        start_model = steps["demonstrations"]
     do("collect", policy=state.policy, prompts=once["clean"], **shared)
     do("rank", candidates=steps["collect"])
     state.labels.append(steps["rank"])
-    pooled = dict(zip(LABEL_INPUTS, state.labels, strict=False))
-    do("reward", init=once["sft"], **pooled, **shared)
-    do("judge", init=once["sft"], **pooled, **shared)
+    pooled: dict[str, Step | Feedback] = dict(zip(LABEL_INPUTS, state.labels, strict=False))
+    if feedback is not None and feedback.has_comparisons:
+        pooled[FEEDBACK_INPUT] = feedback
+    do("reward", init=start_model, **pooled, **shared)
+    do("judge", init=start_model, **pooled, **shared)
     do(
         "ppo",
-        init=state.policy if start == "previous" else once["sft"],
-        reference=once["sft"],
+        init=state.policy if start == "previous" else start_model,
+        reference=start_model,
         reward=steps["reward"],
         prompts=once["clean"],
         tokens=once["tokenize"],
@@ -362,6 +401,7 @@ def run_round(number: int, state: State, planner: Planner, runner: Runner, start
             "failures": figures["failures"],
             "policy_after": state.policy.identity,
             "labels": [step.identity for step in state.labels],
+            "feedback": None if feedback is None else feedback.identity,
             "steps": {name: entry(step, manifests[name]) for name, step in steps.items()},
             "figures": figures,
         }
@@ -390,13 +430,15 @@ def run(config: ConfigDict, workdir: str) -> None:
     """Runs everything that is not done yet. Errors and interruption are those of the stages."""
     check(config)
     root = storage.resolve(workdir)
+    feedback = find_feedback(config)
     raw = raw_files(config.stages.clean) | raw_files(config.stages.tokenize)
-    supersede(config, root, raw)
+    supersede(config, root, raw, feedback)
     with artifact.open_run(config, workdir, "rounds", files=raw) as own:
         forget_rounds(root, config.num_rounds)
-        planner, runner = Planner(config, root), Runner(config, root, own.stop_requested)
+        planner = Planner(config, root)
+        runner = Runner(config, root, stages_of(config, feedback), own.stop_requested)
         once = prepare_once(planner, runner)
-        state = State(once, policy=once["sft"])
+        state = State(once, feedback, policy=once["sft"])
         for number in range(1, config.num_rounds + 1):
             run_round(number, state, planner, runner, config.ppo_init)
             record = state.rounds[-1]
@@ -448,7 +490,52 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.stages.rank: {error}") from error
 
 
-def supersede(config: ConfigDict, root: epath.Path, raw: raw_inputs.Files) -> None:
+def find_feedback(config: ConfigDict) -> dict[int, Feedback]:
+    """The exports that config.inputs names, by the round at which they come in.
+
+    Raises:
+      UserError: one is no export, holds nothing to learn from, or belongs to no round.
+    """
+    found = {}
+    for name, path in config.inputs.items():
+        if path is None:
+            continue
+        key, number = f"config.inputs.{name}", int(name.removeprefix("feedback_"))
+        if number > config.num_rounds:
+            raise UserError(f"{key} is for round {number}, but config.num_rounds is the last")
+        try:
+            manifest = artifact.read_manifest(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        if manifest["stage"] != "export":
+            raise UserError(f"{key}: {path} was made by {manifest['stage']}, not by gptlab.export")
+        kinds = [manifest["results"].get(f"{k}-train") for k in ("conversations", "comparisons")]
+        if not any(kinds):
+            raise UserError(f"{key}: {path} has no conversations and no comparisons to learn from")
+        demonstrations, comparisons = map(bool, kinds)
+        workdir = storage.resolve(path)
+        found[number] = Feedback(manifest["identity"], workdir, demonstrations, comparisons)
+    return found
+
+
+def newest(feedback: Mapping[int, Feedback], number: int) -> Feedback | None:
+    """What a round learns from: the last export until then, as it holds what its store held."""
+    return feedback.get(max((r for r in feedback if r <= number), default=0))
+
+
+def stages_of(config: ConfigDict, feedback: Mapping[int, Feedback]) -> list[str]:
+    """The stages of the whole run, in order."""
+    names = list(ONCE)
+    for number in range(1, config.num_rounds + 1):
+        export = newest(feedback, number)
+        names += OF_DEMONSTRATIONS if export is not None and export.has_demonstrations else ()
+        names += EACH_ROUND
+    return names
+
+
+def supersede(
+    config: ConfigDict, root: epath.Path, raw: raw_inputs.Files, feedback: Mapping[int, Feedback]
+) -> None:
     """Makes room for a changed config: artifacts are kept by identity, so nothing is lost.
 
     An ordinary run refuses a workdir of another config, as that would mix two runs. Here every
@@ -456,8 +543,9 @@ def supersede(config: ConfigDict, root: epath.Path, raw: raw_inputs.Files) -> No
     """
     if not (root / artifact.MANIFEST_FILE).exists():
         return
-    digests = {f"files:{key}": files.digest_files(paths) for key, paths in raw.items()}
-    own = artifact.identity("rounds", config, digests)
+    inputs = {f"files:{key}": files.digest_files(paths) for key, paths in raw.items()}
+    inputs |= {f"feedback_{number}": export.identity for number, export in feedback.items()}
+    own = artifact.identity("rounds", config, inputs)
     with artifact.locked(root):  # nothing is taken from a run that is under way
         manifest = artifact.read_manifest(root, allow_unfinished=True)
         if manifest["stage"] == "rounds" and manifest["identity"] != own:

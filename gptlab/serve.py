@@ -185,7 +185,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _embedded(config: ConfigDict) -> Embedded:
     engine = config.engine
-    options = Options(engine.slots, engine.chunk, engine.max_len, engine.queue)
+    options = Options(engine.slots, engine.chunk, engine.max_len, engine.queue, engine.block)
     models = {name: path for name, path in config.models.items() if path}
     return Embedded(
         models,

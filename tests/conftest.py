@@ -4,16 +4,16 @@ import importlib.util
 import os
 from pathlib import Path
 
+from tests import compiling
+
 # Before the first import of jax: it reads these once. Programs started by tests inherit them.
 # Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA
-# takes a collective for stuck. Most of the tests' time is the compiler's, so it leaves out what
-# makes programs fast.
-for flag, value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_cpu_collective_call_terminate_timeout_seconds", 300),
-    ("--xla_backend_optimization_level", 0),
-    ("--xla_llvm_disable_expensive_passes", "true"),
-):
+# takes a collective for stuck.
+for flag, value in {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "300",
+    **compiling.FLAGS,
+}.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

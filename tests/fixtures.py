@@ -41,7 +41,7 @@ from gptlab.data.records import (
 from gptlab.people import labellers
 from gptlab.run import artifact
 from gptlab.scorers import registry
-from tests import bucket_server
+from tests import bucket_server, compiling
 
 # A busy machine is no defect: property tests have no deadline for a single example.
 hypothesis.settings.register_profile("gptlab", deadline=None)
@@ -287,13 +287,13 @@ def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def run_smoke(workdir: Path) -> str:
-    """Runs the smoke command in `workdir`; returns what it printed."""
+def run_smoke(workdir: Path, *flags: str) -> str:
+    """Runs the smoke command in `workdir`, perhaps with more flags; returns what it printed."""
     command = [sys.executable, "-m", "gptlab.rounds", "--config=configs/quickstart.py:smoke"]
     done = subprocess.run(
-        [*command, f"--workdir={workdir}"],
+        [*command, f"--workdir={workdir}", *flags],
         cwd=Path(__file__).parent.parent,
-        env=dict(os.environ, XLA_FLAGS=""),
+        env=compiling.environment(),
         stdout=subprocess.PIPE,
         text=True,
         timeout=600,

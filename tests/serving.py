@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from gptlab.model.sharding import MESH_AXES
 from gptlab.people import api, app
 from gptlab.people.embedded import Embedded
 from gptlab.people.engine import Options, Request, Token
+from tests import compiling
 from tests.rl import artifacts
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +117,7 @@ def program(tmp_path, *flags, config="configs/serve.py"):
     ]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, stderr=out, stdout=out, env={**os.environ, "XLA_FLAGS": ""}
+            command, cwd=ROOT, stderr=out, stdout=out, env=compiling.environment()
         )
     try:
         wait_for(lambda: process.poll() is not None or "http://" in log.read_text(), 120)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import serving
+from tests import compiling, serving
 from tests.data import hf_vocabularies
 from tests.rl import artifacts
 
@@ -27,7 +27,7 @@ SPREAD = {"median", "q25", "q75"}
 
 def run(*arguments, timeout=280):
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""},
+        [sys.executable, *arguments], cwd=ROOT, env=compiling.environment(),
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def test_a_walk_through_ends_in_the_exported_data(tmp_path, tiny_model, tiny_voc
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.walkthrough", f"--model={workdir}", "--tokens=12",
          "--temperature=1.0", f"--images={images}"],
-        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=compiling.environment(), capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     checks = json.loads(done.stdout.splitlines()[-1])["checks"]

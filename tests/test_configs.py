@@ -28,6 +28,8 @@ OWN = {
     "tokenize": ("prepare", "tokenize"),
     "pretrain": ("pretrain", None),
     "sft": ("sft", None),
+    "feedback_tokens": ("prepare", "tokenize"),
+    "demonstrations": ("sft", None),
     "reviews": ("reward", "reviews"),
     "collect": ("collect", None),
     "rank": ("rank", None),
@@ -176,4 +178,4 @@ def test_quickstart_passes_on_seed_and_documents():
     assert config.stages.clean.data.documents == "my/files"
     seeds = {name: stage.seed for name, stage in config.stages.items() if "seed" in stage}
     assert seeds.pop("judge") == 8  # never the seed of the reward model beside it
-    assert set(seeds.values()) == {7} and len(seeds) == 9
+    assert set(seeds.values()) == {7} and len(seeds) == 10

@@ -9,11 +9,12 @@ import pytest
 
 from configs import collect as collect_config
 from configs import common
+from configs import evaluate as evaluate_config
 from configs import ppo as ppo_config
 from configs import reward as reward_config
 from configs import sft as sft_config
 from gptlab import chat as chat_program
-from gptlab import collect, ppo, reward, sft
+from gptlab import collect, evaluate, ppo, reward, sft
 from gptlab.data import batches, chat, records
 from gptlab.data.records import CandidateSet, Comparison, Conversation, Document, TokenExample
 from gptlab.data.tokenizer import Tokenizer
@@ -113,7 +114,9 @@ def test_collect_and_the_reward_models_data(tuned, imported, tiny_clean, tokeniz
 
 
 @pytest.mark.slow
-def test_reward_and_ppo_run_on_it(tuned, imported, tiny_clean, tiny_comparisons, tokens, tmp_path):
+def test_reward_ppo_and_the_evaluation_run_on_it(
+    tuned, imported, tiny_clean, tiny_comparisons, tokens, tmp_path
+):
     config = reward_config.get_config()
     config.inputs.update(
         init=str(tuned), vocabulary=str(imported), comparisons=str(tiny_comparisons)
@@ -144,6 +147,23 @@ def test_reward_and_ppo_run_on_it(tuned, imported, tiny_clean, tiny_comparisons,
     lines = (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert samples and all("<|im" not in sample["reply"] for sample in samples)
+
+    config = evaluate_config.get_config()
+    config.inputs.update(
+        policy=str(tmp_path / "ppo"), baseline=str(tuned), base=str(imported),
+        reward=str(tmp_path / "reward"), prompts=str(tiny_clean), vocabulary=str(imported),
+        judge=str(tmp_path / "reward"), tokens=str(tokens),
+    )  # fmt: skip
+    config.data.update({"num_prompts": 8, "prompt_len": 96, "seq_len": 128})
+    config.data.pretraining_batches = 1
+    config.sampling.max_new_tokens, config.batch_size = 8, 8
+    config.best_of_n.update(sizes=(2,), samples=2, num_prompts=8)
+    config.bootstrap.resamples = 100
+    evaluate.run(config, str(tmp_path / "evaluate"))
+    figures = artifact.read_manifest(tmp_path / "evaluate")["results"]
+    assert figures["policy"]["kl"]["mean"] > figures["baseline"]["kl"]["mean"] == 0.0
+    lines = (tmp_path / "evaluate" / "samples.jsonl").read_text().splitlines()
+    assert lines and not any("<|im" in line for line in lines)
 
 
 def test_chat_finds_the_vocabulary_and_answers(tuned, capsys):

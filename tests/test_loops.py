@@ -39,6 +39,7 @@ from gptlab.run.errors import Interrupted
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
 from gptlab.train.log import StepLog
+from tests.compiling import environment
 from tests.rl import artifacts
 
 ROOT = Path(__file__).parents[1]
@@ -212,9 +213,11 @@ def config(loop, tiny):
     return with_cadence(loop.config(tiny))
 
 
-def one_loop(shown, loops=LOOPS):
-    """One loop shows it in every test run; the others take their time with `-m slow`."""
-    rows = [pytest.param(x, marks=[pytest.mark.slow] * (x.name != shown), id=x.name) for x in loops]
+def one_loop(*shown, loops=LOOPS):
+    """One loop (or some) show it in every test run; the others take their time with `-m slow`."""
+    rows = [
+        pytest.param(x, marks=[pytest.mark.slow] * (x.name not in shown), id=x.name) for x in loops
+    ]
     return pytest.mark.parametrize("loop", rows, indirect=True)
 
 
@@ -227,11 +230,6 @@ def command(loop, config, workdir, moment="never"):
     )
     driver = str(ROOT / "tests" / "loop_driver.py")
     return [sys.executable, driver, loop.stage, str(path), str(workdir), moment]
-
-
-def environment(**extra):
-    """One device a process, instead of the 8 of this one."""
-    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **extra}
 
 
 def run_alone(loop, config, workdir, moment="never"):
@@ -473,6 +471,7 @@ def drawn(seed, loop):
     return np.random.default_rng([seed, names.index(loop.name)])
 
 
+@one_loop("pretrain", "ppo", loops=[*LOOPS, *SLOW_LOOPS])
 @kill_seeds()
 @pytest.mark.parametrize("kind", ["step", pytest.param("save", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_for_bit_the_same(loop, config, one_device, kind, seed, tiny):
@@ -553,6 +552,7 @@ def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_when_there_is_room(
     assert_resumes(loop, config, workdir, one_device)
 
 
+@pytest.mark.slow
 @one_loop("sft")  # it alone writes a line before its first step
 def test_killed_before_its_first_checkpoint_a_run_starts_anew(loop, config, one_device, tiny):
     workdir = tiny.root / f"{loop.name}-killed-early"
@@ -579,7 +579,7 @@ def stop_at(loop, config, workdir, at):
     assert checkpoint.checkpoint_steps(workdir)[-1] == at
 
 
-@one_loop("ppo")
+@one_loop("sft")
 def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devices, tiny):
     workdir = tiny.root / f"{loop.name}-stopped"
     stop_at(loop, eight_devices.config, workdir, 6)
@@ -587,7 +587,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_same(loop, eight_devi
     assert_identical(workdir, eight_devices.workdir)
 
 
-@one_loop("pretrain", [x for x in LOOPS if x.stage != "ppo"])
+@one_loop("pretrain", loops=[x for x in LOOPS if x.stage != "ppo"])
 def test_stopped_at_a_checkpoint_it_evaluates_as_without_the_stop(loop, eight_devices, tiny):
     # Every due checkpoint is evaluated, so an evaluation half as often changes no figure.
     config = eight_devices.config.copy_and_resolve_references()
@@ -605,8 +605,9 @@ def test_a_finished_run_is_not_run_again(loop, eight_devices, capsys):
     assert (eight_devices.workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow  # tests/run has buckets without a loop
 @one_loop("pretrain")
-@pytest.mark.parametrize("kind", ["step", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["step", "save"])
 def test_in_a_bucket_a_killed_run_resumes_to_what_it_is_on_a_disk(
     loop, config, kind, one_device, bucket, tiny
 ):
@@ -652,7 +653,7 @@ def two_processes(loop, config, tiny):
     return workdir
 
 
-@one_loop("pretrain", [*LOOPS, *IN_PROCESSES])
+@one_loop("pretrain", loops=[*LOOPS, *IN_PROCESSES])
 def test_two_processes_compute_what_one_does(loop, two_processes, one_device):
     assert artifact.read_manifest(two_processes)["starts"][-1]["processes"] == 2
     assert_close(loop, two_processes, one_device, rtol=1e-3)

@@ -1,12 +1,11 @@
 """The whole loop with people in it: chat, feedback, export, SFT, reward, PPO, and chat again."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import collect as collect_config
 from configs import export as export_config
-from gptlab import collect, export, ppo, reward, sft
+from gptlab import collect, export
 from gptlab.data.records import CandidateSet, Comparison, Conversation, Prompt
 from gptlab.people import http_labeller
 from gptlab.people.labellers import SimulatedLabeller
@@ -23,20 +22,12 @@ from gptlab.people.store.campaigns import Settings
 from gptlab.run import artifact, descendants
 from gptlab.run.errors import EXIT_INTERRUPTED, UserError
 from gptlab.scorers import registry
-from tests import serving, test_loops
-from tests.fixtures import read_records
+from tests import compiling, serving
+from tests.fixtures import read_records, run_smoke
 from tests.people.campaigns import person
 
 CHATS = 40
 BETTER = "that is a good and lovely day!"
-
-
-def promoted(directory, policy):
-    """A workdir of rounds whose promoted policy is `policy`."""
-    config = ConfigDict({"seed": 0, "inputs": {}})
-    with artifact.open_run(config, directory, "rounds") as made:
-        made.results(policy=str(policy))
-    return directory
 
 
 def sign_in(store, url):
@@ -82,26 +73,11 @@ def chat_and_judge(client, number):
     post(client, f"/api/messages/{worst['id']}/improve", content=f"{BETTER} {number}")
 
 
-def tokenised(workdir, corpus, vocabulary):
-    """prepare, as its command runs it: TensorFlow needs a process of its own."""
-    command = [
-        sys.executable, "-m", "gptlab.prepare", "--config=configs/prepare.py:tokenize",
-        f"--workdir={workdir}", f"--config.inputs.corpus={corpus}",
-        f"--config.inputs.vocabulary={vocabulary}", "--config.tasks=('dialogues',)",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=serving.ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-
-def new_replies(workdir, policy, prompts, tiny):
+def new_replies(workdir, policy, prompts, vocabulary):
     """Candidate sets of what was flagged, in train."""
     config = collect_config.get_config()
-    config.inputs.update(policy=str(policy), prompts=str(prompts), vocabulary=tiny.vocabulary)
-    config.data.prompt_len, config.sampling.max_new_tokens = 24, 8
+    config.inputs.update(policy=str(policy), prompts=str(prompts), vocabulary=str(vocabulary))
+    config.data.prompt_len, config.sampling.max_new_tokens = 40, 8
     config.batch_size, config.num_replies = 8, 3
     config.num_prompts.train = config.num_prompts.validation = None
     collect.run(config, workdir)
@@ -109,15 +85,14 @@ def new_replies(workdir, policy, prompts, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_what_people_say_in_the_chat_changes_the_model_that_answers(
-    tmp_path, tiny_model, tiny_vocabulary, tiny_clean
-):
-    first = serving.write_model(tmp_path / "first", tiny_model, tiny_vocabulary)
-    served = promoted(tmp_path / "rounds", first)
+@pytest.mark.timeout(3600)
+def test_what_people_say_in_the_chat_changes_the_model_that_answers(tmp_path, smoke_run):
+    """Two rounds, a chat with their policy, a third round with its feedback, and the chat again."""
+    root = tmp_path / "run"
+    shutil.copytree(smoke_run, root)
     url_of_store = f"sqlite:///{tmp_path / 'serve' / 'store.sqlite'}"
     flags = (
-        f"--config.models.gptlab={served}", "--config.engine.watch_seconds=0.2",
+        f"--config.models.gptlab={root}", "--config.engine.watch_seconds=0.2",
         "--config.web.max_tokens=12",
     )  # fmt: skip
     with serving.program(tmp_path, *flags) as (_, url), Store.open(url_of_store) as store:
@@ -125,7 +100,7 @@ def test_what_people_say_in_the_chat_changes_the_model_that_answers(
         silent = person(store, "Sil", "user")  # who says nothing is in nothing
         for number in range(CHATS):
             chat_and_judge(client, number)
-        before = artifact.read_manifest(first)["identity"]
+        before = json.loads((root / "rounds" / "2.json").read_text())["policy_after"]
         assert {m.policy for m in store.content().messages.values() if m.policy} == {before}
 
         config = export_config.get_config()
@@ -146,40 +121,37 @@ def test_what_people_say_in_the_chat_changes_the_model_that_answers(
         demonstrations = read_records(tmp_path / "export", "conversations", "train", Conversation)
         assert all(BETTER in c.messages[-1].content for c in demonstrations)
 
-        tokens = tokenised(tmp_path / "tokens", tmp_path / "export", tiny_vocabulary)
-        tiny = SimpleNamespace(
-            vocabulary=str(tiny_vocabulary), corpus=str(tokens), clean=str(tiny_clean),
-            comparisons=str(tmp_path / "export"), policy=str(first), model=tiny_model,
-        )  # fmt: skip
-        learn = test_loops.with_cadence
-        sft.run(learn(test_loops.sft(tiny)), tmp_path / "sft")
-        tiny.policy = str(tmp_path / "sft")
-        reward_config = learn(test_loops.reward(tiny))
-        reward.run(reward_config, tmp_path / "reward")
-        tiny.reward = str(tmp_path / "reward")
-        ppo.run(learn(test_loops.ppo(tiny)), tmp_path / "ppo")
-        after = artifact.read_manifest(tmp_path / "ppo")
+        feedback = f"--config.inputs.feedback_3={tmp_path / 'export'}"
+        run_smoke(root, "--config.num_rounds=3", feedback)
+        third = json.loads((root / "rounds" / "3.json").read_text())
+        assert third["promoted"] and third["policy_after"] == third["policy"] != before
         # One can walk back from the policy to what was said.
         exported = artifact.read_manifest(tmp_path / "export")
-        trained = artifact.read_manifest(tmp_path / "reward")["inputs"]["comparisons"]
-        assert after["inputs"]["reward"]["identity"] and trained["identity"] == exported["identity"]
+        assert third["feedback"] == exported["identity"]
+        made_of = artifact.lineage(root / third["steps"]["ppo"]["artifact"])["inputs"]
+        learnt_from = [
+            made_of["reward"]["inputs"]["comparisons_feedback"],
+            made_of["init"]["inputs"]["tokens"]["inputs"]["corpus"],
+        ]
+        assert [node["manifest"]["identity"] for node in learnt_from] == [third["feedback"]] * 2
         assert exported["files"]["store"]["digest"].startswith(store.state().store)
         # And the other way, to all that learnt from it.
         found = descendants.find({exported["identity"]}, [tmp_path])
-        learnt = {one.path for one in found if one.of == (exported["identity"],)}
-        assert learnt == {str(tmp_path / name) for name in ("tokens", "sft", "reward", "ppo")}
+        own = {name: root / step["artifact"] for name, step in third["steps"].items()}
+        learnt = {str(path) for name, path in own.items() if name not in ("collect", "rank")}
+        assert {one.path for one in found if one.of} == {str(root), *learnt} and len(learnt) == 6
 
-        promoted(served, tmp_path / "ppo")
         models = lambda: httpx.get(f"{url}/v1/models").json()["data"]  # noqa: E731
-        serving.wait_for(lambda: models()[0]["policy"] == after["identity"])
+        serving.wait_for(lambda: models()[0]["policy"] == third["policy"])
         begun = post(client, "/api/conversations", content="and how was the tea?")
         answer = reply(client, begun["message"]["id"])
         kept = store.conversations.path(ann, answer["id"])[-1]
-        assert kept.policy == after["identity"] != before
+        assert kept.policy == third["policy"]
         client.close()
 
         # What was flagged is asked again, for people to rank; and it goes when its author goes.
-        collected = new_replies(tmp_path / "collect", tmp_path / "ppo", tmp_path / "export", tiny)
+        policy, vocabulary = made_of["init"]["path"], made_of["vocabulary"]["path"]
+        collected = new_replies(tmp_path / "collect", policy, tmp_path / "export", vocabulary)
         again = store.campaigns.create("flagged", "ranking", Settings(), "system")
         assert store.campaigns.queue(again.id, collected, "system", "train") == len(prompts)
         assert {task.person for task in store.campaigns.tasks(again.id)} == {ann}
@@ -199,7 +171,7 @@ def start_rounds(root, url, log):
     ]  # fmt: skip
     with open(log, "a") as out:
         return subprocess.Popen(
-            command, cwd=serving.ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=out, stderr=out
+            command, cwd=serving.ROOT, env=compiling.environment(), stdout=out, stderr=out
         )
 
 

@@ -79,7 +79,10 @@ def test_products_are_exactly_those_counted(split):
     assert set(split.phases[0].sent_bytes) >= {"all-gather", "all-reduce"}
 
 
-@pytest.mark.parametrize("stage, mesh", [("pretrain", (2, 2)), ("reward", (2, 2)), ("ppo", (1, 2))])
+SLOW_PPO = pytest.param("ppo", (1, 2), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("stage, mesh", [("pretrain", (2, 2)), ("reward", (2, 2)), SLOW_PPO])
 def test_products_are_exactly_those_counted_on_other_meshes(stage, mesh):
     data, tensor = mesh
     found = make(tiny_config(stage, **{"mesh.data": data, "mesh.tensor": tensor}))
@@ -213,6 +216,7 @@ def test_running_out_of_memory_is_read():
     assert used == round(42.5 * GIB) and "41.50 GiB of 31.25 GiB of HBM for temporaries" in line
 
 
+@pytest.mark.slow  # each knob is a compilation; which are turned is tested below
 def test_what_does_not_fit_says_so_and_knobs_are_turned():
     config = tiny_config("sft", **{"data.seq_len": 128, "mesh.data": -1, "mesh.fsdp": 1})
     target = plan.make_target(None, "cpu:2", {})
@@ -419,7 +423,7 @@ LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
                 ),
             )
         ),
-        ("ppo", "tiny", "cpu:1", {"compute.remat": "full"}),
+        pytest.param("ppo", "tiny", "cpu:1", {"compute.remat": "full"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_adapters_spare_is_counted(stage, model, devices, changes):

@@ -6,7 +6,6 @@ Commands in docstrings are the README's: what they name exists, and they use the
 import ast
 import dataclasses
 import functools
-import os
 import re
 import shlex
 import subprocess
@@ -19,6 +18,7 @@ from ml_collections import config_flags
 
 from gptlab import plan
 from gptlab.run import artifact
+from tests import compiling
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -269,7 +269,7 @@ def test_programs_named_in_the_text_are_there():
 @pytest.mark.timeout(900)
 def test_the_stages_by_hand_end_in_a_chat(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = compiling.environment(PYTHONPATH=str(ROOT))
     for command in STAGES:
         done = subprocess.run(
             [sys.executable, *command.shrunk[1:]], cwd=tmp_path, env=environment,

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from gptlab import rounds
 from gptlab.evals import rounds_report
@@ -86,7 +87,8 @@ def test_two_rounds_in_order(root, documents, finished, capsys):
     ]  # fmt: skip
     assert len({name for _, name in calls}) == TOTAL  # nothing is shared by mistake
     printed = capsys.readouterr().out
-    assert f"[ 1/{TOTAL}] clean" in printed and "about" in printed and "left" in printed
+    assert f"[ 1/{TOTAL}] clean" in printed and f"[{TOTAL}/{TOTAL}] round 2: evaluate" in printed
+    assert "about" in printed and "left" in printed
     assert "report.md" in printed
     chat = next(line for line in printed.splitlines() if line.startswith("Chat "))
     python, *arguments = chat.removeprefix("Chat").split()
@@ -190,6 +192,78 @@ def test_ppo_starts_where_it_was_told_to(root, documents, done, start):
     inputs = record(root, 2)["steps"]["ppo"]["inputs"]
     assert inputs["init"] == (sft if start == "sft" else record(root, 1)["policy"])
     assert inputs["reference"] == sft
+
+
+def exported(directory, **figures):
+    """What gptlab.export leaves behind, for rounds that only pretend to learn from it."""
+    config = ConfigDict({"seed": 0, "figures": figures})
+    with artifact.open_run(config, directory, "export") as own:
+        own.results(**figures)
+        own.complete("0")
+    return str(directory)
+
+
+BOTH = {"conversations-train": 30, "comparisons-train": 50}
+
+
+def test_feedback_comes_in_at_its_round_and_stays(root, documents, done, tmp_path, capsys):
+    export = exported(tmp_path / "export", **BOTH)
+    before = [record(root, number) for number in (1, 2)]
+    calls = run(root, documents, num_rounds=4, **{"inputs.feedback_3": export})
+    each = ["collect", "rank", "reward", "reward", "ppo", "evaluate"]
+    assert programs(calls) == ["prepare", "sft", *each, *each]
+    assert f"[{TOTAL + 16}/{TOTAL + 16}] round 4: evaluate" in capsys.readouterr().out
+    assert [record(root, number) for number in (1, 2)] == before
+    identity = artifact.read_manifest(export)["identity"]
+    third, fourth = (record(root, number)["steps"] for number in (3, 4))
+    assert record(root, 2)["feedback"] is None and record(root, 3)["feedback"] == identity
+    assert third["feedback_tokens"]["inputs"]["corpus"] == identity
+    assert third["demonstrations"] == fourth["demonstrations"]  # the same feedback, learnt once
+    sft, learnt = record(root, 0)["steps"]["sft"]["identity"], third["demonstrations"]["identity"]
+    assert third["demonstrations"]["inputs"]["init"] == sft
+    for steps in (third, fourth):
+        for name in ("reward", "judge", "ppo"):
+            assert steps[name]["inputs"]["init"] == learnt
+        assert steps["ppo"]["inputs"]["reference"] == learnt
+        assert steps["reward"]["inputs"]["comparisons_feedback"] == identity
+        assert steps["evaluate"]["inputs"]["baseline"] == sft  # all rounds beside the same replies
+    assert "comparisons_feedback" not in before[1]["steps"]["reward"]["inputs"]
+    assert run(root, documents, num_rounds=4, **{"inputs.feedback_3": export}) == []
+    assert artifact.read_manifest(root)["inputs"]["feedback_3"]["identity"] == identity
+
+
+@pytest.mark.parametrize(
+    "figures, stages",
+    [
+        ({"comparisons-train": 50}, {"reward", "ppo", "evaluate"}),
+        ({"conversations-train": 30}, {"prepare", "sft", "reward", "ppo", "evaluate"}),
+    ],
+)
+def test_feedback_of_one_kind(root, documents, done, tmp_path, figures, stages):
+    export = exported(tmp_path / "export", **figures)
+    assert set(programs(run(root, documents, **{"inputs.feedback_2": export}))) == stages
+    inputs = record(root, 2)["steps"]["reward"]["inputs"]
+    assert ("comparisons_feedback" in inputs) == ("comparisons-train" in figures)
+
+
+def test_newer_feedback_takes_the_place_of_older(root, documents, done, tmp_path):
+    one = exported(tmp_path / "one", **BOTH)
+    two = exported(tmp_path / "two", **{**BOTH, "comparisons-train": 60})
+    run(root, documents, **{"inputs.feedback_1": one, "inputs.feedback_2": two})
+    found = [record(root, number)["feedback"] for number in (1, 2)]
+    assert found == [artifact.read_manifest(path)["identity"] for path in (one, two)]
+
+
+def test_feedback_that_teaches_nothing_is_refused(root, documents, done, tmp_path):
+    with pytest.raises(UserError, match="feedback_3 is for round 3, but config.num_rounds"):
+        run(root, documents, **{"inputs.feedback_3": exported(tmp_path / "late", **BOTH)})
+    with pytest.raises(UserError, match="feedback_2: .*has no conversations and no comparisons"):
+        empty = exported(tmp_path / "empty", **{"prompts-test": 4, "comparisons-train": 0})
+        run(root, documents, **{"inputs.feedback_2": empty})
+    with pytest.raises(UserError, match="feedback_2: .* was made by rounds, not by gptlab.export"):
+        run(root, documents, **{"inputs.feedback_2": str(root)})
+    with pytest.raises(UserError, match="feedback_2: .*manifest.json, so it is no artifact"):
+        run(root, documents, **{"inputs.feedback_2": str(tmp_path / "nowhere")})
 
 
 def test_a_policy_that_fails_the_gate_is_not_promoted(root, documents, done, capsys):

@@ -141,6 +141,20 @@ def cache_mask(positions: jax.Array, slots: int) -> jax.Array:
     return jnp.arange(slots)[None, None] <= positions[:, :, None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """Up to where a cache is read: what long windows have in the place of a mask.
+
+    positions: int32 [B, T], of the queries.
+    slots: int32 [], as many cache slots are read; a query that sees more gets a wrong output.
+    block: that many are read at once; static.
+    """
+
+    positions: jax.Array
+    slots: jax.Array
+    block: int
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled dot-product attention with grouped queries; softmax in float32.
 
@@ -166,13 +180,66 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return out.reshape(batch, length, heads, head_dim)
 
 
+def blockwise_attention(
+    q: jax.Array, cache: tuple[jax.Array, jax.Array], reach: Reach, row: jax.Array | None = None
+) -> jax.Array:
+    """`attention` to a cache, block after block: work grows with what is read, not with the window.
+
+    The softmax is summed up as the blocks come, relative to the largest score so far (Milakov and
+    Gimelshein 2018, arXiv 1805.02867, algorithm 3). A block that a query sees nothing of changes
+    nothing, not a bit, so a row's output doesn't depend on how far others make us read.
+
+    Args:
+        q: [B, T, H, K].
+        cache: keys and values, each [B, Hkv, S, K].
+        reach: what of it is read.
+        row: int32 []: q, with B = 1, attends to this one row of a cache of more.
+
+    Returns:
+        [B, T, H, K] in q's dtype.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, slots = cache[0].shape[1:3]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+
+    def read(x: jax.Array, begin: jax.Array) -> jax.Array:
+        at = (0 if row is None else row, 0, begin, 0)
+        return jax.lax.dynamic_slice(x, at, (batch, kv_heads, reach.block, head_dim))
+
+    def add(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, out = carry  # [B, Hkv, G, T], the same, [B, Hkv, G, T, K]
+        first = number * reach.block
+        begin = jnp.minimum(first, slots - reach.block)  # the last may begin in the one before it
+        k, v = (read(x, begin) for x in cache)
+        own = begin + jnp.arange(reach.block, dtype=jnp.int32)[None, None]
+        seen = (own <= reach.positions[:, :, None]) & (own >= first)  # [B, T, block]
+        scores = jnp.einsum("btngk,bnsk->bngts", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        now = jnp.maximum(largest, scores.max(-1))
+        weights = jnp.exp(scores - now[..., None])
+        kept = jnp.exp(largest - now)
+        more = jnp.einsum(
+            "bngts,bnsk->bngtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        return now, total * kept + weights.sum(-1), out * kept[..., None] + more
+
+    shape = (batch, kv_heads, heads // kv_heads, length)
+    # Every query sees slot 0, so that the first block's largest score is a real one.
+    zeros = jnp.zeros(shape, jnp.float32)
+    begin = zeros + _MASKED, zeros, jnp.zeros((*shape, head_dim), jnp.float32)
+    blocks = (jnp.maximum(reach.slots, 1) + reach.block - 1) // reach.block
+    _, total, out = jax.lax.fori_loop(0, blocks, add, begin)
+    out = jnp.moveaxis(out / total[..., None], 3, 1)  # [B, T, Hkv, G, K]
+    return out.reshape(batch, length, heads, head_dim).astype(q.dtype)
+
+
 def write_cache(
     cache: tuple[jax.Array, jax.Array],
     k: jax.Array,
     v: jax.Array,
     start: jax.Array,
     row: jax.Array | None = None,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, jax.Array]:
     """Puts T new keys and values of each row into its slots start[b] .. start[b] + T - 1.
 
     Args:
@@ -183,17 +250,22 @@ def write_cache(
         row: int32 []: k, v and start are of this one row of a larger cache.
 
     Returns:
-        The updated cache, and of it what the rows of k and v attend to: keys and values
-        [B, Hkv, S, K]. XLA writes in place when the cache is donated or carried by a loop.
+        The updated cache. XLA writes in place when it is donated or carried by a loop.
     """
     keys, values = cache
     k, v = k.astype(keys.dtype), v.astype(values.dtype)
     if row is None:
         write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-        cache = write(keys, k, start), write(values, v, start)
-        return cache, cache
+        return write(keys, k, start), write(values, v, start)
     at = (row, 0, start[0], 0)
-    keys = jax.lax.dynamic_update_slice(keys, k, at)
-    values = jax.lax.dynamic_update_slice(values, v, at)
-    read = [jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (keys, values)]
-    return (keys, values), (read[0], read[1])
+    return jax.lax.dynamic_update_slice(keys, k, at), jax.lax.dynamic_update_slice(values, v, at)
+
+
+def read_cache(
+    cache: tuple[jax.Array, jax.Array], row: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of all rows, or of one [1, Hkv, S, K]."""
+    if row is None:
+        return cache
+    keys, values = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in cache)
+    return keys, values

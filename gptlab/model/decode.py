@@ -28,6 +28,7 @@ from gptlab.model.transformer import Backbone, Block, LanguageModel, ModelConfig
 from gptlab.run.errors import UserError
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # per layer: keys and values [B, Hkv, S, K]
+KEY_BLOCK = 256  # cache slots that `extend` reads at once when it is told how far to read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,8 @@ def extend(
     tokens: jax.Array,
     start: jax.Array,
     row: jax.Array | None = None,
+    reach: jax.Array | None = None,
+    block: int = KEY_BLOCK,
 ) -> tuple[Cache, jax.Array]:
     """Runs T more tokens of each row through the layers, reading and filling the cache.
 
@@ -123,6 +126,9 @@ def extend(
         tokens: int32 [B, T], at positions start[b] .. start[b] + T - 1 <= S - 1.
         start: int32 [B].
         row: int32 []: tokens and start, with B = 1, are of this one row of a cache of more.
+        reach: int32 []: that many slots are read, `block` by block; None: all, at once. A row
+            that stands further on gets an output without a meaning.
+        block: static; a cache no longer than that is read at once in any case.
 
     Returns:
         The cache and the last layer's output [B, T, D] (before the final norm).
@@ -132,10 +138,13 @@ def extend(
     positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     variables = {"params": {k: v for k, v in backbone.items() if k != "layers"}}
     x, rope = Backbone(config).apply(variables, tokens, positions, method="embed")
-    mask = attn.cache_mask(positions, cache[0][0].shape[2])
-    block, filled = Block(config), []
+    size = cache[0][0].shape[2]
+    mask: jax.Array | attn.Reach = attn.cache_mask(positions, size)
+    if reach is not None and size > block:
+        mask = attn.Reach(positions, reach, block)
+    module, filled = Block(config), []
     for layer, slots in zip(backbone["layers"], cache, strict=True):
-        x, slots = block.apply({"params": layer}, x, mask, rope, slots, start, row)
+        x, slots = module.apply({"params": layer}, x, mask, rope, slots, start, row)
         filled.append(slots)
     return tuple(filled), x
 
@@ -304,6 +313,7 @@ def decode_step(
     positions: jax.Array,
     keys: jax.Array,
     sampling: Sampling,
+    reach: jax.Array | None = None,
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """Feeds each row's newest token and draws the one after it.
 
@@ -315,11 +325,12 @@ def decode_step(
         positions: int32 [B], where those tokens stand.
         keys: typed keys [B], one per request.
         sampling: how to draw.
+        reach: int32 []: as in `extend`.
 
     Returns:
         (cache, next tokens int32 [B] for positions + 1, their log-probabilities float32 [B]).
     """
-    cache, x = extend(model, params, cache, tokens[:, None], positions)
+    cache, x = extend(model, params, cache, tokens[:, None], positions, reach=reach)
     logits = next_logits(model, params, x[:, 0])
     return cache, *sample(logits, keys, positions + 1, sampling)
 

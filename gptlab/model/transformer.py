@@ -273,7 +273,7 @@ class Attention(nn.Module):
     def __call__(self, x, mask, rope, cache=None, start=None, row=None):
         """x [B, T, D], mask bool [B or 1, T, S] -> ([B, T, D], cache with T more slots filled).
 
-        Without a cache, the mask is what `attention.visibility` gives.
+        Without a cache, the mask is what `attention.visibility` gives; with one it may be a Reach.
         """
         c = self.config
         q = self._heads(x, "query", c.num_heads, "heads")  # [B, T, H, K]
@@ -287,14 +287,19 @@ class Attention(nn.Module):
             q, k = self._normalize(q, k)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, Hkv, T, K]
         if cache is not None:
-            cache, (k, v) = attn.write_cache(cache, k, v, start, row)
-        keys = "kv_length" if mask.ndim == 3 else "length"
+            cache = attn.write_cache(cache, k, v, start, row)
         q = constrain(q, "batch", "length", "act_heads", None)
-        k = constrain(k, "batch", "act_heads", keys, None)
-        v = constrain(v, "batch", "act_heads", keys, None)
-        q, k, v = (checkpoint_name(x, n) for x, n in zip((q, k, v), _ATTENTION[:3], strict=True))
-        out = attn.self_attention(q, k, v, mask, c.attention)  # [B, T, H, K]
-        out = checkpoint_name(out, _ATTENTION[3])
+        if isinstance(mask, attn.Reach):
+            out = attn.blockwise_attention(q, cache, mask, row)
+        else:
+            if cache is not None:
+                k, v = attn.read_cache(cache, row)
+            keys = "kv_length" if mask.ndim == 3 else "length"
+            k = constrain(k, "batch", "act_heads", keys, None)
+            v = constrain(v, "batch", "act_heads", keys, None)
+            q, k, v = map(checkpoint_name, (q, k, v), _ATTENTION[:3])
+            out = attn.self_attention(q, k, v, mask, c.attention)  # [B, T, H, K]
+            out = checkpoint_name(out, _ATTENTION[3])
         out = out.reshape(*x.shape[:2], c.d_attn)
         std = INIT_STD * (2 * c.num_layers) ** -0.5
         out = Dense(c.d_model, ("heads", "embed"), std, c.use_bias, c.dtype, name="out")(out)

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gptlab.model import decode
 from gptlab.people import slots as device
 from gptlab.people.backend import Busy, Unavailable
 from gptlab.people.policy import Policy
@@ -42,10 +43,11 @@ class Options:
     chunk: int  # W, tokens of a prompt that are computed at once
     max_len: int | None  # tokens of prompt and reply together; None: the model's window
     queue: int  # requests that may wait for a slot
+    block: int = decode.KEY_BLOCK  # positions that are read at once, where the window has more
 
     def __post_init__(self) -> None:
         """Refuses values without a meaning."""
-        for name, least in (("slots", 1), ("chunk", 1), ("queue", 0)):
+        for name, least in (("slots", 1), ("chunk", 1), ("queue", 0), ("block", 1)):
             if getattr(self, name) < least:
                 raise UserError(
                     f"config.engine.{name}={getattr(self, name)} must be at least {least}"
@@ -246,8 +248,9 @@ class Engine:
         policy = self.policy
         alternatives = min(ALTERNATIVES, policy.model.config.vocab_size)
         self._slots, drawn = function(
-            policy.model, policy.params, self._slots, argument, self._ends, alternatives
-        )
+            policy.model, policy.params, self._slots, argument, self._ends, alternatives,
+            self.options.block,
+        )  # fmt: skip
         return drawn
 
     def _main(self) -> None:

@@ -64,7 +64,7 @@ class Policy:
                 return
             yield drawn
             cache, token, _ = decode.decode_step(
-                self.model, self.params, cache, token, at, keys, sampling
+                self.model, self.params, cache, token, at, keys, sampling, at[0] + 1
             )
             at = at + 1
 

@@ -6,8 +6,9 @@ and for how long, is engine.py's business.
 
 What a row draws depends on nothing but its own prompt and settings, bit for bit: shapes never
 change, a prompt is always cut at multiples of W, and only whole chunks that `prefill` computed are
-ever used again. Rows that are done write to the window's last position. Nobody reads it: the token
-there can be drawn, but never has to be fed.
+ever used again. The cache is read block by block, as far as the longest running row needs, and a
+block that a row sees nothing of adds exactly nothing to it. Rows that are done write to the
+window's last position. Nobody reads it: the token there can be drawn, but never has to be fed.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def _draw(
     return Drawn(tokens, logprobs, *jax.lax.cond(wants.any(), likeliest, none, logits))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "alternatives"), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit, static_argnames=("model", "alternatives", "block"), donate_argnames=("slots",)
+)
 def step(
     model: LanguageModel,
     params: Mapping[str, Any],
@@ -115,6 +118,7 @@ def step(
     keep: np.ndarray,
     ends: jax.Array,
     alternatives: int,
+    block: int,
 ) -> tuple[Slots, Drawn]:
     """Feeds each running slot's newest token and draws the one after it.
 
@@ -125,6 +129,7 @@ def step(
         keep: bool [S]; a slot that is not kept is done from now on.
         ends: bool [V], the tokens that end a reply.
         alternatives: A; static.
+        block: how many positions are read at once (`decode.extend`); static.
 
     Returns:
         (slots, what was drawn [S]).
@@ -139,7 +144,10 @@ def step(
         jnp.where(done, 0, slots.sampling.top_k),
         jnp.where(done, 1.0, slots.sampling.top_p),
     )
-    cache, x = decode.extend(model, params, slots.cache, tokens[:, None], positions)
+    reach = jnp.max(jnp.where(done, 0, positions)) + 1
+    cache, x = decode.extend(
+        model, params, slots.cache, tokens[:, None], positions, reach=reach, block=block
+    )
     logits = decode.next_logits(model, params, x[:, 0])
     drawn = _draw(logits, slots.keys, positions + 1, sampling, slots.wants & ~done, alternatives)
     left = slots.left - 1
@@ -154,7 +162,9 @@ def step(
     return _placed(slots), drawn
 
 
-@functools.partial(jax.jit, static_argnames=("model", "alternatives"), donate_argnames=("slots",))
+@functools.partial(
+    jax.jit, static_argnames=("model", "alternatives", "block"), donate_argnames=("slots",)
+)
 def prefill(
     model: LanguageModel,
     params: Mapping[str, Any],
@@ -162,6 +172,7 @@ def prefill(
     chunk: Chunk,
     ends: jax.Array,
     alternatives: int,
+    block: int,
 ) -> tuple[Slots, Drawn]:
     """Computes one chunk of a prompt in its slot, after the chunks before it.
 
@@ -172,13 +183,17 @@ def prefill(
         chunk: its start is a multiple of W, and L is one.
         ends: bool [V], the tokens that end a reply.
         alternatives: A; static.
+        block: how many positions are read at once (`decode.extend`); static.
 
     Returns:
         (slots, the token [1] after the chunk: the reply's first if the chunk is the last one).
         From the last chunk on the slot is running.
     """
     slot, start, count, is_last, limit, top_k, wants, index = chunk.numbers
-    cache, x = decode.extend(model, params, slots.cache, chunk.tokens[None], start[None], slot)
+    reach = start + chunk.tokens.shape[0]
+    cache, x = decode.extend(
+        model, params, slots.cache, chunk.tokens[None], start[None], slot, reach, block
+    )
     seed = jax.random.wrap_key_data(chunk.seed, impl="threefry2x32")
     key = jax.random.fold_in(seed, index)
     sampling = decode.RowSampling(chunk.shape[:1], top_k[None], chunk.shape[1:])

@@ -197,6 +197,27 @@ def test_rope_depends_on_distance_only():
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("block", [8, 24, 48])  # of 52: the last one begins in the one before
+def test_a_cache_is_read_in_blocks_as_if_it_were_read_at_once(dtype, tolerance, block):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    q, cache = draw(3, 2, 6, 16), (draw(3, 3, 52, 16), draw(3, 3, 52, 16))
+    positions = jnp.array([[0, 1], [22, 23], [50, 51]])
+    reach = lambda slots: attn.Reach(positions, jnp.int32(slots), block)  # noqa: E731
+    every = jax.jit(lambda slots: attn.blockwise_attention(q, cache, reach(slots)))
+    whole = attn.attention(q, *cache, attn.cache_mask(positions, 52))
+    assert every(52).dtype == whole.dtype
+    np.testing.assert_allclose(every(52), whole, rtol=tolerance, atol=tolerance)
+    # As far as a row needs, or further: the same bits. Others may be wrong then.
+    np.testing.assert_array_equal(every(24)[:2], every(52)[:2])
+    if block == 8:
+        assert np.abs(np.float32(every(24)[2] - whole[2])).max() > 0.1
+    one = attn.Reach(positions[1:2], jnp.int32(24), block)
+    row = attn.blockwise_attention(q[1:2], cache, one, jnp.int32(1))
+    np.testing.assert_allclose(row, whole[1:2], rtol=tolerance, atol=tolerance)
+
+
 def test_stretched_frequencies_are_those_of_llama_3():
     """Frequency by frequency, as Meta's reference code decides (llama-models, apply_scaling)."""
     scaling = attn.RopeScaling(

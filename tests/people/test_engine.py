@@ -68,6 +68,8 @@ def make(policy):
 
 
 ONE = Options(slots=1, chunk=8, max_len=None, queue=2)
+# The cache is read in steps that don't divide the window of 128; else all at once.
+BLOCKS = Options(slots=4, chunk=8, max_len=None, queue=4, block=12)
 
 
 def prompts(count, seed=0, longest=40):
@@ -107,11 +109,12 @@ async def at_once(engine, asked, clients=6):
     return answers
 
 
-def test_replies_are_the_same_alone_and_in_a_crowd(make):
+@pytest.mark.parametrize("options", [OPTIONS, BLOCKS])
+def test_replies_are_the_same_alone_and_in_a_crowd(make, options):
     asked = mixed(24)
-    alone = run(in_turn(make(), asked))
+    alone = run(in_turn(make(options), asked))
     assert len({tuple(a[0]) for a in alone}) > 20 and {a[3] for a in alone} == {"stop", "length"}
-    engine, compiled = make(), CompileCounter()
+    engine, compiled = make(options), CompileCounter()
     crowd = run(at_once(engine, asked))
     assert [a[:4] for a in crowd] == [a[:4] for a in alone]  # log-probabilities bit for bit
     assert compiled.count == 0
@@ -120,15 +123,17 @@ def test_replies_are_the_same_alone_and_in_a_crowd(make):
     assert stats.steps < sum(len(a[0]) for a in alone)  # they did share steps
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_replies_are_what_generate_draws(make, policy, temperature):
+@pytest.mark.parametrize("temperature, options", [(0.0, OPTIONS), (1.0, OPTIONS), (1.0, BLOCKS)])
+def test_replies_are_what_generate_draws(make, policy, temperature, options):
     ids = prompts(1, seed=3)[0]
     key = jax.random.fold_in(jax.random.key(7), 0)
     sampling = decode.Sampling(temperature, 0, 1.0, 16, policy.end_tokens)
     whole = decode.generate(
         policy.model, policy.params, jnp.array([ids]), jnp.array([len(ids)]), key[None], sampling
     )
-    drawn, logprobs, _, reason, _ = run(answer(make(), request(ids, temperature=temperature)))
+    drawn, logprobs, _, reason, _ = run(
+        answer(make(options), request(ids, temperature=temperature))
+    )
     length = int(whole.lengths[0]) - bool(whole.finished[0])
     assert drawn == whole.tokens[0, :length].tolist() and len(drawn) > 2
     np.testing.assert_allclose(logprobs, whole.logprobs[0, :length], atol=1e-4)
@@ -296,7 +301,7 @@ def test_a_failed_engine_says_so_to_everyone(make, endless, slow, monkeypatch):
 def test_a_mesh_of_devices_gives_the_same_replies(make, workdir):
     sizes = (1, 1, 2, 2, 2)  # fsdp, context, tensor
     mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=serving.AUTO)
-    split = make(of=policies.load(workdir, "float32", mesh), mesh=mesh)
+    split = make(BLOCKS, policies.load(workdir, "float32", mesh), mesh)
     keys = split._slots.cache[0][0]
     assert keys.sharding.shard_shape(keys.shape) == (1, keys.shape[1] // 2, *keys.shape[2:])
     asked = mixed(6)
@@ -313,6 +318,7 @@ def test_a_mesh_of_devices_gives_the_same_replies(make, workdir):
         ({"slots": 0}, "slots=0"),
         ({"chunk": 0}, "chunk=0"),
         ({"queue": -1}, "queue=-1"),
+        ({"block": 0}, "block=0"),
         ({"max_len": 1}, "max_len=1"),
         ({"chunk": 500}, "chunk=500 does not fit the window of 128"),
     ],

@@ -313,6 +313,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     or (HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text()),
     reason="needs glibc, and pages of 4 KiB to count",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerators, kept", [((), True), (("null",), False)])
 def test_temporary_memory_is_not_fetched_anew_in_every_call(accelerators, kept):
     """Where there are device files of accelerators it is: on tens of thousands of pages of 4 KiB.
