@@ -87,9 +87,7 @@ def test_two_rounds_in_order(root, documents, finished, capsys):
     ]  # fmt: skip
     assert len({name for _, name in calls}) == TOTAL  # nothing is shared by mistake
     printed = capsys.readouterr().out
-    assert (
-        f"[ 1/{TOTAL}] clean" in printed and f"[{TOTAL}/{TOTAL}] round 2: evaluate" in printed
-    )
+    assert f"[ 1/{TOTAL}] clean" in printed and f"[{TOTAL}/{TOTAL}] round 2: evaluate" in printed
     assert "about" in printed and "left" in printed
     assert "report.md" in printed
     chat = next(line for line in printed.splitlines() if line.startswith("Chat "))
