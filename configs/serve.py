@@ -32,7 +32,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # What a request's Host may be; add the name that a proxy passes on.
             "allowed_hosts": ("127.0.0.1", "localhost"),
             "models": models,
-            # URL of another server with OpenAI's API, in place of `models` and `engine`.
+            # URL of another server with OpenAI's API, in place of `models` and of `engine` but for
+            # its deadline_seconds and watch_seconds.
             "upstream": placeholder(str),
             "engine": {
                 "slots": 8,  # replies that are written at the same time
@@ -43,7 +44,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "block": 256,
                 "queue": 64,  # requests that may wait for a slot; others are told to come later
                 "deadline_seconds": 120.0,  # of a request, waiting included
-                "watch_seconds": 5.0,  # how often to look for a newly promoted policy
+                # How often to look for a newly promoted policy, or at the models of an upstream.
+                "watch_seconds": 5.0,
             },
             "dtype": "float32",
             "mesh": common.mesh(),

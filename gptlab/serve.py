@@ -7,7 +7,7 @@
 A model is a stage's workdir, or that of rounds: then it is the promoted policy, and when a newer
 one is promoted, new requests go to it while running ones finish on the old. With
 --config.upstream=http://HOST:PORT the same app stands before another server with OpenAI's API; its
-key, if it needs one, is in $GPTLAB_UPSTREAM_KEY.
+key, if it needs one, is in $GPTLAB_UPSTREAM_KEY. While it can't be reached, /healthz says so.
 
 People come in by invitation links. Where no admin is signed in, the start prints a link for one;
 with --config.web.open_chat=True anybody who reaches the server may chat. What they say and
@@ -64,8 +64,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     try:
         store = Store.open(_store_url(config, Path(directory)))
         embedded = None if config.upstream else _embedded(config)
-        backend: Backend = embedded or Upstream(
-            config.upstream, os.environ.get(UPSTREAM_KEY), config.engine.deadline_seconds
+        backend = embedded or Upstream(
+            config.upstream,
+            os.environ.get(UPSTREAM_KEY),
+            config.engine.deadline_seconds,
+            config.engine.watch_seconds,
         )
         served = app.make(
             _moderated(config, scorer, backend, store),
@@ -76,7 +79,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             allowed_hosts=config.allowed_hosts,
             drain_seconds=config.drain_seconds,
             stats=None if embedded is None else embedded.stats,
-            failures=tuple if embedded is None else embedded.failures,
+            failures=backend.failures,
         )
         web.add_pages(served, served.state.backend, store, web.Settings(**config.web))
         invitation = web.admin_link(store)

@@ -75,7 +75,7 @@ class Kept:
 
 
 @contextlib.contextmanager
-def serving(backend, check_key=None, drain_seconds=5.0, extend=None, **changes):
+def serving(backend, check_key=None, drain_seconds=5.0, extend=None, port=0, **changes):
     """The URL of a real server around a backend, in a thread; `extend` may add to its app."""
     settings = {
         "limits": api.Limits(None, 16), "max_body_bytes": 1 << 20, "body_seconds": 5.0,
@@ -86,7 +86,7 @@ def serving(backend, check_key=None, drain_seconds=5.0, extend=None, **changes):
     )
     if extend is not None:
         extend(made)
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(made, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -160,6 +160,34 @@ def test_chat_with_context_edit_branch_and_another_try(site, browser):
         assert page.url.endswith("/chat") and site.store.conversations.of(person.id) == []
 
 
+def test_older_chats_are_listed_by_keyboard_and_stay(site, browser):
+    with pages.visit(browser, site) as (page, person):
+        for number in range(103):
+            site.store.conversations.create(person.id, f"chat {number}")
+        page.goto("/chat")
+        links, older = page.locator("#conversations a"), page.locator("#older")
+        older.wait_for()
+        assert links.count() == 50 and links.nth(0).text_content() == "chat 102"
+        older.focus()
+        page.keyboard.press("Enter")
+        page.locator("#conversations a:text-is('chat 52'):focus").wait_for()
+        older.focus()
+        page.keyboard.press("Enter")
+        page.locator("#conversations a:text-is('chat 2'):focus").wait_for()
+        older.wait_for(state="hidden")
+        numbers = [int(text.split()[1]) for text in links.all_text_contents()]
+        assert numbers == list(reversed(range(103)))
+        page.click("[aria-label='Rename: chat 0']")  # and the list is as long afterwards
+        page.fill("#ask [name=title]", "The first")
+        page.keyboard.press("Enter")
+        page.locator("#conversations a:text-is('The first')").wait_for()
+        assert links.count() == 103
+        page.keyboard.press("Alt+n")
+        page.click("#conversations a:text-is('The first')")
+        page.locator("#conversations a:text-is('The first')[aria-current]").wait_for()
+        assert links.count() == 103
+
+
 def test_stop_keeps_what_came(site, backend, browser):
     with slowly(site, backend), pages.visit(browser, site) as (page, person):
         page.goto("/chat")

@@ -1,5 +1,6 @@
 """The program: it serves, ends as it is asked to, and refuses what can't be served."""
 
+import contextlib
 import json
 import os
 import signal
@@ -39,15 +40,32 @@ def events(url, body, begun=None):
     return [reason for reason in reasons if reason], ended
 
 
-def test_it_serves_and_finishes_what_runs_when_it_is_stopped(tmp_path, workdir):
-    flags = (f"--config.models.gptlab={workdir}",)
-    with serving.program(tmp_path, *flags) as (process, url):
-        with serving.program(tmp_path / "front", f"--config.upstream={url}") as (_, front):
-            assert httpx.get(f"{front}/healthz").json()["status"] == "ok"
-            body = {**LONG, "stream": False, "seed": 1, "n": 2}
-            answers = [httpx.post(f"{at}/v1/completions", json=body) for at in (url, front)]
-            texts = [answer.json()["choices"][0]["text"] for answer in answers]
-            assert texts[0] == texts[1] != ""
+def test_it_serves_records_refusals_and_finishes_what_runs_when_it_is_stopped(tmp_path, workdir):
+    own = f"--config.models.gptlab={workdir}"
+    moderated = ("--config.moderation.scorer.name=vader", "--config.moderation.least=-0.3")
+    with contextlib.ExitStack() as stack:
+        process, url = stack.enter_context(serving.program(tmp_path, own, *moderated))
+        flags = (f"--config.upstream={url}", "--config.engine.watch_seconds=0.2")
+        _, front = stack.enter_context(serving.program(tmp_path / "front", *flags))
+        http = stack.enter_context(httpx.Client(verify=False, timeout=60))
+        assert http.get(f"{front}/healthz").json()["status"] == "ok"
+        body = {**LONG, "stream": False, "seed": 1, "n": 2}
+        answers = [http.post(f"{at}/v1/completions", json=body) for at in (url, front)]
+        texts = [answer.json()["choices"][0]["text"] for answer in answers]
+        assert texts[0] == texts[1] != ""
+
+        # One server in a workdir, and on a port.
+        with pytest.raises(UserError, match="in use by another"):
+            serve.run(config(**{"models.gptlab": str(workdir)}), str(tmp_path / "serve"))
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(UserError, match=f"config.port={port}: Address already in use"):
+            serve.run(config(port=port, **{"models.gptlab": str(workdir)}), str(tmp_path / "b"))
+        ask = {"model": "gptlab", "prompt": "this is awful, horrible and bad"}
+        answer = http.post(f"{url}/v1/completions", json=ask)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "content_filter"
+        assert http.post(f"{url}/v1/completions", json={**ask, "prompt": "hi"}).is_success
+
         begun, found = threading.Event(), []
         reader = threading.Thread(target=lambda: found.append(events(url, LONG, begun)))
         reader.start()
@@ -58,10 +76,22 @@ def test_it_serves_and_finishes_what_runs_when_it_is_stopped(tmp_path, workdir):
         ((reasons, ended),) = found
         assert len(reasons) == 8 and set(reasons) <= {"stop", "length"} and ended
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/healthz")
+            http.get(f"{url}/healthz")
+        serving.wait_for(lambda: http.get(f"{front}/healthz").status_code == 503)
+        (said,) = http.get(f"{front}/healthz").json()["failures"]
+        assert said.startswith("upstream: it can't be reached")
     log = (tmp_path / "serve.log").read_text()
     address, invitation = log.splitlines()  # and nothing else: no warnings of libraries
     assert address == f"gptlab serve: {url}/v1" and f"{url}/join/" in invitation
+
+    path = tmp_path / "serve" / "store.sqlite"
+    with Store.open(f"sqlite:///{path}") as store:
+        (row,) = [row for row in store.audit.entries() if row.action == "moderation.refuse"]
+        assert store.audit.verify() is None
+    assert (row.object, row.detail["scorer"]) == ("input", "vader")
+    assert row.detail["score"] < -0.3 and row.detail["characters"] == len(ask["prompt"])
+    assert "awful" not in repr(row)
+    assert oct(os.stat(path).st_mode)[-3:] == "600"
 
 
 def config(**changes):
@@ -113,30 +143,6 @@ def test_no_name_of_a_config_is_a_method_of_configs():
                 yield from names(value)
 
     assert not [name for name in names(serve_config.get_config()) if hasattr(ConfigDict, name)]
-
-
-def test_one_server_in_a_workdir_and_on_a_port_and_refusals_are_recorded(tmp_path, workdir):
-    flags = (f"--config.models.gptlab={workdir}", "--config.moderation.scorer.name=vader",
-             "--config.moderation.least=-0.3")  # fmt: skip
-    with serving.program(tmp_path, *flags) as (_, url):
-        with pytest.raises(UserError, match="in use by another"):
-            serve.run(config(**{"models.gptlab": str(workdir)}), str(tmp_path / "serve"))
-        port = int(url.rpartition(":")[2])
-        with pytest.raises(UserError, match=f"config.port={port}: Address already in use"):
-            serve.run(config(port=port, **{"models.gptlab": str(workdir)}), str(tmp_path / "b"))
-        ask = {"model": "gptlab", "prompt": "this is awful, horrible and bad"}
-        answer = httpx.post(f"{url}/v1/completions", json=ask)
-        assert answer.status_code == 400
-        assert answer.json()["error"]["code"] == "content_filter"
-        assert httpx.post(f"{url}/v1/completions", json={**ask, "prompt": "hi"}).is_success
-    path = tmp_path / "serve" / "store.sqlite"
-    with Store.open(f"sqlite:///{path}") as store:
-        (row,) = [row for row in store.audit.entries() if row.action == "moderation.refuse"]
-        assert store.audit.verify() is None
-    assert (row.object, row.detail["scorer"]) == ("input", "vader")
-    assert row.detail["score"] < -0.3 and row.detail["characters"] == len(ask["prompt"])
-    assert "awful" not in repr(row)
-    assert oct(os.stat(path).st_mode)[-3:] == "600"
 
 
 @pytest.mark.parametrize("argument", ["runs/sft", "=runs/sft", "a=", "a=runs/sft,,"])

@@ -50,6 +50,16 @@ class Bootstrap:
         uniform = np.full(num_prompts, 1.0 / num_prompts)
         return rng.multinomial(num_prompts, uniform, size=self.resamples) / num_prompts
 
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """Sums over the rows [P, F] of every resample: float64 [R, F].
+
+        Rows that are alike are drawn together, which changes nothing in how the sums are
+        distributed: counts of a few kinds are cheap, however many prompts there are.
+        """
+        kinds, counts = np.unique(rows, axis=0, return_counts=True)
+        rng = np.random.default_rng(self.seed)
+        return rng.multinomial(len(rows), counts / len(rows), size=self.resamples) @ kinds
+
     def interval(self, mean: float, resampled: np.ndarray) -> Interval:
         """The percentile interval of resampled statistics [R] beside the full sample's."""
         tail = 50.0 * (1.0 - self.level)

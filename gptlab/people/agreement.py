@@ -1,12 +1,14 @@
 """How far people agree: pairs ordered alike, Krippendorff's alpha, position bias, with intervals.
 
 A ranking is read as its pairs of replies: the first is preferred, the second is, or they tie.
-Intervals are a bootstrap over *tasks*, as pairs of one task are not independent of each other.
+Intervals are a bootstrap over *tasks*, as pairs of one task are not independent of each other. All
+of it is over arrays: a server computes it beside other requests, and numpy lets those go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -79,38 +81,91 @@ def alpha_of(pairs: np.ndarray, values: np.ndarray, metric: str) -> np.ndarray:
         return np.where(expected > 0, 1 - (count - 1) * observed / expected, np.nan)
 
 
-def preference_alpha(tasks: Sequence[Rankings], bootstrap: Bootstrap) -> Interval:
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+    """What people prefer in pairs of replies. A unit is a pair of one task, E how many were given.
+
+    Attributes:
+      people: who ranked.
+      tasks: how many there are.
+      task: int [U], of each unit.
+      counts: float64 [U, 3], how many prefer the first reply, tie, prefer the second.
+      unit, person, side: int [E], of each preference: its unit, who gave it (as an index into
+        `people`), and which of the three.
+    """
+
+    people: tuple[str, ...]
+    tasks: int
+    task: np.ndarray
+    counts: np.ndarray
+    unit: np.ndarray
+    person: np.ndarray
+    side: np.ndarray
+
+    @staticmethod
+    def of(tasks: Sequence[Rankings]) -> Preferences:
+        """Those of these tasks' rankings."""
+        given = [(i, who, ranks) for i, own in enumerate(tasks) for who, ranks in own.items()]
+        people = {who: i for i, who in enumerate(dict.fromkeys(who for _, who, _ in given))}
+        units: list[np.ndarray] = [np.empty(0, np.int64)]
+        found: list[np.ndarray] = [np.empty((3, 0), np.int64)]  # unit, person, side
+        for rows, ranks in _by_length([ranks for *_, ranks in given]):
+            orders = _orders(ranks)  # [n, pairs]
+            pairs, before = orders.shape[1], sum(map(len, units))
+            own, index = np.unique([given[row][0] for row in rows], return_inverse=True)
+            unit = before + index[:, None] * pairs + np.arange(pairs)
+            person = np.array([people[given[row][1]] for row in rows])[:, None]
+            entries = (unit, np.broadcast_to(person, unit.shape), 1 - orders)
+            found.append(np.stack([entry.ravel() for entry in entries]))
+            units.append(np.repeat(own, pairs))
+        unit, person, side = np.concatenate(found, axis=1)
+        task = np.concatenate(units)
+        counts = np.bincount(unit * PREFERENCES + side, minlength=len(task) * PREFERENCES)
+        counts = counts.reshape(-1, PREFERENCES).astype(np.float64)
+        return Preferences(tuple(people), len(tasks), task, counts, unit, person, side)
+
+    def of_tasks(self, values: np.ndarray) -> np.ndarray:
+        """Figures of units [U, F], summed within each task: [tasks, F]."""
+        sums = np.zeros((self.tasks, values.shape[1]))
+        np.add.at(sums, self.task, values)
+        return sums
+
+
+def preference_alpha(given: Preferences, bootstrap: Bootstrap) -> Interval:
     """Alpha of pairwise preferences (first, tie, second), ordinal; a unit is a pair of replies."""
-    sums = np.zeros((len(tasks), PREFERENCES, PREFERENCES))
-    for row, rankings in enumerate(tasks):
-        if len(rankings) > 1:
-            orders = np.stack([_orders(ranks) for ranks in rankings.values()])  # [people, pairs]
-            counts = np.stack([(orders == sign).sum(axis=0) for sign in (1, 0, -1)], axis=1)
-            sums[row] = coincidences(counts).sum(axis=0)
+    sums = given.of_tasks(coincidences(given.counts).reshape(-1, PREFERENCES**2))
     values = np.arange(PREFERENCES, dtype=np.float64)
-    full = float(alpha_of(sums.sum(axis=0, keepdims=True), values, "ordinal")[0])
+
+    def alphas(flat: np.ndarray) -> np.ndarray:
+        return alpha_of(flat.reshape(-1, PREFERENCES, PREFERENCES), values, "ordinal")
+
+    full = float(alphas(sums.sum(axis=0))[0])
     if not np.isfinite(full):
         return NOTHING
-    flat = bootstrap.weights(len(tasks)) @ sums.reshape(len(tasks), -1) * len(tasks)
-    resampled = alpha_of(flat.reshape(-1, PREFERENCES, PREFERENCES), values, "ordinal")
+    resampled = alphas(bootstrap.sums(sums))
     return bootstrap.interval(full, resampled[np.isfinite(resampled)])
 
 
 def pair_agreement(
-    tasks: Sequence[Rankings], bootstrap: Bootstrap, person: str | None = None
+    given: Preferences, bootstrap: Bootstrap, person: str | None = None
 ) -> tuple[Interval, int]:
     """Of the pairs that two people both order strictly, the share they order alike; and how many.
 
     `person`: only that one's pairs with the others.
     """
-    sums = np.zeros((len(tasks), 2))
-    for row, rankings in enumerate(tasks):
-        known = [(who, _orders(ranks)) for who, ranks in rankings.items()]
-        for i, (first, one) in enumerate(known):
-            for second, two in known[:i]:
-                if person is None or person in (first, second):
-                    strict = (one != 0) & (two != 0)
-                    sums[row] += ((one == two) & strict).sum(), strict.sum()
+    if person is None:
+        first, _, second = given.counts.T
+        alike, both = _pairs_of(first) + _pairs_of(second), _pairs_of(first + second)
+        sums = given.of_tasks(np.stack([alike, both], axis=1))
+    else:
+        number = given.people.index(person) if person in given.people else -1
+        own = (given.person == number) & (given.side != 1)
+        unit = given.unit[own]
+        strict = given.counts[unit]
+        same = strict[np.arange(len(unit)), given.side[own]] - 1
+        others = strict[:, 0] + strict[:, 2] - 1
+        sums = np.zeros((given.tasks, 2))
+        np.add.at(sums, given.task[unit], np.stack([same, others], axis=1))
     return share(sums, bootstrap), int(sums[:, 1].sum())
 
 
@@ -126,12 +181,22 @@ def position_bias(
       bootstrap: how the interval is made.
     """
     sums = np.zeros((len(shown), 2))
-    for row, (ranks, order) in enumerate(shown):
-        orders = _orders([ranks[number] for number in order])
-        sums[row] = (orders > 0).sum(), (orders != 0).sum()
+    for rows, ranks in _by_length([ranks for ranks, _ in shown]):
+        places = np.array([shown[row][1] for row in rows])
+        orders = _orders(np.take_along_axis(ranks, places, axis=1))
+        sums[rows] = np.stack([(orders > 0).sum(axis=1), (orders != 0).sum(axis=1)], axis=1)
     interval = share(sums, bootstrap)
     moved = Interval(interval.mean - 0.5, interval.low - 0.5, interval.high - 0.5)
     return moved, int(sums[:, 1].sum())
+
+
+def tie_rate(rankings: Sequence[Sequence[int]]) -> float:
+    """Of all pairs of replies, the share that is tied; NaN without any."""
+    ties = pairs = 0
+    for _, ranks in _by_length(rankings):
+        orders = _orders(ranks)
+        ties, pairs = ties + int((orders == 0).sum()), pairs + orders.size
+    return ties / pairs if pairs else float("nan")
 
 
 def share(sums: np.ndarray, bootstrap: Bootstrap) -> Interval:
@@ -139,12 +204,24 @@ def share(sums: np.ndarray, bootstrap: Bootstrap) -> Interval:
     sums = sums[sums[:, 1] > 0]
     if not len(sums):
         return NOTHING
-    part, whole = (bootstrap.weights(len(sums)) @ sums).T
+    part, whole = bootstrap.sums(sums).T
     return bootstrap.interval(float(sums[:, 0].sum() / sums[:, 1].sum()), part / whole)
 
 
-def _orders(ranks: Sequence[int]) -> np.ndarray:
-    """int [pairs]: 1 if the earlier reply of a pair is preferred, -1 if the later, 0 for a tie."""
-    values = np.asarray(ranks)
-    first, second = np.triu_indices(len(values), 1)
-    return np.sign(values[second] - values[first])
+def _by_length(rankings: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rankings of as many replies as arrays [n, K], with their places in the sequence [n]."""
+    lengths = np.array([len(ranks) for ranks in rankings], np.int64)
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length)
+        yield rows, np.array([rankings[row] for row in rows.tolist()])
+
+
+def _orders(ranks: np.ndarray) -> np.ndarray:
+    """int [n, pairs] of ranks [n, K]: 1 where the earlier reply wins, -1 the later, 0 a tie."""
+    first, second = np.triu_indices(ranks.shape[1], 1)
+    return np.sign(ranks[:, second] - ranks[:, first])
+
+
+def _pairs_of(counts: np.ndarray) -> np.ndarray:
+    """How many pairs can be made of so many people."""
+    return counts * (counts - 1) / 2

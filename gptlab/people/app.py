@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,25 @@ from gptlab.people.backend import Backend, Busy, Caller, Invalid, Refused, Unava
 from gptlab.people.limits import BodyLimit
 from gptlab.people.metrics import Counted, Metered, Metrics
 from gptlab.people.openai_errors import ApiError, explain
+from gptlab.run import errors
 
 _ERRORS = (
     ApiError, Invalid, Refused, Busy, Unavailable, RequestValidationError, HTTPException, Exception,
 )  # fmt: skip
+
+
+class _Placed(logging.Filter):
+    """Of errors in a log, leaves type and place: their messages may hold what somebody wrote."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            said = record.getMessage().partition("\n")[0]
+            record.msg, record.args = f"{said}: {errors.place(record.exc_info[1])}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+_PLACED = _Placed()  # one: a logger has it once, however many apps there are
 
 
 def make(
@@ -50,6 +66,8 @@ def make(
       stats: of engines, for /metrics.
       failures: what /healthz tells of; nothing: all is well.
     """
+    for name in ("uvicorn.error", "asyncio"):  # they tell of defects in what they run
+        logging.getLogger(name).addFilter(_PLACED)
     metrics = Metrics()
     if stats is not None:
         metrics.watch(stats)

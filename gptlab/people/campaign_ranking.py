@@ -168,7 +168,8 @@ def _figures(items: Sequence[Item], sets: int) -> dict[str, float]:
     for comparison in comparisons:
         key = tuple(candidate.id for candidate in comparison.candidates)
         by_set.setdefault(key, {})[comparison.labeller] = comparison.ranks
-    agreed, pairs = agreement.pair_agreement(list(by_set.values()), Bootstrap())
+    given = agreement.Preferences.of(list(by_set.values()))
+    agreed, pairs = agreement.pair_agreement(given, Bootstrap())
     return {
         "sets": sets,
         "ranked_sets": len(by_set),

@@ -40,6 +40,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 # What says something about the caller and nothing about the result.
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+# Chat templates have no place for names, and a name that changed nothing would be one ignored.
+_NAME = "Who speaks: the model reads it before the message's text, as 'NAME: TEXT'."
 # Of an answer that is sent back as a message.
 _NEUTRAL_IN_MESSAGES = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 
@@ -92,6 +94,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$", description=_NAME)] | None = None
     content: str | Annotated[list[TextPart], Field(min_length=1)]
 
     @model_validator(mode="before")
@@ -103,10 +106,11 @@ class ChatMessage(BaseModel):
         return {k: v for k, v in data.items() if k not in empty}
 
     def text(self) -> str:
-        """All of it."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+        """All of it, and before it who speaks, if a name is given."""
+        text = self.content
+        if not isinstance(text, str):
+            text = "".join(part.text for part in text)
+        return text if self.name is None else f"{self.name}: {text}"
 
 
 class StreamOptions(BaseModel):

@@ -3,12 +3,17 @@
 The same app stands before it. What that server refuses or fails at is told in its words. Its
 `top_k` is sent where it is asked for, as vLLM takes it. Conversations are not trimmed here: only
 that server knows its window.
+
+That server's models are asked for again and again: one that appears or goes there does so here, and
+`failures` says while it can't be reached. Until it can be, the models are those it had last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
@@ -30,6 +35,7 @@ from gptlab.people.backend import (
 )
 from gptlab.run.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _LIST_SECONDS = 10.0
 _ERROR_CHARS = 300
 
@@ -38,7 +44,7 @@ class Upstream:
     """A Backend (backend.py) over HTTP."""
 
     def __init__(
-        self, url: str, key: str | None, deadline_seconds: float, transport: Any | None = None
+        self, url: str, key: str | None, deadline_seconds: float, watch_seconds: float | None
     ):
         """Asks for the list of models.
 
@@ -46,7 +52,7 @@ class Upstream:
           url: http://HOST:PORT or with /v1.
           key: of its API, or None.
           deadline_seconds: of requests without one of their own.
-          transport: httpx's; None: the network.
+          watch_seconds: how often to ask for the models again; None: never.
 
         Raises:
           UserError: there is no such server, or it has no models.
@@ -64,36 +70,40 @@ class Upstream:
         if parts.scheme not in ("http", "https"):
             raise UserError(f"config.upstream={url} is no URL: http://HOST:PORT")
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._deadline, self._draining = deadline_seconds, False
-        settings: dict[str, Any] = {"base_url": f"{base}/v1/", "headers": headers}
+        self._deadline, self._closed = deadline_seconds, threading.Event()
+        self._where = f"{base}/v1/models"
+        self._settings: dict[str, Any] = {"base_url": f"{base}/v1/", "headers": headers}
+        self._failure: str | None = None
         try:
-            with httpx.Client(**settings, timeout=_LIST_SECONDS) as client:
-                listed = client.get("models").raise_for_status().json()["data"]
-            self._models = [_model(one) for one in listed]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            with httpx.Client(**self._settings, timeout=_LIST_SECONDS) as client:
+                self._models = _listed(client)
+        except (Unavailable, httpx.InvalidURL, ValueError) as error:
             raise UserError(
-                f"config.upstream={url}: no list of models at {base}/v1/models: {error}"
+                f"config.upstream={url}: no list of models at {self._where}: {error}"
             ) from None
-        if not self._models:
-            raise UserError(f"config.upstream={url}: that server has no models")
         timeout = httpx.Timeout(None, connect=_LIST_SECONDS)  # the deadline is ours
         limits = httpx.Limits(max_connections=None)
-        self._client = httpx.AsyncClient(
-            **settings, timeout=timeout, limits=limits, transport=transport
-        )
+        self._client = httpx.AsyncClient(**self._settings, timeout=timeout, limits=limits)
+        if watch_seconds is not None:
+            threading.Thread(target=self._watch, args=(watch_seconds,), daemon=True).start()
 
     def models(self) -> Sequence[Model]:
         """See Backend."""
         return self._models
 
+    def failures(self) -> list[str]:
+        """One line while the server can't be reached, or has no models. It has no URL."""
+        failure = self._failure
+        return [] if failure is None else [f"upstream: {failure}"]
+
     async def close(self, drain_seconds: float) -> None:
         """See Backend. Replies that run are given as long as their requests are."""
-        self._draining = True
+        self._closed.set()
         await self._client.aclose()
 
     async def reply(self, ask: Ask, deadline: float | None = None) -> AsyncGenerator[Piece, None]:
         """See Backend."""
-        if self._draining:
+        if self._closed.is_set():
             raise Busy(1.0, draining=True)
         known = {model.name: model for model in self._models}
         if ask.model not in known:
@@ -103,6 +113,7 @@ class Upstream:
         until = time.monotonic() + (self._deadline if deadline is None else deadline)
         path, body = _request(ask)
         policy = known[ask.model].policy
+        known_by_policy = policy != ask.model  # else a fingerprint is of something else
         tokens = 0
         try:
             async with contextlib.AsyncExitStack() as stack:
@@ -117,6 +128,8 @@ class Upstream:
                     if "error" in event:
                         raise Unavailable(_words(event))
                     usage = event.get("usage") or usage
+                    if known_by_policy:  # which may be newer than the list
+                        policy = str(event.get("system_fingerprint") or policy)
                     for choice in event.get("choices", []):
                         text, entries = _text(choice), _tokens(choice)
                         tokens += len(entries) or bool(text)
@@ -135,6 +148,35 @@ class Upstream:
         counted = Usage(0, tokens) if not usage else _usage(usage)
         reason = finish if finish in FINISH_REASONS else "stop"
         yield Piece("", (), reason, counted, policy)
+
+    def _watch(self, seconds: float) -> None:
+        """Asks for the models until the end; the log says when that fails, and when no more."""
+        with httpx.Client(**self._settings, timeout=_LIST_SECONDS) as client:
+            while not self._closed.wait(seconds):
+                before = self._failure
+                try:
+                    self._models, self._failure = _listed(client), None
+                except Unavailable as error:
+                    self._failure = str(error)
+                if (self._failure is None) != (before is None):
+                    _LOG.warning("%s: %s", self._where, self._failure or "it answers again")
+
+
+def _listed(client: httpx.Client) -> list[Model]:
+    """The models of the server. Raises Unavailable, in words without its URL."""
+    try:
+        answer = client.get("models")
+    except httpx.HTTPError as error:
+        raise Unavailable(f"it can't be reached: {type(error).__name__}: {error}") from None
+    if answer.status_code != 200:
+        raise Unavailable(f"asked for its models it answers {answer.status_code}")
+    try:
+        models = [_model(one) for one in answer.json()["data"]]
+    except Exception:  # whatever it is that was sent, the last list is still good
+        raise Unavailable("what it sends is no list of models") from None
+    if not models:
+        raise Unavailable("it has no models")
+    return models
 
 
 def _model(listed: Mapping[str, Any]) -> Model:

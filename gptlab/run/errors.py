@@ -1,6 +1,11 @@
-"""The two ways a program ends early on purpose, and their exit codes."""
+"""The two ways a program ends early on purpose, their exit codes, and where a defect is."""
+
+from __future__ import annotations
+
+import traceback
 
 EXIT_USER_ERROR = 2
+_CALLS, _CAUSES = 8, 4  # how many of each are told
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: a scheduler should start the same command again
 
 
@@ -20,3 +25,18 @@ class Interrupted(Exception):
 
     `program.main` turns it into exit code 75, so that no scheduler takes the run for done.
     """
+
+
+def place(error: BaseException) -> str:
+    """Type and place of an error and of what it came from, for a log, without their messages.
+
+    Those may hold what somebody wrote, which is nobody else's business, and has to be deletable.
+    """
+    told: list[str] = []
+    at: BaseException | None = error
+    while at is not None and len(told) < _CAUSES:
+        calls = list(traceback.walk_tb(at.__traceback__))[-_CALLS:]
+        lines = (f"{frame.f_globals.get('__name__')}:{line}" for frame, line in calls)
+        told.append(f"{type(at).__name__} at {' > '.join(lines) or 'no place'}")
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return ", from ".join(told)

@@ -36,6 +36,16 @@ def test_interval_agrees_with_a_slow_bootstrap():
     )
 
 
+def test_sums_of_few_kinds_are_distributed_as_those_of_single_rows():
+    rows = np.array([[1.0, 0.0]] * 30 + [[0.0, 2.0]] * 10)
+    bootstrap = preference.Bootstrap(20_000, 3)
+    sums, slow = bootstrap.sums(rows), bootstrap.weights(len(rows)) @ rows * len(rows)
+    assert sums.shape == (20_000, 2)
+    np.testing.assert_array_equal(sums[:, 0] + sums[:, 1] / 2, 40)
+    np.testing.assert_allclose(sums.mean(axis=0), rows.sum(axis=0), rtol=0.01)
+    np.testing.assert_allclose(np.cov(sums.T), np.cov(slow.T), rtol=0.05)
+
+
 def test_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(3)
     covered = 0

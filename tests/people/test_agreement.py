@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gptlab.evals.preference import Bootstrap
 from gptlab.people import agreement
+from gptlab.people.agreement import Preferences
 
 # Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, example C: four observers, twelve
 # units, missing values; a dot is missing.
@@ -82,7 +83,7 @@ def test_alpha_of_preferences_is_alpha_of_their_pairs():
         for task in tasks
         for i, j in itertools.combinations(range(3), 2)
     ]
-    interval = agreement.preference_alpha(tasks, Bootstrap(200))
+    interval = agreement.preference_alpha(Preferences.of(tasks), Bootstrap(200))
     assert interval.mean == pytest.approx(slow_alpha(units, "ordinal"))
     assert interval.low < interval.mean < interval.high
 
@@ -94,11 +95,52 @@ def test_agreement_counts_pairs_that_both_order():
         {"ann": (1, 2, 3), "cy": (3, 2, 1)},  # differently 3
         {"cy": (1, 2, 3)},
     ]
-    interval, pairs = agreement.pair_agreement(tasks, Bootstrap(100))
+    given = Preferences.of(tasks)
+    interval, pairs = agreement.pair_agreement(given, Bootstrap(100))
     assert pairs == 8 and interval.mean == pytest.approx(4 / 8)
-    assert agreement.pair_agreement(tasks, Bootstrap(100), "bo")[1] == 5
-    interval, pairs = agreement.pair_agreement(tasks[3:], Bootstrap(100))
-    assert pairs == 0 and math.isnan(interval.mean)
+    assert agreement.pair_agreement(given, Bootstrap(100), "bo")[1] == 5
+    for nothing in (Preferences.of(tasks[3:]), Preferences.of([])):
+        interval, pairs = agreement.pair_agreement(nothing, Bootstrap(100))
+        assert pairs == 0 and math.isnan(interval.mean)
+        assert math.isnan(agreement.preference_alpha(nothing, Bootstrap(100)).mean)
+    assert agreement.pair_agreement(given, Bootstrap(100), "di")[1] == 0
+
+
+def slow_agreement(tasks, person=None):
+    """(pairs ordered alike, pairs that both order), pair by pair of people and of replies."""
+    alike = both = 0
+    for task in tasks:
+        for one, two in itertools.combinations(task, 2):
+            if person is None or person in (one, two):
+                for i, j in itertools.combinations(range(len(task[one])), 2):
+                    first, second = (np.sign(task[who][j] - task[who][i]) for who in (one, two))
+                    alike, both = alike + (first == second != 0), both + (first * second != 0)
+    return alike, both
+
+
+@given(
+    st.lists(
+        st.integers(2, 4).flatmap(
+            lambda replies: st.dictionaries(
+                st.sampled_from("abcd"), st.tuples(*[st.integers(1, 3)] * replies), max_size=4
+            )
+        ),
+        max_size=6,
+    )
+)
+def test_agreement_of_rankings_of_any_length_is_that_of_the_definition(tasks):
+    preferences = Preferences.of(tasks)
+    for person in (None, "a", "d"):
+        interval, pairs = agreement.pair_agreement(preferences, Bootstrap(10), person)
+        alike, both = slow_agreement(tasks, person)
+        assert pairs == both
+        assert interval.mean == pytest.approx(alike / both if both else math.nan, nan_ok=True)
+    rankings = [ranks for task in tasks for ranks in task.values()]
+    pairs = [pair for ranks in rankings for pair in itertools.combinations(ranks, 2)]
+    ties = sum(one == two for one, two in pairs)
+    assert agreement.tie_rate(rankings) == pytest.approx(
+        ties / len(pairs) if pairs else math.nan, nan_ok=True
+    )
 
 
 def test_who_always_takes_the_first_has_a_bias():
@@ -120,6 +162,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     for seed in range(60):
         alike = rng.random(80) < 0.7
         tasks = [{"a": (1, 2), "b": (1, 2) if same else (2, 1)} for same in alike]
-        interval, _ = agreement.pair_agreement(tasks, Bootstrap(300, seed))
+        interval, _ = agreement.pair_agreement(Preferences.of(tasks), Bootstrap(300, seed))
         inside += interval.low <= 0.7 <= interval.high
     assert inside >= 51

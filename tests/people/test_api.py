@@ -125,6 +125,20 @@ def test_an_answer_can_be_sent_back(client):
     assert chat(client, messages=with_system).choices[0].message.content is not None
 
 
+def test_a_name_stands_before_its_text(client):
+    """Not ignored: the same prompt as with the name written by hand, and another one without."""
+
+    def prompt(*messages):
+        found = chat(client, messages=messages, temperature=0, logprobs=True)
+        return found.choices[0].message.content, found.usage.prompt_tokens
+
+    content = HELLO[0]["content"]
+    parts = [{"type": "text", "text": content}]
+    named = prompt({"role": "user", "name": "ann_B-2", "content": parts})
+    assert named == prompt({"role": "user", "content": f"ann_B-2: {content}"})
+    assert named != prompt(*HELLO) == prompt({**HELLO[0], "name": None})
+
+
 @pytest.mark.parametrize(
     ("changes", "param", "code"),
     [
@@ -140,6 +154,8 @@ def test_an_answer_can_be_sent_back(client):
         ({"seed": "1"}, "seed", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{**HELLO[0], "name": "a b"}]}, "messages.0.name", "invalid_value"),
+        ({"messages": [{**HELLO[0], "name": "a" * 65}]}, "messages.0.name", "invalid_value"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "unsupported"),

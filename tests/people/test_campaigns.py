@@ -1,15 +1,17 @@
 """Campaigns: what is queued, who gets what, what is judged, decided and counted."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import math
 import threading
+import time
 
 import pytest
 import sqlalchemy as sa
 
 from gptlab.data.records import Message, Prompt
-from gptlab.people.store import Forbidden, Invalid, LeaseLost, NotFound
+from gptlab.people.store import Forbidden, Invalid, LeaseLost, NotFound, figures
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Flag, Turn
 from gptlab.people.store.schema import judgements, leases
@@ -264,11 +266,46 @@ def test_flags_and_skips_go_to_a_reviewer(store):
         assert store.work.lease(made.id, who.id) is None
     cases = store.review.queue(made.id, rae.id)
     assert [case.severity for case in cases] == [3, 0] and cases[1].skips == 2
+    assert store.review.queue(made.id, rae.id, limit=1) == cases[:1]
     assert store.figures.statistics(made.id).skips == {"too_hard": 2}
     with pytest.raises(Invalid, match="still at this task"):
         campaign_open = store.campaigns.create("d", "ranking", Settings(), "system")
         store.campaigns.queue("d", [candidate_set("z")], "system")
         store.review.drop(store.campaigns.tasks(campaign_open.id)[0].id, rae.id, "")
+
+
+def test_a_flag_that_was_corrected_does_not_count(store):
+    made, lee, rae = campaign(store, tasks=2), person(store), person(store, "Rae", "reviewer")
+    first, _ = (  # in the order of their places
+        store.work.judge(
+            store.work.lease(made.id, lee.id).token, lee.id, [1, 2, 3], flags=[Flag(0, "untrue", 3)]
+        )
+        for _ in range(2)
+    )
+    store.work.correct(first.id, lee.id, [1, 2, 3], flags=[Flag(0, "untrue", 2)])
+    assert [case.severity for case in store.review.queue(made.id, rae.id)] == [3, 2]
+
+
+def test_a_case_is_read_by_whoever_may_decide_it(store):
+    made = campaign(store, tasks=2, max_skips=1)
+    store.campaigns.create("other", "ranking", Settings(), "system")
+    ann, rae, ada = (person(store, role, role) for role in ("labeller", "reviewer", "admin"))
+    for who in (ann, rae):  # each skips the other task
+        lease = store.work.lease(made.id, who.id)
+        store.work.skip(lease.token, who.id, "unclear")
+    (case,) = store.review.queue(made.id, rae.id)
+    assert store.review.case(made.id, case.task.id, rae.id) == case
+    assert [j.person for j in case.judgements] == [ann.id]
+    (own,) = (t for t in store.campaigns.tasks(made.id) if t.id != case.task.id)
+    assert store.review.case("c", own.id, ada.id).task == own
+    store.review.drop(case.task.id, rae.id, "")
+    for campaign_, task, who in (
+        (made.id, own.id, rae), (made.id, case.task.id, ada), ("other", own.id, ada),
+    ):  # fmt: skip
+        with pytest.raises(NotFound):
+            store.review.case(campaign_, task, who.id)
+    with pytest.raises(Forbidden):
+        store.review.case(made.id, own.id, ann.id)
 
 
 def test_a_correction_is_a_new_judgement(store):
@@ -351,6 +388,41 @@ def test_statistics_are_those_of_the_judgements(store, clock):
     labellers = {one.name: one for one in statistics.labellers}
     assert labellers["Ann"].median_seconds == 10.0 and labellers["Ann"].judged == 6
     assert labellers["Cy"].agreement_pairs == 0 and math.isnan(labellers["Cy"].agreement.mean)
+
+
+def test_statistics_are_computed_once_for_the_same_judgements(store, monkeypatch):
+    made, computed, compute = campaign(store, tasks=3), [], figures._statistics
+    ann, bo = person(store, "Ann"), person(store, "Bo")
+
+    def slow(given):
+        time.sleep(0.05)  # all who ask are there by then
+        computed.append(len(given.rows))
+        return compute(given)
+
+    monkeypatch.setattr(figures, "_statistics", slow)
+
+    def asked():
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: store.figures.statistics(made.id), range(4)))
+        assert all(one is found[0] for one in found)
+        return found[0]
+
+    def judged(who, **kwargs):
+        lease = store.work.lease(made.id, who.id)
+        return store.work.judge(lease.token, who.id, best_first(lease), **kwargs)
+
+    assert asked().labellers == ()
+    first = judged(ann, ratings=[7, None, 1])
+    judged(bo)
+    assert asked().ratings == {1: 1, 7: 1}
+    store.work.correct(first.id, ann.id, [1, 1, 1], ratings=[4, 4, 4])
+    statistics = asked()
+    assert (statistics.ratings, statistics.tie_rate) == ({4: 3}, 0.5)
+    store.delete_person(bo.id, "system")
+    assert [one.name for one in asked().labellers] == ["Ann"]
+    judged(ann, flags=[Flag(0, "untrue", 1)])
+    assert asked().flags == {"untrue": 1}
+    assert computed == [0, 2, 2, 1, 2]
 
 
 def test_a_campaign_without_answers_has_figures(store):

@@ -123,7 +123,10 @@ def test_replies_are_the_same_alone_and_in_a_crowd(make, options):
     assert stats.steps < sum(len(a[0]) for a in alone)  # they did share steps
 
 
-@pytest.mark.parametrize("temperature, options", [(0.0, OPTIONS), (1.0, OPTIONS), (1.0, BLOCKS)])
+@pytest.mark.parametrize(
+    ("temperature", "options"),
+    [pytest.param(0.0, OPTIONS, marks=pytest.mark.slow), (1.0, OPTIONS), (1.0, BLOCKS)],
+)
 def test_replies_are_what_generate_draws(make, policy, temperature, options):
     ids = prompts(1, seed=3)[0]
     key = jax.random.fold_in(jax.random.key(7), 0)

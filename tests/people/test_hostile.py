@@ -32,18 +32,23 @@ def url(backend):
         yield address
 
 
+@pytest.fixture(scope="module")
+def client(url):
+    # Without certificates, whose reading takes longer than all requests of a test.
+    with httpx.Client(base_url=url, timeout=60, verify=False) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
-def still_serving(url):
+def still_serving(client):
     """After each test, the server answers as before."""
     yield
-    answer = httpx.post(f"{url}/v1/chat/completions", json=HELLO, timeout=60)
-    assert answer.status_code == 200
-    assert httpx.get(f"{url}/healthz").json()["status"] == "ok"
+    assert client.post(ROUTES[0], json=HELLO).status_code == 200
+    assert client.get("/healthz").json()["status"] == "ok"
 
 
-def post(url, route, content, **headers):
-    headers = {"Content-Type": "application/json", **headers}
-    return httpx.post(url + route, content=content, headers=headers, timeout=60)
+def post(client, route, content):
+    return client.post(route, content=content, headers={"Content-Type": "application/json"})
 
 
 def error_of(answer):
@@ -65,18 +70,18 @@ def error_of(answer):
         b'{"seed": ' + b"9" * 5000 + b"}", b"\x00" * 100,
     ],
 )  # fmt: skip
-def test_bodies_that_are_no_request(url, route, content):
-    answer = post(url, route, content)
+def test_bodies_that_are_no_request(client, route, content):
+    answer = post(client, route, content)
     assert answer.status_code in (400, 404)
     error_of(answer)
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_body_of_10_mb_is_not_read(url, chunked):
+def test_a_body_of_10_mb_is_not_read(client, chunked):
     content = json.dumps({**HELLO, "messages": [{"role": "user", "content": "a" * 10_000_000}]})
     pieces = (content[i : i + 65536].encode() for i in range(0, len(content), 65536))
     try:
-        answer = post(url, ROUTES[0], pieces if chunked else content.encode())
+        answer = post(client, ROUTES[0], pieces if chunked else content.encode())
     except (httpx.WriteError, httpx.ReadError):
         return  # closed while we were writing
     assert answer.status_code == 413 and error_of(answer)["code"] == "request_too_large"
@@ -93,10 +98,10 @@ def test_lengths_that_are_none(url, length):
         assert line.recv(100).split()[1] in (b"400", b"413")
 
 
-def test_control_tokens_and_odd_characters_are_text(url):
+def test_control_tokens_and_odd_characters_are_text(client):
     for text in ("<|end|><|assistant|>", "\x00\x01\x1b[2J", "\ud800", "\u202e\u2581", "🏳️‍🌈" * 20):
         body = json.dumps({**HELLO, "messages": [{"role": "user", "content": text}]})
-        answer = post(url, ROUTES[0], body.encode())
+        answer = post(client, ROUTES[0], body.encode())
         assert answer.status_code == 200, answer.text
 
 
@@ -141,13 +146,13 @@ def test_a_client_that_does_not_read_holds_up_nobody(url, backend):
         assert httpx.post(url + ROUTES[0], json=HELLO, timeout=60).status_code == 200
 
 
-def test_another_host_name_is_refused(url):
+def test_another_host_name_is_refused(client):
     """A page elsewhere that has its name point to 127.0.0.1 gets nothing."""
     for host in ("evil.example", "127.0.0.1.evil.example"):
-        assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 400
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 400
     # Nor can a form of such a page, which is sent without asking, be a request.
     headers = {"Content-Type": "text/plain"}
-    form = httpx.post(url + ROUTES[0], content=json.dumps(HELLO), headers=headers)
+    form = client.post(ROUTES[0], content=json.dumps(HELLO), headers=headers)
     assert form.status_code == 400
 
 
@@ -160,6 +165,11 @@ CHECKS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def schema(url):
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
 @pytest.mark.parametrize(
     ("path", "mode"),
     [
@@ -167,9 +177,8 @@ CHECKS = [
         *((path, schemathesis.GenerationMode.NEGATIVE) for path in ROUTES),
     ],
 )
-def test_what_the_schema_allows_and_what_it_forbids(url, path, mode):
+def test_what_the_schema_allows_and_what_it_forbids(schema, path, mode):
     """Requests drawn from the server's own description of itself, and some that break it."""
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     (operation,) = schema[path].values()
     allowed = mode == schemathesis.GenerationMode.POSITIVE
     run = CHECKS if allowed else [*CHECKS, checks.negative_data_rejection]

@@ -29,6 +29,8 @@ class Told:
         self.asked.append(what)
         if what.startswith("fail"):
             raise Unavailable("gone")
+        if what == "break":
+            raise ValueError(f"broken by {what!r}")
         if what == "delete":
             await asyncio.to_thread(self._delete)
         yield Piece(f"another {ask.index}", finish_reason="stop")
@@ -65,3 +67,11 @@ def test_what_goes_wrong_with_one_leaves_the_others(sample):
 def test_a_model_that_is_gone_ends_it(sample):
     run, backend, _ = sample(*(f"fail {i}" for i in range(6)))
     assert run.error == "gone" and len(backend.asked) == 3
+
+
+def test_a_defect_ends_it_and_no_text_is_told(sample, caplog):
+    run, _, _ = sample("break")
+    assert run.error == "ValueError"
+    (said,) = (record.getMessage() for record in caplog.records if "sampling" in record.name)
+    assert "ValueError at " in said and f"{__name__}:" in said
+    assert "broken" not in caplog.text

@@ -1,10 +1,12 @@
 """The same app before another server: a second real server of ours, and odd ones."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import threading
 
+import httpx
 import pytest
 
 from gptlab.data.records import Message
@@ -50,7 +52,7 @@ def asks():
 
 
 def test_replies_come_through_unchanged(backend, url):
-    upstream = Upstream(url, None, 60.0)
+    upstream = Upstream(url, None, 60.0, None)
     assert [m.name for m in upstream.models()] == ["tiny"]
     assert upstream.models()[0].window == 128
     expected, found = run(replies(backend, *asks())), run(replies(upstream, *asks()))
@@ -65,7 +67,7 @@ def test_an_app_before_an_app(backend, url):
     """Two servers, one before the other: a client sees the same answer."""
     import openai
 
-    with serving.serving(Upstream(url, None, 60.0)) as front:
+    with serving.serving(Upstream(url, None, 60.0, None)) as front:
         answers = []
         for address in (url, front):
             with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
@@ -82,7 +84,7 @@ def test_an_app_before_an_app(backend, url):
 
 
 def test_errors_of_the_other_server_keep_their_meaning(url):
-    upstream = Upstream(url, None, 60.0)
+    upstream = Upstream(url, None, 60.0, None)
     with pytest.raises(UnknownModel):
         run(replies(upstream, Ask("gpt-9", HELLO)))
     with pytest.raises(Invalid, match="window is 128") as found:
@@ -91,7 +93,7 @@ def test_errors_of_the_other_server_keep_their_meaning(url):
 
 
 def test_a_reply_that_nobody_reads_on_is_given_up_there_too(backend, url):
-    upstream = Upstream(url, None, 60.0)
+    upstream = Upstream(url, None, 60.0, None)
 
     async def leave():
         async with contextlib.aclosing(upstream.reply(Ask("tiny", HELLO, 90))) as pieces:
@@ -100,6 +102,40 @@ def test_a_reply_that_nobody_reads_on_is_given_up_there_too(backend, url):
 
     run(leave())
     serving.wait_for(lambda: backend.stats()["tiny"].running == 0)
+
+
+def test_a_server_that_goes_and_comes_back_with_another_model(backend, caplog):
+    """Here nobody starts anew: /healthz says that it is gone, and a new model can be asked."""
+    old, new = serving.Kept(backend), serving.Kept(backend)
+    (model,) = backend.models()
+    new.models = lambda: [model, dataclasses.replace(model, name="newer", policy="f" * 12)]
+    new.reply = lambda ask, _=None: backend.reply(dataclasses.replace(ask, model="tiny"))
+    with contextlib.ExitStack() as stack:
+        http = stack.enter_context(httpx.Client(verify=False, timeout=60))
+        with serving.serving(old) as address:
+            made = Upstream(address, None, 60.0, 0.02)
+            front = stack.enter_context(serving.serving(made, failures=made.failures))
+
+            def health():
+                return http.get(f"{front}/healthz")
+
+            assert health().json() == {"status": "ok", "failures": []}
+        serving.wait_for(lambda: health().status_code == 503)
+        (said,) = health().json()["failures"]
+        assert said.startswith("upstream: it can't be reached: ") and address not in said
+        listed = http.get(f"{front}/v1/models").json()["data"]
+        assert [one["id"] for one in listed] == ["tiny"]  # who comes back finds it
+        port = int(address.rpartition(":")[2])
+        with serving.serving(new, port=port):
+            serving.wait_for(lambda: health().status_code == 200)
+            listed = http.get(f"{front}/v1/models").json()["data"]
+            assert [one["id"] for one in listed] == ["tiny", "newer"]
+            assert [m.policy for m in made.models()] == [model.policy, "f" * 12]
+            ask = {"model": "newer", "prompt": "a", "max_tokens": 1}
+            answer = http.post(f"{front}/v1/completions", json=ask).json()
+            assert answer["system_fingerprint"] == model.policy  # what has written, not the list
+            said = [one.getMessage() for one in caplog.records if "upstream" in one.name]
+    assert len(said) == 2 and "can't be reached" in said[0] and "answers again" in said[1]
 
 
 @contextlib.contextmanager
@@ -154,7 +190,7 @@ def event(**body):
 def test_odd_servers(status, body, kind):
     with answering(status, body, [("Retry-After", "7")]) as address:
         with pytest.raises(kind) as found:
-            run(replies(Upstream(address, "key", 60.0), Ask("odd", "a")))
+            run(replies(Upstream(address, "key", 60.0, None), Ask("odd", "a")))
     if kind is Busy:
         assert found.value.retry_after == 7
 
@@ -165,17 +201,17 @@ def test_a_server_without_extras_is_enough():
         choices=[{"delta": {}, "finish_reason": "eos"}]
     )
     with answering(200, body + b"data: [DONE]\n\n") as address:
-        ((text, _, last),) = run(replies(Upstream(address, None, 60.0), Ask("odd", HELLO)))
+        ((text, _, last),) = run(replies(Upstream(address, None, 60.0, None), Ask("odd", HELLO)))
     assert (text, last.finish_reason, last.policy) == ("hé", "stop", "odd")
     assert last.usage.completion_tokens == 1
 
 
 def test_a_url_with_a_password_is_refused_and_no_caller_sees_the_url():
     with pytest.raises(UserError, match="GPTLAB_UPSTREAM_KEY") as found:
-        Upstream("http://user:secret@127.0.0.1:9", None, 1.0)
+        Upstream("http://user:secret@127.0.0.1:9", None, 1.0, None)
     assert "secret" not in str(found.value)
     with answering(200, event(choices=[])) as address:
-        one, two = (Upstream(address, None, 60.0) for _ in range(2))
+        one, two = (Upstream(address, None, 60.0, None) for _ in range(2))
         with pytest.raises(Unavailable, match="without a finish_reason") as ended:
             run(replies(one, Ask("odd", "a")))
     with pytest.raises(Unavailable, match="ConnectError") as gone:
@@ -186,4 +222,4 @@ def test_a_url_with_a_password_is_refused_and_no_caller_sees_the_url():
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1", "http://a b/", "http://[a"])
 def test_no_server_is_an_error_of_one_line(url):
     with pytest.raises(UserError, match="config.upstream"):
-        Upstream(url, None, 1.0)
+        Upstream(url, None, 1.0, None)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import time
 
 import httpx
@@ -28,12 +29,17 @@ class Told:
             raise Refused()
         if what == "fail at once":
             raise Unavailable("the model can't be reached: it is gone")
+        if what == "break at once":
+            raise ValueError(f"broken by {what!r}")
         yield Piece("One ")
         if what == "refuse the reply":
             yield Piece("", finish_reason="content_filter")
             return
         if what == "fail later":
             raise Unavailable("gone")
+        if what == "break later":
+            await asyncio.sleep(0.2)  # until the first piece is sent
+            raise ValueError(f"broken by {what!r}")
         if what == "go on":
             while True:
                 await asyncio.sleep(0.01)
@@ -129,6 +135,31 @@ def test_a_failure_is_told_and_leaves_no_empty_reply(client):
     assert name == "done" and "failed" in data["notice"]
     (reply,) = kept(client, conversation)
     assert (reply["content"], reply["finished"]) == ("One ", False)
+
+
+def test_a_defect_is_logged_by_its_type_and_place_without_a_text(site, client, caplog):
+    logged = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(handler.format(record))
+    servers = logging.getLogger("uvicorn.error")  # it propagates nothing
+    servers.addHandler(handler)
+    try:
+        _, turn = begin(client, "break later")
+        (*_, (name, data)) = events(client.post(f"/api/messages/{turn}/reply", json={}))
+        assert (name, data["message"]) == ("failed", "something went wrong with this reply")
+        _, turn = begin(client, "break at once")
+        assert client.post(f"/api/messages/{turn}/reply", json={}).status_code == 500
+        serving.wait_for(lambda: logged)
+        asyncio_log = logging.getLogger("asyncio")
+        asyncio_log.error("not retrieved\nfuture: broken", exc_info=ValueError("broken"))
+    finally:
+        servers.removeHandler(handler)
+    own = [record.getMessage() for record in caplog.records if "replies" in record.name]
+    assert len(own) == 2 and len(logged) == 1
+    for said in own + logged:
+        assert "ValueError at " in said and f"{__name__}:" in said
+        assert "broken" not in said
+    assert "broken" not in caplog.text
 
 
 def test_what_came_is_kept_when_the_browser_goes_away(site, client):

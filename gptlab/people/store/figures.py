@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import threading
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,11 @@ from gptlab.evals.preference import Bootstrap, Interval
 from gptlab.people import agreement
 from gptlab.people.store.campaigns import find_campaign
 from gptlab.people.store.database import Database, Reader
-from gptlab.people.store.judgements import Judgement, read_judgements
-from gptlab.people.store.schema import judgements, leases, people, tasks
+from gptlab.people.store.schema import flags, judgements, leases, people, tasks
 from gptlab.people.store.settle import DECIDING, standing
 
-_RESAMPLES = 1000
+_COUNTED = ("task_id", "person_id", "kind", "ranks", "ratings", "note", "seconds", "gold_right")
+_BOOTSTRAP = Bootstrap(1000, 0, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Figures:
 
     def __init__(self, database: Database):
         self._database = database
+        self._turn = threading.Lock()  # who asks for statistics while they are computed waits
+        self._known: dict[str, tuple[Any, Statistics]] = {}  # by campaign: of which judgements
 
     def progress(self, campaign: str) -> Progress:
         """How far a campaign is; cheap enough to ask every second."""
@@ -122,67 +127,126 @@ class Figures:
                 ),
             )  # fmt: skip
 
-    def statistics(self, campaign: str, seed: int = 0) -> Statistics:
-        """All figures; seconds for 10,000 tasks. `seed` is the bootstrap's."""
-        bootstrap = Bootstrap(_RESAMPLES, seed, 0.95)
-        with self._database.read() as reader:
-            found = find_campaign(reader, campaign)
-            own = judgements.c.campaign_id == found.id
-            everything = read_judgements(reader, sa.and_(own, standing()))
-            given = [j for j in everything if j.kind not in DECIDING]
-            query = sa.select(leases.c.task_id, leases.c.person_id, leases.c.shown).where(
-                leases.c.campaign_id == found.id, leases.c.state == "judged"
-            )
-            shown = {(r.task_id, r.person_id): json.loads(r.shown) for r in reader.execute(query)}
-            names = {row.id: row for row in reader.execute(sa.select(people))}
-        answers = [j for j in given if j.kind != "skip"]
-        ranked = [j for j in answers if j.ranks is not None]
-        by_task: dict[str, dict[str, tuple[int, ...]]] = {}
-        for j in ranked:
-            if j.gold_right is None:
-                by_task.setdefault(j.task, {})[j.person] = j.ranks or ()
-        rankings = [own for own in by_task.values() if len(own) > 1]
-        agreed, pairs = agreement.pair_agreement(rankings, bootstrap)
-        orders = [(j.ranks or (), shown[j.task, j.person]) for j in ranked]
-        bias, bias_pairs = agreement.position_bias(orders, bootstrap)
-        seconds = [j.seconds for j in answers]
-        return Statistics(
-            median_seconds=_median(seconds),
-            mean_seconds=float(np.mean(seconds)) if seconds else float("nan"),
-            agreement=agreed,
-            agreement_pairs=pairs,
-            alpha=agreement.preference_alpha(rankings, bootstrap),
-            position_bias=bias,
-            position_pairs=bias_pairs,
-            tie_rate=_tie_rate(ranked),
-            flags=dict(Counter(flag.kind for j in answers for flag in j.flags)),
-            skips=dict(Counter(j.note.split(":")[0] for j in given if j.kind == "skip")),
-            ratings=dict(Counter(r for j in answers for r in j.ratings or () if r is not None)),
-            labellers=tuple(
-                _labeller(names[person], given, rankings, bootstrap)
-                for person in sorted({j.person for j in given})
-            ),
-        )
+    def statistics(self, campaign: str) -> Statistics:
+        """All figures; computed anew only when judgements have come or gone."""
+        with self._turn:
+            with self._database.read() as reader:
+                found = find_campaign(reader, campaign)
+                which = _which(reader, found.id)
+                known = self._known.get(found.id)
+                if known is not None and known[0] == which:
+                    return known[1]
+                answers = _read(reader, found.id)
+            made = _statistics(answers)
+            self._known[found.id] = which, made
+        return made
 
 
-def gold_share(given: list[Judgement], bootstrap: Bootstrap) -> tuple[Interval, int]:
-    """Share of gold checks that are right among these judgements, and how many there are."""
-    right = [j.gold_right for j in given if j.gold_right is not None]
-    sums = np.array([[float(value), 1.0] for value in right]).reshape(-1, 2)
-    return agreement.share(sums, bootstrap), len(right)
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    """What a campaign's labellers have answered, as far as it is counted."""
+
+    rows: Sequence[Any]  # of judgements, what _COUNTED names, and the order shown
+    flags: dict[str, int]
+    people: dict[str, Any]
 
 
-def _labeller(
-    person: Any, given: list[Judgement], rankings: list[Any], bootstrap: Bootstrap
-) -> Labeller:
-    own = [j for j in given if j.person == person.id]
-    answers = [j for j in own if j.kind != "skip"]
-    gold, checks = gold_share(own, bootstrap)
-    shared = [task for task in rankings if person.id in task]
-    agreed, pairs = agreement.pair_agreement(shared, bootstrap, person.id)
+def _which(reader: Reader, campaign: str) -> tuple[Any, ...]:
+    """What tells a campaign's judgements from those of another time: none is ever changed."""
+    query = sa.select(sa.func.count(), sa.func.max(judgements.c.row))
+    return tuple(reader.execute(query.where(judgements.c.campaign_id == campaign)).one())
+
+
+def _read(reader: Reader, campaign: str) -> _Answers:
+    own = (judgements.c.campaign_id == campaign, judgements.c.kind.not_in(DECIDING), standing())
+    # A correction has no lease of its own: what was shown is known by task and person.
+    shown = sa.and_(
+        leases.c.task_id == judgements.c.task_id,
+        leases.c.person_id == judgements.c.person_id,
+        leases.c.state == "judged",
+    )
+    query = (
+        sa.select(*(judgements.c[name] for name in _COUNTED), leases.c.shown)
+        .join(leases, shown, isouter=True)
+        .where(*own)
+        .order_by(judgements.c.row)
+    )
+    flagged = (
+        sa.select(flags.c.kind, sa.func.count())
+        .join(judgements, judgements.c.id == flags.c.judgement_id)
+        .where(*own)
+        .group_by(flags.c.kind)
+    )
+    rows = reader.execute(query).all()
+    who = sa.select(people).where(people.c.id.in_(sa.select(judgements.c.person_id).where(*own)))
+    known = {row.id: row for row in reader.execute(who)}
+    return _Answers(rows, {kind: n for kind, n in reader.execute(flagged)}, known)
+
+
+@functools.lru_cache(10_000)
+def _numbers(text: str) -> tuple[Any, ...]:
+    """Ranks, ratings or places as they are stored; there are few different ones."""
+    return tuple(json.loads(text))
+
+
+@dataclasses.dataclass
+class _Work:
+    """What one person has answered: seconds of each judgement, gold checks that are right."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    gold: list[bool] = dataclasses.field(default_factory=list)
+    skipped: int = 0
+
+
+def _statistics(given: _Answers) -> Statistics:
+    work: dict[str, _Work] = {}
+    by_task: dict[str, dict[str, tuple[int, ...]]] = {}
+    orders: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    ratings: Counter[int] = Counter()
+    skips: Counter[str] = Counter()
+    for task, person, kind, ranks, rated, note, seconds, right, shown in given.rows:
+        own = work.setdefault(person, _Work())
+        if kind == "skip":
+            own.skipped += 1
+            skips[note.split(":")[0]] += 1
+            continue
+        own.seconds.append(seconds)
+        if right is not None:
+            own.gold.append(right)
+        if rated is not None:
+            ratings.update(value for value in _numbers(rated) if value is not None)
+        if ranks is not None:
+            orders.append((_numbers(ranks), _numbers(shown)))
+            if right is None:
+                by_task.setdefault(task, {})[person] = orders[-1][0]
+    preferences = agreement.Preferences.of([own for own in by_task.values() if len(own) > 1])
+    agreed, pairs = agreement.pair_agreement(preferences, _BOOTSTRAP)
+    bias, bias_pairs = agreement.position_bias(orders, _BOOTSTRAP)
+    everything = [second for own in work.values() for second in own.seconds]
+    return Statistics(
+        median_seconds=_median(everything),
+        mean_seconds=float(np.mean(everything)) if everything else float("nan"),
+        agreement=agreed,
+        agreement_pairs=pairs,
+        alpha=agreement.preference_alpha(preferences, _BOOTSTRAP),
+        position_bias=bias,
+        position_pairs=bias_pairs,
+        tie_rate=agreement.tie_rate([ranks for ranks, _ in orders]),
+        flags=given.flags,
+        skips=dict(skips),
+        ratings=dict(ratings),
+        labellers=tuple(
+            _labeller(given.people[person], work[person], preferences) for person in sorted(work)
+        ),
+    )
+
+
+def _labeller(person: Any, own: _Work, preferences: agreement.Preferences) -> Labeller:
+    sums = np.array([[right, 1.0] for right in own.gold]).reshape(-1, 2)
+    agreed, pairs = agreement.pair_agreement(preferences, _BOOTSTRAP, person.id)
     return Labeller(
-        person.id, person.name, person.simulated, len(answers), len(own) - len(answers),
-        _median([j.seconds for j in answers]), gold, checks, agreed, pairs,
+        person.id, person.name, person.simulated, len(own.seconds), own.skipped,
+        _median(own.seconds), agreement.share(sums, _BOOTSTRAP), len(own.gold), agreed, pairs,
     )  # fmt: skip
 
 
@@ -193,12 +257,3 @@ def _count(reader: Reader, campaign: str, *where: sa.ColumnElement[bool]) -> int
 
 def _median(values: list[float]) -> float:
     return float(np.median(values)) if values else float("nan")
-
-
-def _tie_rate(ranked: list[Judgement]) -> float:
-    ties = pairs = 0
-    for j in ranked:
-        ranks = j.ranks or ()
-        pairs += len(ranks) * (len(ranks) - 1) // 2
-        ties += sum(ranks[a] == ranks[b] for a in range(len(ranks)) for b in range(a))
-    return ties / pairs if pairs else float("nan")

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.campaigns import find_campaign
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
-from gptlab.people.store.errors import Forbidden, Invalid
+from gptlab.people.store.errors import Forbidden, Invalid, NotFound
 from gptlab.people.store.judgements import (
     MAX_NOTE,
     Flag,
@@ -25,6 +25,7 @@ from gptlab.people.store.judgements import (
     read_judgements,
 )
 from gptlab.people.store.person import require
+from gptlab.people.store.schema import flags as flag_rows
 from gptlab.people.store.schema import judgements, tasks
 from gptlab.people.store.settle import DECIDING, disagreement, settle, standing
 from gptlab.people.store.tasks import Task, dense_ranks, find_task, task_of
@@ -44,6 +45,16 @@ class Case:
     skips: int
 
 
+# Of the worst flag in a task's answers; 0: none.
+_SEVERITY = (
+    sa.select(sa.func.coalesce(sa.func.max(flag_rows.c.severity), 0))
+    .join(judgements, judgements.c.id == flag_rows.c.judgement_id)
+    .where(judgements.c.task_id == tasks.c.id, standing())
+    .correlate(tasks)
+    .scalar_subquery()
+)
+
+
 class Review:
     """See the head of this file. Raises Forbidden for a person who is no reviewer."""
 
@@ -56,22 +67,18 @@ class Review:
         A reviewer isn't shown what they judged themselves, and can't decide it; an admin can.
         """
         with self._database.read() as reader:
-            require(reader, reviewer, "reviewer")
-            found = find_campaign(reader, campaign)
-            query = sa.select(tasks).where(
-                tasks.c.campaign_id == found.id, tasks.c.state == "review"
-            )
-            if not _is_admin(reader, reviewer):
-                query = query.where(tasks.c.id.not_in(_own(reviewer)))
-            rows = reader.execute(query.order_by(tasks.c.place, tasks.c.id)).all()
-            where = sa.and_(
-                judgements.c.task_id.in_(query.with_only_columns(tasks.c.id)), standing()
-            )
-            answers: dict[str, list[Judgement]] = {}
-            for judgement in read_judgements(reader, where):
-                answers.setdefault(judgement.task, []).append(judgement)
-        cases = [_case(task_of(row), answers.get(row.id, [])) for row in rows]
-        return sorted(cases, key=lambda case: -case.severity)[:limit]
+            query = _waiting(reader, campaign, reviewer)
+            worst = _SEVERITY.desc()
+            return _cases(reader, query.order_by(worst, tasks.c.place, tasks.c.id).limit(limit))
+
+    def case(self, campaign: str, task: str, reviewer: str) -> Case:
+        """One of them. Raises NotFound for a task that isn't to be decided by this reviewer."""
+        with self._database.read() as reader:
+            query = _waiting(reader, campaign, reviewer).where(tasks.c.id == task)
+            found = _cases(reader, query)
+        if not found:
+            raise NotFound("this case is not in the queue (any more)")
+        return found[0]
 
     def decide(
         self,
@@ -122,6 +129,26 @@ class Review:
         insert_judgement(writer, self._audit, made, None)
         settle(writer, [task.id])
         return made
+
+
+def _waiting(reader: Reader, campaign: str, reviewer: str) -> sa.Select[Any]:
+    """The tasks of a campaign that this reviewer may decide now."""
+    require(reader, reviewer, "reviewer")
+    found = find_campaign(reader, campaign)
+    query = sa.select(tasks).where(tasks.c.campaign_id == found.id, tasks.c.state == "review")
+    if not _is_admin(reader, reviewer):
+        query = query.where(tasks.c.id.not_in(_own(reviewer)))
+    return query
+
+
+def _cases(reader: Reader, query: sa.Select[Any]) -> list[Case]:
+    """Tasks with their answers, in the query's order."""
+    rows = reader.execute(query).all()
+    answers: dict[str, list[Judgement]] = {row.id: [] for row in rows}
+    where = sa.and_(judgements.c.task_id.in_(list(answers)), standing())
+    for judgement in read_judgements(reader, where):
+        answers[judgement.task].append(judgement)
+    return [_case(task_of(row), answers[row.id]) for row in rows]
 
 
 def _is_admin(reader: Reader, person: str) -> bool:

@@ -7,25 +7,27 @@ import random
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Form, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
 from gptlab.data.records import Candidate, CandidateSet, Message, Prompt, RecordReader
 from gptlab.people.store import Invalid
 from gptlab.people.store.campaigns import KINDS, STATES, Campaign, Settings
+from gptlab.people.store.judgements import RATINGS
 from gptlab.people.web import sampling
 from gptlab.people.web.security import Admin
 from gptlab.people.web.site import Site, SiteOf
 from gptlab.run import artifact
 from gptlab.run.errors import UserError
 
-_TASKS = 50
+_TASKS = 50  # on a page
+_MOST = 1_000_000
 _SOURCE = "web"  # of prompts written by an admin
 router = APIRouter(include_in_schema=False)
 Text = Annotated[str, Form()]
-Whole = Annotated[int, Form(ge=0, le=1_000_000)]
-Real = Annotated[float, Form(ge=0, le=1_000_000, allow_inf_nan=False)]
+Whole = Annotated[int, Form(ge=0, le=_MOST)]
+Real = Annotated[float, Form(ge=0, le=_MOST, allow_inf_nan=False)]
 
 
 @router.get("/campaigns")
@@ -60,9 +62,17 @@ def create(
 
 
 @router.get("/campaigns/{campaign}")
-def page(campaign: str, request: Request, site: SiteOf, visitor: Admin, said: str = "") -> Response:
-    """One campaign: progress, statistics, settings, tasks."""
+def page(
+    campaign: str,
+    request: Request,
+    site: SiteOf,
+    visitor: Admin,
+    said: str = "",
+    after: Annotated[int, Query(ge=0, le=_MOST)] = 0,
+) -> Response:
+    """One campaign: progress, statistics, settings, and its tasks from one on."""
     found = site.store.campaigns.get(campaign)
+    tasks = site.store.campaigns.tasks(found.id, offset=after, limit=_TASKS + 1)
     return site.page(
         request,
         "campaign.html",
@@ -70,7 +80,11 @@ def page(campaign: str, request: Request, site: SiteOf, visitor: Admin, said: st
         campaign=found,
         progress=site.store.figures.progress(found.id),
         statistics=site.store.figures.statistics(found.id),
-        tasks=site.store.campaigns.tasks(found.id, limit=_TASKS),
+        tasks=tasks[:_TASKS],
+        after=after,
+        before=max(0, after - _TASKS) if after else None,
+        more=after + _TASKS if len(tasks) > _TASKS else None,
+        ratings=range(RATINGS[0], RATINGS[1] + 1),
         states=STATES,
         sampling=site.sampling.get(found.id),
         artifacts=site.settings.artifacts,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
@@ -19,6 +19,7 @@ from gptlab.people.web.entry import asks_consent
 from gptlab.people.web.security import SignedIn
 from gptlab.people.web.site import Site, SiteOf
 
+_LISTED = 100  # conversations in one answer
 _TITLE = 60  # characters of the first message that become a conversation's title
 router = APIRouter()
 
@@ -96,10 +97,13 @@ def page(
 
 @router.get("/api/conversations", tags=["chat"])
 def conversations(
-    site: SiteOf, visitor: SignedIn, before: float | None = None
+    site: SiteOf,
+    visitor: SignedIn,
+    before: float | None = None,
+    limit: Annotated[int, Query(ge=1, le=_LISTED)] = _LISTED,
 ) -> list[dict[str, Any]]:
-    """The person's conversations, the one changed last first."""
-    found = site.store.conversations.of(visitor.person.id, before=before)
+    """The person's conversations, the one changed last first; `before`: those changed before it."""
+    found = site.store.conversations.of(visitor.person.id, limit, before)
     return [_conversation(item) for item in found]
 
 

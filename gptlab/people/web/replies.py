@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 
 from gptlab.people.backend import Ask, Backend, Piece, Refused, Unavailable
 from gptlab.people.web.markdown import Streamed
+from gptlab.run import errors
 
 _LOG = logging.getLogger(__name__)
 _PAUSE = 0.04  # seconds between two events: faster than people read
@@ -135,7 +136,14 @@ def begin(
     """
     reply = Running(person, backend.reply(ask, deadline), keep)
     running[reply.token] = reply
-    reply._task.add_done_callback(lambda _: running.pop(reply.token, None))
+
+    def ended(task: asyncio.Task[None]) -> None:
+        running.pop(reply.token, None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Unavailable):
+            _LOG.error("a reply failed: %s", errors.place(error))
+
+    reply._task.add_done_callback(ended)
     return reply
 
 
@@ -146,5 +154,4 @@ def _event(name: str, data: dict[str, Any]) -> str:
 def _explained(error: BaseException) -> str:
     if isinstance(error, Unavailable):
         return str(error) or "the model can't be reached"
-    _LOG.error("a reply failed", exc_info=error)
     return "something went wrong with this reply"

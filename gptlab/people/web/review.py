@@ -7,9 +7,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.responses import RedirectResponse, Response
 
-from gptlab.people.store import Invalid, NotFound
+from gptlab.people.store import Invalid
 from gptlab.people.store.judgements import FLAGS, Flag
-from gptlab.people.store.review import Case
 from gptlab.people.web.security import Reviewer, Visitor
 from gptlab.people.web.site import Site, SiteOf
 
@@ -30,7 +29,7 @@ def overview(request: Request, site: SiteOf, visitor: Reviewer) -> Response:
 @router.get("/review/{campaign}/{task}")
 def case(campaign: str, task: str, request: Request, site: SiteOf, visitor: Reviewer) -> Response:
     """One case: what was answered, and the form to decide it."""
-    found = _find(site, campaign, task, visitor)
+    found = site.store.review.case(campaign, task, visitor.person.id)
     names = {person.id: person.name for person in site.store.accounts.people()}
     return site.page(
         request,
@@ -54,7 +53,7 @@ async def decide(
 
 
 def _decide(site: Site, campaign: str, task: str, visitor: Visitor, form: FormData) -> None:
-    found = _find(site, campaign, task, visitor).task
+    found = site.store.review.case(campaign, task, visitor.person.id).task
     note = str(form.get("note", ""))
     if form.get("action") == "drop":
         site.store.review.drop(found.id, visitor.person.id, note)
@@ -72,11 +71,3 @@ def _decide(site: Site, campaign: str, task: str, visitor: Visitor, form: FormDa
     site.store.review.decide(
         found.id, visitor.person.id, [int(rank) for rank in ranks], flags, note
     )
-
-
-def _find(site: Site, campaign: str, task: str, visitor: Visitor) -> Case:
-    cases = site.store.review.queue(campaign, visitor.person.id, limit=10_000)
-    for found in cases:
-        if found.task.id == task:
-            return found
-    raise NotFound("this case is not in the queue (any more)")

@@ -13,8 +13,11 @@ from gptlab.people.backend import Ask, Busy, Invalid, Refused, Unavailable
 from gptlab.people.store import NotFound
 from gptlab.people.store.campaigns import Picked
 from gptlab.people.web.site import Site
+from gptlab.run import errors
+from gptlab.run.errors import UserError
 
 _LOG = logging.getLogger(__name__)
+_EXPLAINED = (Unavailable, NotFound, UserError)
 _FAILURES = 3  # of the model in a row that end a run: it is gone, and not only for a moment
 
 
@@ -64,8 +67,9 @@ class Sampling:
                 self.queued += bool(others)
                 self.left_out += not others
         except Exception as error:
-            self.error = str(error) or type(error).__name__
-            _LOG.error("sampling for campaign %s failed", self._campaign, exc_info=error)
+            # What a defect says may hold a chat's text: it goes neither to the page nor to the log.
+            self.error = str(error) if isinstance(error, _EXPLAINED) else type(error).__name__
+            _LOG.error("sampling for campaign %s: %s", self._campaign, errors.place(error))
 
     async def _sample(self, item: Picked) -> list[Candidate]:
         """Replies that differ from the picked one and from each other, as far as there are any."""

@@ -1,16 +1,43 @@
-// The list of conversations: open, rename, delete.
-import { call, complain, element, icon } from "./common.js";
+// The list of conversations: open, rename, delete, and older ones.
+import { announce, call, complain, element, icon } from "./common.js";
+
+const PAGE = 50; // conversations that are asked for at once
 
 export function conversationList({ open, renamed, deleted }) {
   const list = document.getElementById("conversations");
+  const older = document.getElementById("older");
   let current = null;
+  let pages = 1; // that are shown
 
   async function refresh(id) {
-    const found = await call("GET", "/api/conversations");
+    const found = [];
+    let more = true;
+    for (let page = 0; page < pages && more; page += 1) {
+      const before = page ? `&before=${found.at(-1).changed_at}` : "";
+      const some = await call("GET", `/api/conversations?limit=${PAGE}${before}`);
+      found.push(...some);
+      more = some.length === PAGE;
+    }
     list.replaceChildren(...found.map(row));
     document.getElementById("no-conversations").hidden = found.length > 0;
+    older.hidden = !more;
     mark(id);
   }
+
+  older.addEventListener("click", async () => {
+    const before = list.children.length;
+    pages += 1;
+    try {
+      await refresh(current);
+    } catch (error) {
+      pages -= 1;
+      complain(error);
+      return;
+    }
+    const added = list.children.length - before;
+    announce(added > 0 ? `${added} older chats` : "There are no older chats");
+    (list.children[before] ?? list.lastElementChild)?.querySelector("a").focus();
+  });
 
   function mark(id) {
     current = id;
