@@ -64,7 +64,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "name": "gptlab",  # what the app is called on its pages
                 "open_chat": False,  # True: anybody may chat; False: by invitation
                 "secure": False,  # True where people come by https: cookies are for https alone
-                "artifacts": placeholder(str),  # below it, admins may queue collect artifacts
+                # Below it, admins may queue collect artifacts, and see what exports were used for.
+                "artifacts": placeholder(str),
                 "temperature": 0.8,
                 "top_p": 0.95,
                 "max_tokens": placeholder(int),  # of a reply; None: as many as fit

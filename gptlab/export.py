@@ -67,7 +67,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             items, scrubbed = _scrub(found.items) if config.scrub else (found.items, Counter())
             try:  # before anything is written: a person deleted from now on finds this export
                 rows = {row for item in items for row in item.rows}
-                store.exports.register(run.identity, str(run.workdir), content.state, rows)
+                noted = (run.identity, str(run.workdir), content.state, rows)
+                store.exports.register(*noted, filters.consent)
             except Invalid as error:
                 raise UserError(str(error)) from error
             write(run, items)
@@ -180,9 +181,7 @@ def _scrubbing_text(scrubbed: Counter[str]) -> str:
     found = ", ".join(f"{kind} {count}" for kind, count in sorted(scrubbed.items())) or "nothing"
     return (
         f"Replaced: {found}. Names, postal addresses, dates of birth, user names and numbers of "
-        "documents can't be found by a pattern: read a sample before this leaves the house. A "
-        "conversation that a person improved holds the model's earlier replies too, which sft "
-        "learns like the better one."
+        "documents can't be found by a pattern: read a sample before this leaves the house."
     )
 
 

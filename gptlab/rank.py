@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
     Raises:
       UserError: no candidates, a set that can't be ranked, or no such backend, scorer or store; or
-        the finished rankings hold data of people who were deleted since.
+        the finished rankings hold data of people who were deleted or withdrew consent since.
       Interrupted: SIGTERM or SIGINT.
     """
     check(config)

@@ -188,7 +188,7 @@ class Runner:
         manifest = step.manifest()
         if manifest is not None:
             if step.program == "rank" and step.config.backend == "store":
-                rank.run(step.config, str(step.workdir))  # refuses what holds deleted people's data
+                rank.run(step.config, str(step.workdir))  # refuses what may not be used now
             print(f"{label} is done: artifacts/{step.workdir.name}", flush=True)
             return manifest
         print(f"{label} {self._outlook(step)}", flush=True)

@@ -49,8 +49,9 @@ def make_loss_fn(model: LanguageModel, loss_on: str) -> step_lib.LossFn:
 
     Args:
       model: the policy; its residual dropout is on.
-      loss_on: 'assistant', the assistant's content and end-of-turn tokens (InstructGPT); or
-        'all', every token that is not padding (arXiv 2403.17031).
+      loss_on: 'assistant', the assistant's content and end-of-turn tokens (InstructGPT), without
+        the messages that a record leaves out (Conversation.learnt); or 'all', every token that is
+        not padding (arXiv 2403.17031).
     """
     if loss_on not in ("assistant", "all"):
         raise UserError(f"config.loss_on={loss_on!r} is unknown: use 'assistant' or 'all'")

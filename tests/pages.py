@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from gptlab.people.store import Store
-from gptlab.people.store.accounts import Person
+from gptlab.people.store.person import Person
 from gptlab.people.web import Settings, add_pages
 from tests import serving
 

@@ -139,6 +139,19 @@ def test_a_deleted_person_is_in_no_later_export_and_earlier_ones_are_listed(
     assert lee.id not in exported(tmp_path / "last")
 
 
+def test_an_export_is_stale_once_somebody_withdraws_what_it_asked_for(
+    store, store_url, people, tmp_path
+):
+    for who in people:
+        store.accounts.consent(who.id, "publication", True, "v1")
+    for scope in ("training", "publication"):
+        export.run(config_of(store_url, **{"filters.consent": scope}), tmp_path / scope)
+    assert not any(e.stale for e in store.exports.all())
+    store.accounts.consent(people[0].id, "publication", False, "v1")
+    stale = {e.workdir: e.stale for e in store.exports.all()}
+    assert stale == {str(tmp_path / "training"): False, str(tmp_path / "publication"): True}
+
+
 def test_who_is_deleted_while_the_store_is_read_is_not_exported(
     store, store_url, people, tmp_path, monkeypatch
 ):

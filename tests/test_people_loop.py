@@ -19,7 +19,7 @@ from gptlab.people import http_labeller
 from gptlab.people.labellers import SimulatedLabeller
 from gptlab.people.store import NotFound, Store
 from gptlab.people.store.campaigns import Settings
-from gptlab.run import artifact
+from gptlab.run import artifact, descendants
 from gptlab.run.errors import EXIT_INTERRUPTED, UserError
 from gptlab.scorers import registry
 from tests import compiling, serving
@@ -135,6 +135,11 @@ def test_what_people_say_in_the_chat_changes_the_model_that_answers(tmp_path, sm
         ]
         assert [node["manifest"]["identity"] for node in learnt_from] == [third["feedback"]] * 2
         assert exported["files"]["store"]["digest"].startswith(store.state().store)
+        # And the other way, to all that learnt from it.
+        found = descendants.find({exported["identity"]}, [tmp_path])
+        own = {name: root / step["artifact"] for name, step in third["steps"].items()}
+        learnt = {str(path) for name, path in own.items() if name not in ("collect", "rank")}
+        assert {one.path for one in found if one.of} == {str(root), *learnt} and len(learnt) == 6
 
         models = lambda: httpx.get(f"{url}/v1/models").json()["data"]  # noqa: E731
         serving.wait_for(lambda: models()[0]["policy"] == third["policy"])

@@ -142,6 +142,7 @@ def test_folds_share_no_prompt_and_lose_none(config):
     assert all(parts) and not parts[0] & parts[1] and parts[0] | parts[1] == everything
 
 
+@pytest.mark.slow
 def test_human_pairs_of_a_clean_corpus_train_too(config, tiny_clean, tmp_path):
     changed = ConfigDict(config.to_dict())
     changed.inputs.comparisons = str(tiny_clean)

@@ -9,14 +9,15 @@ It is the vocabulary's. An imported one brings a template (chat_template.py); gp
 Every bracket is one control token that no content can produce (see tokenizer.py). A conversation
 is the concatenation of its messages, so a prefix of messages is a prefix of tokens. The loss mask
 is 1 on the assistant's content and on its [end], 0 elsewhere: the model learns to reply and to
-stop, not to speak for the others.
+stop, not to speak for the others. Where a record says which of the assistant's messages are to be
+learnt, it is 0 on the others as well.
 """
 
 from __future__ import annotations
 
 import codecs
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -28,13 +29,14 @@ from gptlab.run.errors import UserError
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, messages: Iterable[Message]
+    tokenizer: Tokenizer, messages: Iterable[Message], learnt: Collection[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 [n] and loss mask uint8 [n] of a conversation.
 
-    Raises chat_template.Refused if an imported template does not take these messages.
+    `learnt` are the numbers of the assistant's messages to be learnt (Conversation.learnt); None:
+    all. Raises chat_template.Refused if an imported template does not take these messages.
     """
-    tokens, mask = _format(tokenizer).conversation(tuple(messages))
+    tokens, mask = _format(tokenizer).conversation(tuple(messages), learnt)
     return np.array(tokens, np.int32), np.array(mask, np.uint8)
 
 
@@ -125,14 +127,17 @@ class ControlTokens:
         self._tokenizer = tokenizer
         self.stop_ids = (tokenizer.end_id,)
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def conversation(
+        self, messages: Sequence[Message], learnt: Collection[int] | None
+    ) -> tuple[list[int], list[int]]:
         """Message after message."""
         tokens: list[int] = []
         mask: list[int] = []
-        for message in messages:
+        for number, message in enumerate(messages):
             message_ids, message_mask = encode_message(self._tokenizer, message)
             tokens += message_ids
-            mask += message_mask
+            counts = learnt is None or number in learnt
+            mask += message_mask if counts else [0] * len(message_mask)
         return tokens, mask
 
     def prompt(self, messages: Sequence[Message], max_tokens: int) -> Asked:

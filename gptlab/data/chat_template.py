@@ -22,7 +22,7 @@ import dataclasses
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -155,19 +155,22 @@ class TemplateFormat:
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
         runs, starts = self._runs((Message("user", "a"), Message("assistant", "\0")))
-        self.before, self._after = str(runs[starts[-1]]).split("\0")
-        self.end_id = int(runs[starts[-1] + 1])
+        last = max(starts)
+        self.before, self._after = str(runs[last]).split("\0")
+        self.end_id = int(runs[last + 1])
         stops = dict.fromkeys((self.end_id, *tokenizer.end_ids))
         self.stop_ids: tuple[int, ...] = tuple(stops)
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def conversation(
+        self, messages: Sequence[Message], learnt: Collection[int] | None
+    ) -> tuple[list[int], list[int]]:
         """Tokens and loss mask (0/1), two lists of equal length."""
         runs, starts = self._runs(messages)
         tokens: list[int] = []
         mask: list[int] = []
         end = -1
         for i, run in enumerate(runs):
-            if i in starts:
+            if i in starts and (learnt is None or starts[i] in learnt):
                 end = next(k for k in range(i, len(runs)) if isinstance(runs[k], int))
             ids = self._ids([run])
             tokens += ids
@@ -197,7 +200,7 @@ class TemplateFormat:
     def reply(self, text: str, finished: bool) -> list[int]:
         """Ids of a reply, to follow a prompt."""
         runs, starts = self._runs((Message("user", "a"), Message("assistant", text)))
-        first = runs[starts[-1]]
+        first = runs[max(starts)]
         said = first if isinstance(first, str) else ""  # an empty reply begins with its end
         if not finished:
             return self._ids([said.removesuffix(self._after)])
@@ -211,7 +214,7 @@ class TemplateFormat:
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         runs, starts = self._runs((*messages, Message("assistant", "\0")))
-        return self._ids(runs[: starts[-1]])
+        return self._ids(runs[: max(starts)])
 
     def _trimmed(self, system: Sequence[Message], message: Message, max_tokens: int) -> list[int]:
         """One message, less the end of its context, then less the beginning of its content."""
@@ -241,12 +244,12 @@ class TemplateFormat:
             ids += [run] if isinstance(run, int) else self._tokenizer.encode(run)
         return ids
 
-    def _runs(self, messages: Sequence[Message]) -> tuple[list[Run], list[int]]:
+    def _runs(self, messages: Sequence[Message]) -> tuple[list[Run], dict[int, int]]:
         """Stretches of text and the special tokens between them, in order, and which of them begin
-        what the assistant says.
+        what the assistant says: their places, and the numbers of the messages.
         """
         runs: list[Run] = []
-        starts: list[int] = []
+        starts: dict[int, int] = {}
         text, speaking = "", False
 
         def close() -> None:
@@ -278,7 +281,7 @@ class TemplateFormat:
                 header = text[: len(text) - own[i]].rstrip(" ")
                 text, said = header, text[len(header) :]
                 close()
-                starts.append(len(runs))
+                starts[len(runs)] = number
                 text, speaking = said, True
             text += part
         close()

@@ -107,12 +107,32 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation(_JsonRecord):
-    """A dialogue; `topic` groups conversations that must stay on one side of a split."""
+    """A dialogue; `topic` groups conversations that must stay on one side of a split.
+
+    `learnt` are the numbers, from 0 on, of the assistant's messages that a model is to learn; None:
+    all of them. The others are there as what came before.
+    """
+
+    SCHEMA: ClassVar[int] = 2
+    ADDED: ClassVar[Mapping[str, tuple[int, Any]]] = {"learnt": (2, None)}
 
     id: str
     messages: tuple[Message, ...]
     source: str
     topic: str | None = None
+    learnt: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.learnt is None:
+            return
+        replies = tuple(i for i, m in enumerate(self.messages) if m.role == "assistant")
+        if not self.learnt or tuple(i for i in replies if i in self.learnt) != self.learnt:
+            raise ValueError(
+                f"conversation {self.id!r}: {self.learnt} are no numbers, in order, of the "
+                f"assistant's messages, which are {replies}"
+            )
+        if self.learnt == replies:  # one form for one meaning: equal records have equal bytes
+            object.__setattr__(self, "learnt", None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,9 +207,11 @@ def _to_pretrain(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 def _to_dialogue(dataset: tf.data.Dataset) -> tf.data.Dataset:
     def encode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-        messages = Conversation.from_bytes(data).messages
+        record = Conversation.from_bytes(data)
         try:
-            tokens, mask = chat.encode_conversation(vocabulary().tokenizer, messages)
+            tokens, mask = chat.encode_conversation(
+                vocabulary().tokenizer, record.messages, record.learnt
+            )
         except chat_template.Refused:
             return np.zeros(0, np.int32), np.zeros(0, np.int32)
         return tokens, mask.astype(np.int32)

@@ -72,14 +72,21 @@ def rank(run: artifact.Run, sets: Mapping[str, Sequence[CandidateSet]]) -> dict[
 
 
 def check_finished(run: artifact.Run) -> None:
-    """UserError if a finished run's rankings hold data of somebody who was deleted since."""
+    """UserError if a finished run's rankings hold data of somebody who may not be used any more.
+
+    That is who was deleted since, or has withdrawn what config.filters.consent asks for: who has
+    ranked, or whose text was ranked.
+    """
     with Store.open(resolve_url(run.config.store.url), create=False) as store:
-        noted = (run.identity, str(run.workdir))
-        if any(e.deleted for e in store.exports.all() if (e.identity, e.workdir) == noted):
-            raise UserError(
-                f"{run.workdir} holds data of people who were deleted since: remove it and rank "
-                "again, which takes what the others have ranked from the store"
-            )
+        noted = [export for export in store.exports.all() if export.identity == run.identity]
+    here = [export for export in noted if export.workdir == str(run.workdir)]
+    # The newest is what is there now. A workdir that was moved may be any of them.
+    if any(export.stale for export in here[:1] or noted):
+        raise UserError(
+            f"{run.workdir} holds data of people who were deleted or have withdrawn their consent "
+            "since: remove it and what was made of it, and rank again, which takes what the others "
+            "have ranked from the store"
+        )
 
 
 def _campaign(store: Store, config: ConfigDict) -> Campaign:
@@ -138,7 +145,8 @@ def _read(
         ranked[split] = Ranked(_comparisons(own), _figures(own, len(sets[split])))
     try:
         rows = {row for item in items for row in item.rows}
-        store.exports.register(run.identity, str(run.workdir), content.state, rows)
+        noted = (run.identity, str(run.workdir), content.state, rows)
+        store.exports.register(*noted, run.config.filters.consent)
     except Invalid as error:
         raise UserError(str(error)) from error
     head = store.audit.head()

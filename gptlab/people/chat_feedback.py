@@ -17,7 +17,11 @@ MAX_REPLIES = 4  # of a comparison: a reward model's batch is as wide as its wid
 
 
 def improved(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
-    """A better reply is a demonstration, and above the one that it improves."""
+    """A better reply is a demonstration, and above the one that it improves.
+
+    It alone is to be learnt: the replies before it are a model's, which nobody has approved, or
+    better ones, which have conversations of their own.
+    """
     for given in content.feedback:
         if given.kind != "better" or given.other is None:
             continue
@@ -26,14 +30,16 @@ def improved(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
             continue
         simulated, better = sieve.simulated(given.person), content.messages[given.other]
         rows = (*about.rows, ("messages", better.id, given.person), _row(given))
+        before = about.prompt.messages
         yield Item(
             "better",
             "",
             Conversation(
                 f"better:{given.id}",
-                (*about.prompt.messages, better.record()),
+                (*before, better.record()),
                 source("better", simulated),
                 about.prompt.conversation_id,
+                learnt=(len(before),),
             ),
             rows,
             simulated,

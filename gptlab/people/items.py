@@ -6,7 +6,7 @@ import dataclasses
 
 from gptlab.data.records import Comparison, Conversation, Prompt
 from gptlab.people.sieve import Sieve
-from gptlab.people.store.accounts import Person
+from gptlab.people.store.person import Person
 
 Record = Conversation | Comparison | Prompt
 Row = tuple[str, str, str]  # table, id, person

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
-from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.consent import SCOPES
 from gptlab.people.store.content import Content
 from gptlab.people.store.judgements import Judgement
+from gptlab.people.store.person import ROLES
 from gptlab.people.store.settle import disagreement
 from gptlab.run.errors import UserError
 

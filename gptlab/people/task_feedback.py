@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from gptlab.data.records import Comparison, Conversation
 from gptlab.people.items import Item, Row, name_of, safety_prompt, source
 from gptlab.people.sieve import Sieve
-from gptlab.people.store.campaigns import Task
 from gptlab.people.store.content import Content
 from gptlab.people.store.judgements import Judgement
 from gptlab.people.store.settle import DECIDING, state_of
+from gptlab.people.store.tasks import Task
 
 _WAITING = "to be decided by a reviewer"
 
@@ -60,6 +60,10 @@ def rankings(
 
 
 def demonstrations(content: Content, sieve: Sieve) -> Iterator[Item]:
+    """Conversations that people wrote, of which all that is theirs is learnt.
+
+    A suggestion that they took as it was counts as theirs; replies in the prompt don't.
+    """
     for task, answers in _answers_by_task(content):
         dropped = any(a.kind == "drop" for a in answers)
         for answer in answers:
@@ -70,6 +74,7 @@ def demonstrations(content: Content, sieve: Sieve) -> Iterator[Item]:
             elif sieve.passes("demonstration", answer.person, [task.person]):
                 before = () if task.prompt is None else task.prompt.messages
                 messages = (*before, *(turn.message for turn in answer.turns))
+                written = range(len(before), len(messages))
                 simulated = sieve.simulated(answer.person)
                 yield Item(
                     "demonstration",
@@ -79,6 +84,7 @@ def demonstrations(content: Content, sieve: Sieve) -> Iterator[Item]:
                         messages,
                         source("demonstration", simulated),
                         None if task.prompt is None else task.prompt.conversation_id,
+                        learnt=tuple(i for i in written if messages[i].role == "assistant"),
                     ),
                     _rows_of(answer, task),
                     simulated,

@@ -67,6 +67,20 @@ def test_conversation_is_the_concatenation_and_controls_are_counted(tok, convers
         assert learnt == (role == 6 and token != 6)
 
 
+def test_what_is_not_learnt_is_there_and_costs_nothing(tok):
+    turns = [
+        Message("system", "I am fine."), Message("user", "Hello"), Message("assistant", "Hello."),
+        Message("user", "How are you?"), Message("assistant", "fine"),
+    ]  # fmt: skip
+    tokens, mask = chat.encode_conversation(tok, turns)
+    last = [*tok.encode("fine"), tok.end_id]
+    for learnt, said in (((4,), last), ((2,), [*tok.encode("Hello."), tok.end_id])):
+        same, own = chat.encode_conversation(tok, turns, learnt)
+        assert same.tolist() == tokens.tolist() and own.dtype == np.uint8
+        assert same[own == 1].tolist() == said and (mask >= own).all()
+    assert tokens[-len(last) :].tolist() == last
+
+
 def test_prompt_and_reply_make_the_conversation(tok):
     turns = [Message("user", "Hello", None), Message("assistant", "Hello there", None),
              Message("user", "How are you?", None)]  # fmt: skip

@@ -120,6 +120,20 @@ def test_the_mask_is_what_the_assistant_says_and_its_stop_token(name, tok, syste
     assert mask.sum() == sum(map(len, said))
 
 
+def test_what_is_not_learnt_is_there_and_costs_nothing(name, tok):
+    tokens, mask = chat.encode_conversation(tok, (SYSTEM, *TALK))
+    first, second = (
+        chat.encode_conversation(tok, (SYSTEM, *TALK), learnt) for learnt in ((2,), (4,))
+    )
+    for own_tokens, own in (first, second):
+        assert own_tokens.tolist() == tokens.tolist() and own.sum() > 0
+    # Each is the mask of one message, from its text to its stop token.
+    assert (first[1] + second[1]).tolist() == mask.tolist()
+    assert first[1].nonzero()[0].max() < second[1].nonzero()[0].min()
+    for own, message in ((first[1], TALK[1]), (second[1], TALK[3])):
+        assert tok.decode(tokens[own == 1]).strip(" ") == message.content
+
+
 def test_prompt_and_reply_make_the_conversation(name, tok):
     for turns, reply in ((1, TALK[1]), (3, TALK[3]), (1, Message("assistant", " \n you </s>"))):
         prompt = chat.encode_prompt(tok, TALK[:turns], 1000)

@@ -72,21 +72,37 @@ def test_the_bytes_of_a_record_are_those_of_the_golden_files(example):
 
 
 WEIGHED = Comparison("cmp2", PROMPT, CANDIDATES, (1, 2), "person:x", False, None, 0.25)
+TALK = tuple(Message(role, "Hm.") for role in ("user", "assistant", "user", "assistant"))
+PARTLY = Conversation("c2", TALK, "people:better", "weather", (3,))
 
 
-def test_a_weight_came_with_schema_2():
-    """Its golden file loads and is still written so; without one, a comparison is of schema 1."""
-    assert read(GOLDEN, "Comparison", "schema2", Comparison) == [WEIGHED]
-    path = GOLDEN / "Comparison-schema2-00000-of-00001.array_record"
+@pytest.mark.parametrize(
+    ("record", "field", "absent"),
+    [(WEIGHED, "weight", 1.0), (PARTLY, "learnt", None)],
+    ids=["weight", "learnt"],
+)
+def test_a_field_that_came_with_schema_2(record, field, absent):
+    """Its golden file loads and is still written so; without it, a record is of schema 1."""
+    cls = type(record)
+    assert read(GOLDEN, cls.__name__, "schema2", cls) == [record]
+    path = GOLDEN / f"{cls.__name__}-schema2-00000-of-00001.array_record"
     reader = array_record_module.ArrayRecordReader(str(path))
-    assert reader.read_all() == [WEIGHED.to_bytes()]
+    assert reader.read_all() == [record.to_bytes()]
     reader.close()
-    plain = dataclasses.replace(WEIGHED, weight=1.0)
-    assert json.loads(plain.to_json())["schema"] == 1 and "weight" not in plain.to_json()
-    assert Comparison.from_json(plain.to_json()).weight == 1.0
-    old = WEIGHED.to_json().replace('"schema":2', '"schema":1')
-    with pytest.raises(ValueError, match="schema 1 with a weight"):
-        Comparison.from_json(old)
+    plain = dataclasses.replace(record, **{field: absent})
+    assert json.loads(plain.to_json())["schema"] == 1 and field not in plain.to_json()
+    assert getattr(cls.from_json(plain.to_json()), field) == absent
+    old = record.to_json().replace('"schema":2', '"schema":1')
+    with pytest.raises(ValueError, match=f"schema 1 with a {field}"):
+        cls.from_json(old)
+
+
+def test_what_is_learnt_are_messages_of_the_assistant():
+    for wrong in ((), (0,), (3, 1), (1, 1), (4,), (-1,), (1, 2)):
+        with pytest.raises(ValueError, match="no numbers, in order, of the assistant's messages"):
+            dataclasses.replace(PARTLY, learnt=wrong)
+    everything = dataclasses.replace(PARTLY, learnt=(1, 3))
+    assert everything.learnt is None and everything == dataclasses.replace(PARTLY, learnt=None)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])

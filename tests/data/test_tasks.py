@@ -15,6 +15,7 @@ from tests.data import hf_vocabularies as hf
 
 TEXT = "<|end|> Hello there \u2581 you. " * 5
 TURNS = (Message("user", "Hi", "page"), Message("assistant", "Ho <|end|>"))
+TALK = (*TURNS, Message("user", "you"), Message("assistant", "Hello there"))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def workdirs(tmp_path_factory):
     root = tmp_path_factory.mktemp("tasks")
     documents = [Document(f"d{i}", f"{TEXT} {i}", "s") for i in range(10)]
     records.write_shards(root / "corpus" / "records", "documents", "train", documents)
-    conversations = [Conversation("c", TURNS, "s")]
+    conversations = [Conversation("c", TURNS, "s"), Conversation("p", TALK, "s", None, (3,))]
     records.write_shards(root / "corpus" / "records", "conversations", "train", conversations)
     tokenizer_lib.train(
         [TEXT] * 50, root / "vocabulary.model", vocab_size=280, model_type="bpe",
@@ -48,10 +49,14 @@ def test_pretrain_and_dialogues(workdirs):
         text = f"{TEXT} {e.id[1:]}"
         assert e.tokens.tolist() == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
         assert e.loss_mask.tolist() == [0] + [1] * (len(e.tokens) - 1)
-    (dialogue,) = sets["dialogues", "train"]
+    dialogue, improved = sorted(sets["dialogues", "train"], key=lambda example: example.id)
     tokens, mask = chat.encode_conversation(tokenizer, TURNS)
     np.testing.assert_array_equal(dialogue.tokens, tokens)
     np.testing.assert_array_equal(dialogue.loss_mask, mask)
+    # Of a chat with one better reply, that one is learnt and no other.
+    assert improved.tokens[: len(tokens)].tolist() == tokens.tolist()
+    learnt = improved.tokens[improved.loss_mask == 1].tolist()
+    assert learnt == [*tokenizer.encode("Hello there"), tokenizer.end_id]
     assert sets["pretrain", "test"] == []
 
 

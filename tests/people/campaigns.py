@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from gptlab.data.records import Candidate, CandidateSet, Message, Prompt
 from gptlab.people.store import Store
-from gptlab.people.store.accounts import Person
 from gptlab.people.store.campaigns import Campaign, Settings
+from gptlab.people.store.person import Person
 
 
 def candidate_set(name: str, replies: int = 3) -> CandidateSet:

@@ -1,6 +1,7 @@
 """Who gets where: every route for every role, without a CSRF token, from another site, by key."""
 
 import contextlib
+import shutil
 import types
 
 import httpx
@@ -8,13 +9,14 @@ import pytest
 
 from gptlab.data.records import Message
 from gptlab.people.backend import Model, Piece
-from gptlab.people.store.accounts import ROLES
 from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Turn
+from gptlab.people.store.person import ROLES
 from gptlab.people.web import pages as web_pages
 from gptlab.people.web.security import HEADERS, SESSION_SECONDS
 from tests import pages
 from tests.people.campaigns import candidate_set
+from tests.run.test_descendants import made
 
 # The least role of every route; None: it is for strangers, too.
 LEAST = {
@@ -72,6 +74,7 @@ LEAST = {
     "POST /people/{person}/role": "admin",
     "POST /people/{person}/signout": "admin",
     "POST /people/{person}/delete": "admin",
+    "GET /people/{person}/exports": "admin",
     "POST /invitations/{invitation}/revoke": "admin",
     "GET /keys": "admin",
     "POST /keys": "admin",
@@ -318,12 +321,13 @@ def test_nobody_joins_by_a_link_that_is_used_up_or_lets_strangers_start(site):
         assert client.post("/api/join", json={"token": token, "name": "Di"}).status_code == 404
 
 
-def test_admins_see_which_exports_hold_data_of_who_was_deleted(site):
+def test_admins_see_which_exports_hold_data_of_who_was_deleted_or_withdrew(site):
     (ann, _), (lee, _) = site.person("user"), site.person("labeller")
-    mark = "Some hold data of people who were deleted since"
+    mark = "Some exports hold data of people who were deleted or have withdrawn"
     rows = [("messages", "a", ann.id), ("messages", "b", ann.id), ("judgements", "c", lee.id)]
-    site.store.exports.register("0123", "runs/holds-ann", site.store.state(), rows)
-    site.store.exports.register("4567", "runs/holds-lee", site.store.state(), rows[2:])
+    state = site.store.state()
+    site.store.exports.register("0123", "runs/holds-ann", state, rows, "training")
+    site.store.exports.register("4567", "runs/holds-lee", state, rows[2:], "training")
     with browser(site, "admin") as client:
         assert mark not in client.get("/audit").text
         site.store.delete_person(ann.id, "system")
@@ -332,10 +336,51 @@ def test_admins_see_which_exports_hold_data_of_who_was_deleted(site):
         row_of = lambda name: next(r for r in page.split("<tr>") if f"runs/{name}" in r)  # noqa: E731
         assert "severity-3" in row_of("holds-ann") and ">2</span>" in row_of("holds-ann")
         assert "severity-3" not in row_of("holds-lee")
+        site.store.accounts.consent(lee.id, "training", False, "v1")
+        page = client.get("/audit").text
+        assert ">1</span>" in row_of("holds-lee") and ">1</span>" in row_of("holds-ann")
         # And what deleting doesn't take, they are told before.
         assert "What you wrote for campaigns stays" in client.get("/you").text
     with browser(site, "user") as client:
         assert "What you wrote for campaigns stays" not in client.get("/you").text
+
+
+def test_an_admin_who_deletes_somebody_sees_what_holds_their_data_and_learnt_from_it(
+    site, tmp_path
+):
+    ann, _ = site.person("user")
+    export = made(tmp_path / "export", "export")
+    model = made(tmp_path / "sft", "sft", comparisons="export")
+    made(tmp_path / "other", "sft", seed=1)
+    rows = [("messages", "a", ann.id)]
+    state, where = site.store.state(), str(tmp_path / "export")
+    site.store.exports.register(export, where, state, rows, "training")
+    with browser(site, "admin") as client:
+        # Only what the server was told of is looked through.
+        assert "name the directory" in client.get(f"/people/{ann.id}/exports").text
+        site.change(artifacts=str(tmp_path))
+        try:
+            before = client.get(f"/people/{ann.id}/exports").text
+            assert where in before and model in before and "was deleted" not in before
+            assert str(tmp_path / "sft") not in client.get("/audit").text  # it may be there
+            answer = client.post(f"/people/{ann.id}/delete", data={"confirm": "delete"})
+            assert answer.headers["location"] == f"/people/{ann.id}/exports"
+            after = client.get(answer.headers["location"]).text
+            for page in (after, client.get("/audit").text):
+                for shown in (export, where, model, str(tmp_path / "sft")):
+                    assert shown in page
+                assert str(tmp_path / "other") not in page and "can't be told" not in page
+            assert "somebody who was deleted" in after
+            shutil.rmtree(tmp_path / "export")
+            made(tmp_path / "ppo", "ppo", init="sft")
+            shutil.rmtree(tmp_path / "sft")
+            page = client.get("/audit").text
+            assert "can't be told" in page and f"of sft {model}" in page
+        finally:
+            site.change(artifacts=None)
+        assert client.get("/people/nobody/exports").status_code == 404
+        # In the audit, her row leads there.
+        assert f'href="/people/{ann.id}/exports"' in client.get("/audit").text
 
 
 def test_an_admin_can_always_come_in(store, clock):
@@ -356,5 +401,8 @@ def test_an_admin_can_always_come_in(store, clock):
     lost, link = web_pages.admin_link(store), web_pages.admin_link(store)
     assert len(store.accounts.invitations()) == 1 and lost != link
     assert accept(link) == admin and web_pages.admin_link(store) is None
+    _, newer = store.accounts.open_session(admin.id)
+    store.accounts.close_session(newer)  # one browser of two
+    assert web_pages.admin_link(store) is None
     store.accounts.close_sessions(admin.id, admin.id)
     assert accept(web_pages.admin_link(store)) == admin

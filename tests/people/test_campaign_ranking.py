@@ -189,18 +189,56 @@ def test_finished_rankings_of_who_was_deleted_are_refused_and_made_again(
     rank.run(config, tmp_path / "run")
     assert "is done" in capsys.readouterr().out
     store.delete_person(lee.id, "system")
-    with pytest.raises(UserError, match="run holds data of people who were deleted since"):
+    with pytest.raises(UserError, match="run holds data of people who were deleted or have with"):
         rank.run(config, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")  # it holds them wherever it is
+    with pytest.raises(UserError, match="moved holds data of people who were deleted or have with"):
+        rank.run(config, tmp_path / "moved")
     # Elsewhere, or once it is removed: of those who are left, and somebody new.
     with label(person(store, "Kit")):
         rank.run(config, tmp_path / "again")
     rank.run(config, tmp_path / "again")
     found = read_records(tmp_path / "again", "comparisons", "train", Comparison)
     assert len(found) == 8 and lee.id not in {c.labeller.partition(":")[2] for c in found}
-    shutil.rmtree(tmp_path / "run")
     for _ in range(2):
         rank.run(config, tmp_path / "run")
-    assert "is done" in capsys.readouterr().out and not any(e.deleted for e in store.exports.all())
+    assert "is done" in capsys.readouterr().out
+    # What was there before stays listed: models may have been made of it.
+    stale = [(e.workdir, e.stale) for e in store.exports.all()]
+    run, again = str(tmp_path / "run"), str(tmp_path / "again")
+    assert stale == [(run, False), (again, False), (run, True)]
+
+
+@pytest.mark.parametrize("role", ["labeller", "author"])
+def test_finished_rankings_of_who_has_withdrawn_are_refused_until_they_agree(
+    store, config, tmp_path, capsys, role
+):
+    config.campaign.overlap = 1
+    ann, lee = person(store, "Ann", "user"), person(store)
+    conversation, turn, _ = chat(store, ann, "words of hers")
+    hers = dataclasses.replace(candidate_set("x"), id=f"{conversation.id}:{turn.row}:0123456789ab")
+    sets = {("candidates", "train"): [hers, candidate_set("other")]}
+    config.inputs.candidates = str(write_artifact(tmp_path / "mixed", "collect", sets))
+    with meanwhile(lambda: work_off(store, queued(store, 2), lee)):
+        rank.run(config, tmp_path / "run")
+    assert len(read_records(tmp_path / "run", "comparisons", "train", Comparison)) == 2
+    who = lee if role == "labeller" else ann
+    store.accounts.consent(who.id, "publication", False, "v1")  # nobody has asked for that
+    rank.run(config, tmp_path / "run")
+    assert "is done" in capsys.readouterr().out
+    store.accounts.consent(who.id, "training", False, "v1")
+    with pytest.raises(UserError, match="have withdrawn their consent since"):
+        rank.run(config, tmp_path / "run")
+    store.accounts.consent(who.id, "training", True, "v1")
+    rank.run(config, tmp_path / "run")
+    assert "is done" in capsys.readouterr().out
+    if role == "author":  # and without her, once it is made again
+        store.accounts.consent(ann.id, "training", False, "v1")
+        shutil.rmtree(tmp_path / "run")
+        rank.run(config, tmp_path / "run")
+        rank.run(config, tmp_path / "run")
+        (only,) = read_records(tmp_path / "run", "comparisons", "train", Comparison)
+        assert only.prompt.id == "other:0"
 
 
 def test_sets_of_a_deleted_chat_are_not_waited_for(store, config, tmp_path):

@@ -25,6 +25,19 @@ def test_a_statement_that_fails_does_not_tell_its_text(store):
         assert "INSERT INTO people" in said and "a secret" not in said
 
 
+def test_a_store_of_the_first_schema_is_brought_up_to_date(store_url):
+    """As it was before exports said which consent they had asked for."""
+    with Store.open(store_url) as store:
+        ann = person(store, "Ann")
+        rows = [("messages", "a", ann.id)]
+        before = store.exports.register("01", "runs/x", store.state(), rows, "training")
+        with store.database.write() as writer:
+            writer.execute(sa.text("ALTER TABLE exports DROP COLUMN consent"))
+            writer.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    with Store.open(store_url) as store:
+        assert store.exports.all() == [before] and store.accounts.people() == [ann]
+
+
 def test_a_log_that_cannot_forget_yet_is_told_and_forgets_later(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(database, "_BUSY_SECONDS", 0.1)
     path = tmp_path / "store.sqlite"

@@ -76,6 +76,7 @@ def test_every_source_becomes_its_record(store):
     (wrote,) = of_kind(found, "demonstration", Conversation)
     assert wrote.record.messages == tuple(turn.message for turn in turns)
     assert wrote.record.source == "people:demonstration" and not wrote.simulated
+    assert wrote.record.learnt is None  # all that is the assistant's
     (improved,) = of_kind(found, "better", Conversation)
     assert [m.content for m in improved.record.messages] == ["Tea?", "Black, with milk."]
     (above,) = of_kind(found, "better", Comparison)
@@ -108,6 +109,39 @@ def test_every_source_becomes_its_record(store):
     asked = sources["people:flag:untrue,unhelpful:severity=3"]
     assert asked.record.messages == (Message("user", "Tea?"),) and asked.severity == 3
     assert asked.record.id.startswith(turn.conversation) and asked.split == improved.split
+
+
+def test_only_what_people_wrote_or_took_is_to_be_learnt(own_store):
+    store = own_store
+    ann, lee = person(store, "Ann", "user"), person(store, "Lee")
+    conversation, _, (first,) = chat(store, ann, "Tea?", ("Grean.",))
+    then = store.conversations.say(ann.id, conversation.id, first.id, "Which?")
+    second = answer(store, ann, then.id, "Any.")
+    _, better = store.feedback.improve(ann.id, second.id, "Sencha.")
+    last = store.conversations.say(ann.id, conversation.id, better.id, "How hot?")
+    third = answer(store, ann, last.id, "Hot.")
+    store.feedback.improve(ann.id, third.id, "70 degrees.")
+    writing = store.campaigns.create("d", "demonstration", Settings(), "system")
+    prompt = Prompt("q:2", (Message("user", "Hi?"), Message("assistant", "Hm."),
+                            Message("user", "Well?")), "chat")  # fmt: skip
+    store.campaigns.queue_prompts(writing.id, [prompt], "system", "train")
+    turns = [
+        Turn(Message("assistant", "Good."), "taken", "0123"), Turn(Message("user", "And?")),
+        Turn(Message("assistant", "Bye."), "edited", "0123"),
+    ]  # fmt: skip
+    lease = store.work.lease(writing.id, lee.id)
+    store.work.demonstrate(lease.token, lee.id, turns)
+
+    records = [i.record for i in harvest(store).items if isinstance(i.record, Conversation)]
+    said = {r: tuple(message.content for message in r.messages) for r in records}
+    learnt = {said[r]: [said[r][number] for number in r.learnt] for r in records}
+    assert learnt == {
+        ("Tea?", "Grean.", "Which?", "Sencha."): ["Sencha."],
+        ("Tea?", "Grean.", "Which?", "Sencha.", "How hot?", "70 degrees."): ["70 degrees."],
+        ("Hi?", "Hm.", "Well?", "Good.", "And?", "Bye."): ["Good.", "Bye."],
+    }  # fmt: skip
+    cleaned, _ = feedback.scrubbed(next(i for i in harvest(store).items if i.kind == "better"))
+    assert cleaned.record.learnt == (3,)
 
 
 def test_no_answer_is_used_without_consent_of_all_whose_words_it_holds(own_store):

@@ -161,9 +161,9 @@ def test_labelling(backend, request, tmp_path):
 
 def test_the_machine_would_notice(request, tmp_path, monkeypatch):
     """With places that are never taken, the same demands fail."""
-    from gptlab.people.store import work
+    from gptlab.people.store import leases
 
-    monkeypatch.setattr(work, "_FREE", work._OPEN)
+    monkeypatch.setattr(leases, "_FREE", leases._OPEN)
     monkeypatch.setattr(Labelling, "url", make_store_url(request, "sqlite", tmp_path))
     machine = Labelling()
     machine.begin(overlap=1, max_skips=2)

@@ -134,12 +134,48 @@ def test_a_reviewer_does_not_decide_their_own(store):
 def test_an_export_that_was_stopped_is_noted_with_what_it_has_more(store):
     ann = person(store, "Ann", "user")
     chat(store, ann)
-    first = store.exports.register("0123", "runs/x", store.state(), [("messages", "a", ann.id)])
+    noted = lambda rows: store.exports.register("0123", "runs/x", store.state(), rows, "training")  # noqa: E731
+    first = noted([("messages", "a", ann.id)])
     _, _, (reply,) = chat(store, ann)
     rows = [("messages", "a", ann.id), ("messages", reply.id, ann.id)]
-    again = store.exports.register("0123", "runs/x", store.state(), rows)
+    again = noted(rows)
     assert again.id == first.id and (first.rows, again.rows) == (1, 2)
     assert store.exports.containing(ann.id) == [again]
+    # With less in it, it is another one, and what the first had may be in something else by now.
+    store.conversations.delete(ann.id, reply.conversation)
+    less = noted(rows[:1])
+    assert store.exports.containing(ann.id) == store.exports.all() == [less, again]
+    assert (less.rows, again.rows) == (1, 2)
+    with pytest.raises(NotFound):
+        store.exports.containing("nobody")
+
+
+@pytest.mark.parametrize("scope", ["training", "publication"])
+def test_an_export_holds_what_was_withdrawn_as_long_as_it_is(store, scope):
+    ann, bo = person(store, "Ann", "user"), person(store, "Bo", "user")
+    bot = person(store, "bot", simulated=True)
+    for who in (ann, bo):
+        store.accounts.consent(who.id, "publication", True, "v1")
+    rows = [("messages", "a", ann.id), ("messages", "b", bo.id), ("judgements", "c", bot.id)]
+    store.exports.register("0123", "runs/x", store.state(), rows, scope)
+
+    def held():
+        (export,) = store.exports.all()
+        return export.rows, export.deleted, export.withdrawn, export.stale
+
+    other = "publication" if scope == "training" else "training"
+    store.accounts.consent(ann.id, other, False, "v1")
+    assert held() == (3, 0, 0, False)
+    store.accounts.consent(ann.id, scope, False, "v1")
+    assert held() == (3, 0, 1, True)
+    store.delete_person(bo.id, "system")
+    assert held() == (3, 1, 1, True)
+    (of_ann,) = store.exports.containing(ann.id)
+    assert (of_ann.rows, of_ann.deleted, of_ann.withdrawn) == (1, 0, 1)
+    store.accounts.consent(ann.id, scope, True, "v2")
+    assert held() == (3, 1, 0, True)
+    store.delete_person(ann.id, "system")
+    assert held() == (3, 2, 0, True)
 
 
 def test_nobody_else_on_the_machine_reads_the_file(request, tmp_path, no_fsync):

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from gptlab.people.store import Forbidden, Invalid, NotFound, Store
+from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.schema import metadata
 
 
@@ -68,6 +69,17 @@ def test_an_invitation_ends_with_the_admin_who_made_it(store, deleted):
     assert accounts.accept(valid, "Cy").role == "admin"
 
 
+def test_an_invitation_leads_to_a_campaign_that_there_is(store):
+    made = store.campaigns.create("c", "ranking", Settings(), "system")
+    before = dump(store)
+    for wrong in ("nothing", "", made.name):
+        with pytest.raises(NotFound, match=f"no campaign with the id {wrong!r}"):
+            store.accounts.invite("labeller", "system", campaign=wrong)
+    assert dump(store) == before
+    invitation, _ = store.accounts.invite("labeller", "system", campaign=made.id)
+    assert invitation.campaign == made.id
+
+
 def test_a_link_signs_in_once(store):
     ann = store.accounts.add_person("Ann", "reviewer", "system")
     _, token = store.accounts.sign_in_link(ann.id, "system")
@@ -90,6 +102,28 @@ def test_sessions_last_as_long_as_they_say(store, clock):
     _, third = store.accounts.open_session(ann.id)
     assert store.accounts.close_sessions(ann.id, ann.id) == 1
     assert store.accounts.check_session(third) is None
+
+
+def test_a_role_is_signed_in_as_long_as_one_session_of_it_is(store, clock):
+    ann, ada = (store.accounts.add_person("A", role, "system") for role in ("user", "admin"))
+    other = store.accounts.add_person("Ida", "admin", "system")
+    store.accounts.open_session(ann.id)
+    assert store.accounts.signed_in("user") and not store.accounts.signed_in("admin")
+    store.accounts.open_session(ada.id, valid_seconds=100)
+    _, newer = store.accounts.open_session(ada.id, valid_seconds=200)
+    store.accounts.close_session(newer)
+    assert store.accounts.signed_in("admin")  # by the older one
+    clock.now += 100
+    assert not store.accounts.signed_in("admin")
+    store.accounts.open_session(ada.id)
+    store.accounts.set_role(ada.id, "user", other.id)
+    assert not store.accounts.signed_in("admin")
+    store.accounts.open_session(other.id)
+    store.accounts.set_role(ada.id, "admin", other.id)
+    store.delete_person(other.id, other.id)
+    assert store.accounts.signed_in("admin")
+    store.accounts.close_sessions(ada.id, ada.id)
+    assert not store.accounts.signed_in("admin")
 
 
 def test_api_keys_name_their_caller(store, clock):

@@ -171,8 +171,11 @@ def test_deleting_a_person_removes_what_is_theirs_and_nothing_else(store, store_
     store.accounts.sign_in_link(ann.id, admin.id)
     state = store.state()
     row = ("messages", reply.id, ann.id)
-    store.exports.register("0123456789ab", "runs/export", state, [row, ("x", "y", bo.id)])
-    store.exports.register("ba9876543210", "runs/other", state, [("x", "y", bo.id)])
+    for identity, workdir, rows in (
+        ("0123456789ab", "runs/export", [row, ("x", "y", bo.id)]),
+        ("ba9876543210", "runs/other", [("x", "y", bo.id)]),
+    ):
+        store.exports.register(identity, workdir, state, rows, "training")
 
     affected = store.delete_person(ann.id, admin.id)
     assert [(export.workdir, export.rows) for export in affected] == [("runs/export", 1)]
@@ -191,7 +194,7 @@ def test_deleting_a_person_removes_what_is_theirs_and_nothing_else(store, store_
     progress = store.figures.progress(made.id)
     assert progress.tasks == 2 and progress.done + work_off(store, made, bo) == 2
     with pytest.raises(Invalid, match="has changed"):
-        store.exports.register("aaaaaaaaaaaa", "runs/late", state, [row])
+        store.exports.register("aaaaaaaaaaaa", "runs/late", state, [row], "training")
     if store_url.startswith("sqlite"):
         store.close()
         path = Path(store_url.removeprefix("sqlite:///"))
@@ -267,10 +270,10 @@ def test_a_newer_store_asks_for_an_update(store, store_url):
 
     become("9999")
     try:
-        with pytest.raises(UserError, match="schema 9999, this gptlab knows up to 0001.*update"):
+        with pytest.raises(UserError, match="schema 9999, this gptlab knows up to 0002.*update"):
             Store.open(store_url)
     finally:
-        become("0001")  # on PostgreSQL, the next test has the same tables
+        become("0002")  # on PostgreSQL, the next test has the same tables
 
 
 def test_a_failed_change_leaves_nothing(store):

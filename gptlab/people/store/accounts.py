@@ -1,16 +1,12 @@
 """People and how they come in: roles, invitations, sessions, API keys, consent.
 
 Nobody has a password. An invitation is a link with a token; whoever follows it becomes a person
-with the role it says and gets a session. A token (of an invitation, a session, an API key) is 256
-random bits that are shown once: the store has its SHA-256 only, and finds it by that hash, so that
-neither a copy of the database nor the time that a look-up takes tells a token.
+with the role it says and gets a session.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import secrets
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,15 +15,37 @@ from gptlab.people.backend import Caller
 from gptlab.people.store.audit import SYSTEM, Audit
 from gptlab.people.store.consent import SCOPES, Consent
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
-from gptlab.people.store.errors import Forbidden, Invalid, NotFound
-from gptlab.people.store.schema import api_keys, consents, invitations, people, sessions, tasks
+from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.person import (
+    Person,
+    check_name,
+    check_not_last_admin,
+    check_role,
+    find_person,
+    person_of,
+    require,
+)
+from gptlab.people.store.schema import (
+    api_keys,
+    campaigns,
+    consents,
+    invitations,
+    people,
+    sessions,
+    tasks,
+)
 from gptlab.people.store.settle import settle
+from gptlab.people.store.tokens import (
+    ApiKey,
+    Invitation,
+    Session,
+    api_key_of,
+    hashed,
+    invitation_of,
+    new_token,
+    valid_invitation,
+)
 
-# Each may do what those before it may: chat and give feedback; work on campaigns; decide where
-# labellers disagree; everything.
-ROLES = ("user", "labeller", "reviewer", "admin")
-MAX_NAME = 100  # characters
-_PERSON = sa.select(people).where(people.c.id == sa.bindparam("key"), people.c.deleted_at.is_(None))
 _SESSION = (
     sa.select(people, sessions.c.csrf, sessions.c.created_at.label("since"))
     .add_columns(sessions.c.expires_at)
@@ -35,58 +53,6 @@ _SESSION = (
     .where(sessions.c.token_hash == sa.bindparam("key"))
     .where(sessions.c.expires_at > sa.bindparam("now"))
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Person:
-    """`simulated`: a program that acts as a person; whatever it does is marked as such."""
-
-    id: str
-    name: str
-    role: str
-    simulated: bool
-    created_at: float
-
-    def may(self, role: str) -> bool:
-        """Whether this role includes that one."""
-        return ROLES.index(self.role) >= ROLES.index(role)
-
-
-@dataclasses.dataclass(frozen=True)
-class Invitation:
-    """A link to join by (`person` None), or for a person to sign in again."""
-
-    id: str
-    role: str
-    simulated: bool
-    person: str | None
-    campaign: str | None
-    uses_left: int
-    created_at: float
-    expires_at: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """A signed-in browser. `csrf` goes into its forms."""
-
-    person: Person
-    csrf: str
-    created_at: float
-    expires_at: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ApiKey:
-    """An API key without its token. `per_minute` None: the server's default."""
-
-    id: str
-    person: str
-    name: str
-    per_minute: int | None
-    created_at: float
-    expires_at: float | None
-    revoked_at: float | None
 
 
 class Accounts:
@@ -111,11 +77,11 @@ class Accounts:
         query = sa.select(people).where(people.c.deleted_at.is_(None))
         with self._database.read() as reader:
             rows = reader.execute(query.order_by(people.c.created_at, people.c.id))
-            return [_person(row) for row in rows]
+            return [person_of(row) for row in rows]
 
     def set_role(self, person: str, role: str, actor: str) -> Person:
         """Invalid if nobody would be left as admin."""
-        _check_role(role)
+        check_role(role)
         with self._database.write() as writer:
             require(writer, actor, "admin")
             before = find_person(writer, person)
@@ -135,8 +101,11 @@ class Accounts:
         simulated: bool = False,
         campaign: str | None = None,
     ) -> tuple[Invitation, str]:
-        """(the invitation, its token, which is never shown again)."""
-        _check_role(role)
+        """(the invitation, its token, which is never shown again).
+
+        `campaign`: the id of one to which the link leads. Raises Invalid, or NotFound for that one.
+        """
+        check_role(role)
         if not 1 <= uses <= 10_000:
             raise Invalid("an invitation is good for 1 to 10,000 people")
         return self._invite(role, actor, uses, valid_seconds, simulated, campaign, None)
@@ -155,10 +124,10 @@ class Accounts:
 
     def invitations(self) -> list[Invitation]:
         """Those that still can be used, newest first."""
-        query = sa.select(invitations).where(_valid(self._now()))
+        query = sa.select(invitations).where(valid_invitation(self._now()))
         with self._database.read() as reader:
             rows = reader.execute(query.order_by(invitations.c.created_at.desc()))
-            return [_invitation(row) for row in rows]
+            return [invitation_of(row) for row in rows]
 
     def revoke_invitation(self, invitation: str, actor: str) -> None:
         """Nobody can use it from now on."""
@@ -192,13 +161,13 @@ class Accounts:
 
     def open_session(self, person: str, valid_seconds: float = 30 * 86400.0) -> tuple[Session, str]:
         """(the session, its token, which goes into the cookie)."""
-        token, csrf, now = secrets.token_urlsafe(32), secrets.token_urlsafe(32), self._now()
+        token, csrf, now = new_token(), new_token(), self._now()
         with self._database.write() as writer:
             known = find_person(writer, person)
             writer.execute(sessions.delete().where(sessions.c.expires_at <= now))
             writer.execute(
                 sessions.insert().values(
-                    token_hash=_hashed(token), person_id=person, csrf=csrf,
+                    token_hash=hashed(token), person_id=person, csrf=csrf,
                     created_at=now, expires_at=now + valid_seconds,
                 )
             )  # fmt: skip
@@ -208,15 +177,25 @@ class Accounts:
     def check_session(self, token: str) -> Session | None:
         """The session of a cookie, if it is one that is still valid."""
         with self._database.read() as reader:
-            row = reader.execute(_SESSION, {"key": _hashed(token), "now": self._now()}).first()
+            row = reader.execute(_SESSION, {"key": hashed(token), "now": self._now()}).first()
         if row is None:
             return None
-        return Session(_person(row), row.csrf, row.since, row.expires_at)
+        return Session(person_of(row), row.csrf, row.since, row.expires_at)
+
+    def signed_in(self, role: str) -> bool:
+        """Whether anybody with just this role has a session that is still valid."""
+        query = (
+            sa.select(sessions.c.token_hash)
+            .join(people, people.c.id == sessions.c.person_id)
+            .where(people.c.role == role, sessions.c.expires_at > self._now())
+        )
+        with self._database.read() as reader:
+            return reader.execute(query).first() is not None
 
     def close_session(self, token: str) -> None:
         """Signs out; nothing happens if there is no such session."""
         with self._database.write() as writer:
-            where = sessions.c.token_hash == _hashed(token)
+            where = sessions.c.token_hash == hashed(token)
             person = writer.execute(sa.select(sessions.c.person_id).where(where)).scalar()
             if person is not None:
                 writer.execute(sessions.delete().where(where))
@@ -242,16 +221,16 @@ class Accounts:
         """(the key, its token, which is never shown again). Tokens begin with 'gptlab-'."""
         if per_minute is not None and per_minute < 1:
             raise Invalid("a key allows at least one request a minute")
-        token, now = f"gptlab-{secrets.token_urlsafe(32)}", self._now()
+        token, now = f"gptlab-{new_token()}", self._now()
         expires = None if valid_seconds is None else now + valid_seconds
-        name = _check_name(name)
+        name = check_name(name)
         key = ApiKey(new_id(), person, name, per_minute, now, expires, None)
         with self._database.write() as writer:
             require(writer, actor, "admin", own=person)
             find_person(writer, person)
             writer.execute(
                 api_keys.insert().values(
-                    id=key.id, token_hash=_hashed(token), person_id=person, name=name,
+                    id=key.id, token_hash=hashed(token), person_id=person, name=name,
                     per_minute=per_minute, created_at=now, expires_at=expires,
                 )
             )  # fmt: skip
@@ -266,13 +245,7 @@ class Accounts:
             query = query.where(api_keys.c.person_id == person)
         with self._database.read() as reader:
             rows = reader.execute(query.order_by(api_keys.c.created_at.desc()))
-            return [
-                ApiKey(
-                    r.id, r.person_id, r.name, r.per_minute, r.created_at, r.expires_at,
-                    r.revoked_at,
-                )
-                for r in rows
-            ]  # fmt: skip
+            return [api_key_of(row) for row in rows]
 
     def revoke_api_key(self, key: str, actor: str) -> None:
         """Raises NotFound."""
@@ -294,7 +267,7 @@ class Accounts:
     def api_person(self, token: str) -> Person | None:
         """Whose key it is: for clients that work on campaigns through the API."""
         row = self._api_key(token)
-        return None if row is None else _person(row)
+        return None if row is None else person_of(row)
 
     def consent(self, person: str, scope: str, given: bool, text_version: str) -> Consent:
         """Notes a person's answer. Withdrawing is an answer too.
@@ -331,8 +304,8 @@ class Accounts:
         return self._database.clock()
 
     def _add(self, writer: Writer, name: str, role: str, simulated: bool, actor: str) -> Person:
-        _check_role(role)
-        person = Person(new_id(), _check_name(name), role, simulated, self._now())
+        check_role(role)
+        person = Person(new_id(), check_name(name), role, simulated, self._now())
         writer.execute(people.insert().values(**dataclasses.asdict(person)))
         detail = {"role": role, "simulated": simulated}
         self._audit.append(writer, actor, "person.add", f"people:{person.id}", detail)
@@ -342,15 +315,18 @@ class Accounts:
         self, role: str, actor: str, uses: int, valid_seconds: float, simulated: bool,
         campaign: str | None, person: str | None,
     ) -> tuple[Invitation, str]:  # fmt: skip
-        token, now = secrets.token_urlsafe(32), self._now()
+        token, now = new_token(), self._now()
         made = Invitation(
             new_id(), role, simulated, person, campaign, uses, now, now + valid_seconds
         )
         with self._database.write() as writer:
             require(writer, actor, "admin")
+            there = sa.select(campaigns.c.id).where(campaigns.c.id == campaign)
+            if campaign is not None and writer.execute(there).first() is None:
+                raise NotFound(f"there is no campaign with the id {campaign!r}")
             writer.execute(
                 invitations.insert().values(
-                    id=made.id, token_hash=_hashed(token), role=role, simulated=simulated,
+                    id=made.id, token_hash=hashed(token), role=role, simulated=simulated,
                     person_id=person, campaign_id=campaign, created_by=actor, uses_left=uses,
                     created_at=now, expires_at=made.expires_at,
                 )
@@ -361,10 +337,10 @@ class Accounts:
 
     def _usable(self, reader: Reader, token: str) -> Invitation | None:
         query = sa.select(invitations).where(
-            invitations.c.token_hash == _hashed(token), _valid(self._now())
+            invitations.c.token_hash == hashed(token), valid_invitation(self._now())
         )
         row = reader.execute(query).first()
-        return None if row is None else _invitation(row)
+        return None if row is None else invitation_of(row)
 
     def _api_key(self, token: str) -> Any:
         query = (
@@ -372,73 +348,10 @@ class Accounts:
             .add_columns(api_keys.c.name.label("key_name"))
             .join(people, people.c.id == api_keys.c.person_id)
             .where(
-                api_keys.c.token_hash == _hashed(token),
+                api_keys.c.token_hash == hashed(token),
                 api_keys.c.revoked_at.is_(None),
                 sa.or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > self._now()),
             )
         )
         with self._database.read() as reader:
             return reader.execute(query).first()
-
-
-def find_person(reader: Reader, person: str) -> Person:
-    """Raises NotFound, also for one who was deleted."""
-    row = reader.execute(_PERSON, {"key": person}).first()
-    if row is None:
-        raise NotFound("there is no such person")
-    return _person(row)
-
-
-def require(reader: Reader, actor: str, role: str, own: str | None = None) -> None:
-    """Forbidden unless the actor is 'system', has the role, or it is about themselves (`own`)."""
-    if actor == SYSTEM or (own is not None and actor == own):
-        return
-    if not find_person(reader, actor).may(role):
-        raise Forbidden(f"this takes the role of {role}")
-
-
-def check_not_last_admin(reader: Reader, person: str) -> None:
-    """Invalid if there is no other admin."""
-    query = sa.select(sa.func.count()).where(
-        people.c.role == "admin", people.c.deleted_at.is_(None), people.c.id != person
-    )
-    if not reader.execute(query).scalar_one():
-        raise Invalid("this is the only admin: make somebody else one first")
-
-
-def _valid(now: float) -> sa.ColumnElement[bool]:
-    """Of invitations: they can be used, and who made them still may invite."""
-    admins = sa.select(people.c.id).where(people.c.role == "admin", people.c.deleted_at.is_(None))
-    made_by = invitations.c.created_by
-    return sa.and_(
-        invitations.c.uses_left > 0,
-        invitations.c.expires_at > now,
-        sa.or_(made_by == SYSTEM, made_by.in_(admins)),
-    )
-
-
-def _hashed(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
-
-
-def _check_role(role: str) -> None:
-    if role not in ROLES:
-        raise Invalid(f"a role is one of {', '.join(ROLES)}")
-
-
-def _check_name(name: str) -> str:
-    name = " ".join(storable(name, MAX_NAME, "a name").split())
-    if not name:
-        raise Invalid("a name can't be empty")
-    return name
-
-
-def _person(row: Any) -> Person:
-    return Person(row.id, row.name, row.role, row.simulated, row.created_at)
-
-
-def _invitation(row: Any) -> Invitation:
-    return Invitation(
-        row.id, row.role, row.simulated, row.person_id, row.campaign_id, row.uses_left,
-        row.created_at, row.expires_at,
-    )  # fmt: skip

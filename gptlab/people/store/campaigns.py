@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from gptlab.data.records import Candidate, CandidateSet, Prompt
-from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.consent import usable
 from gptlab.people.store.conversations import path_to
 from gptlab.people.store.database import Database, Reader, new_id, storable
 from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.person import require
 from gptlab.people.store.provenance import GOLD, origins
 from gptlab.people.store.removal import EMPTY
 from gptlab.people.store.schema import (
@@ -37,13 +36,20 @@ from gptlab.people.store.schema import (
     to_json,
 )
 from gptlab.people.store.settle import settle_campaign
+from gptlab.people.store.tasks import (
+    Task,
+    dense_ranks,
+    find_task,
+    payload,
+    place,
+    rankable,
+    task_of,
+)
 
 KINDS = ("ranking", "demonstration")
 STATES = ("open", "paused", "closed")
-MAX_CANDIDATES = 26  # they are shown as A to Z
 _KEY: sa.BindParameter[str] = sa.bindparam("key")
 _CAMPAIGN = sa.select(campaigns).where(sa.or_(campaigns.c.id == _KEY, campaigns.c.name == _KEY))
-_TASK = sa.select(tasks).where(tasks.c.id == _KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +84,6 @@ class Campaign:
     state: str
     settings: Settings
     created_at: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task as managers see it. `gold`: the known ranks of a gold check.
-
-    `prompt` is None where the labeller writes about `topic` from the start; `person` is whose chat
-    it shows.
-    """
-
-    id: str
-    campaign: str
-    source: str
-    split: str
-    state: str
-    prompt: Prompt | None
-    topic: str
-    candidates: tuple[Candidate, ...]  # none in a demonstration campaign
-    gold: tuple[int, ...] | None
-    person: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +167,7 @@ class Campaigns:
 
         One that was made of a chat deleted since is only noted, as deleted.
         """
-        rows = ({"source": item.id, "payload": _payload(item)} for item in _rankable(sets))
+        rows = ({"source": item.id, "payload": payload(item)} for item in rankable(sets))
         return self._queue(campaign, "ranking", rows, actor, split=split)
 
     def queue_gold(
@@ -192,8 +178,8 @@ class Campaigns:
         if len(set(gold)) < 2:
             raise Invalid("a gold check needs one reply that is better than another")
         rows = (
-            {"source": f"{GOLD}{item.id}", "payload": _payload(item), "gold": to_json(gold)}
-            for item in _rankable([item])
+            {"source": f"{GOLD}{item.id}", "payload": payload(item), "gold": to_json(gold)}
+            for item in rankable([item])
         )
         return self._queue(campaign, "ranking", rows, actor)
 
@@ -201,7 +187,7 @@ class Campaigns:
         self, campaign: str, prompts: Iterable[Prompt], actor: str, split: str = ""
     ) -> int:
         """Queues beginnings of conversations for a demonstration campaign; returns the new ones."""
-        rows = ({"source": prompt.id, "payload": _payload(prompt)} for prompt in prompts)
+        rows = ({"source": prompt.id, "payload": payload(prompt)} for prompt in prompts)
         return self._queue(campaign, "demonstration", rows, actor, split=split)
 
     def queue_topics(self, campaign: str, topics: Iterable[str], actor: str) -> int:
@@ -246,7 +232,7 @@ class Campaigns:
         item = CandidateSet(
             f"message:{picked.message}", picked.prompt, (picked.reply, *alternatives)
         )
-        rows = ({"source": item.id, "payload": _payload(item)} for item in _rankable([item]))
+        rows = ({"source": item.id, "payload": payload(item)} for item in rankable([item]))
         return self._queue(campaign, "ranking", rows, actor, message=picked.message)
 
     def tasks(
@@ -300,7 +286,7 @@ class Campaigns:
             known_origins = origins(writer, [own["source"] for own in new], message)
             for own in new:
                 origin = known_origins[own["source"]]
-                own |= {"id": new_id(), "place": _place(found.settings.seed, own["source"])}
+                own |= {"id": new_id(), "place": place(found.settings.seed, own["source"])}
                 own |= {"person_id": origin.person, "state": origin.state}
                 if origin.state == "deleted":
                     own |= EMPTY
@@ -314,42 +300,6 @@ def find_campaign(reader: Reader, campaign: str) -> Campaign:
     if row is None:
         raise NotFound(f"there is no campaign {campaign!r}")
     return campaign_of(row)
-
-
-def find_task(reader: Reader, task: str) -> Task:
-    """Raises NotFound, also for one whose content was deleted."""
-    row = reader.execute(_TASK, {"key": task}).first()
-    if row is None or row.state == "deleted":
-        raise NotFound("there is no such task")
-    return task_of(row)
-
-
-def task_of(row: Any) -> Task:
-    """A row of the table; nothing is shown of one whose content was deleted."""
-    prompt: Prompt | None = None
-    topic = ""
-    candidates: tuple[Candidate, ...] = ()
-    content = json.loads(row.payload) if row.payload else {}
-    if content.get("kind") == "CandidateSet":
-        item = CandidateSet.from_json(row.payload)
-        prompt, candidates = item.prompt, item.candidates
-    elif content.get("kind") == "Prompt":
-        prompt = Prompt.from_json(row.payload)
-    else:
-        topic = content.get("topic", "")
-    return Task(
-        row.id, row.campaign_id, row.source, row.split, row.state, prompt, topic, candidates,
-        None if row.gold is None else tuple(json.loads(row.gold)), row.person_id,
-    )  # fmt: skip
-
-
-def dense_ranks(ranks: Sequence[int], count: int) -> list[int]:
-    """Ranks from 1 without gaps, in the same order. Raises Invalid unless there are `count`."""
-    whole = all(isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks)
-    if len(ranks) != count or not whole or not all(1 <= rank <= 1000 for rank in ranks):
-        raise Invalid(f"a ranking has a whole number from 1 on for each of the {count} replies")
-    order = sorted(set(ranks))
-    return [order.index(rank) + 1 for rank in ranks]
 
 
 def _check(settings: Settings) -> None:
@@ -373,26 +323,6 @@ def _described(settings: Settings) -> dict[str, Any]:
     values = dataclasses.asdict(settings)
     text = values.pop("instructions")
     return values | {"instructions_sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _rankable(sets: Iterable[CandidateSet]) -> Iterator[CandidateSet]:
-    for item in sets:
-        if not 2 <= len(item.candidates) <= MAX_CANDIDATES:
-            raise Invalid(
-                f"candidate set {item.id} has {len(item.candidates)} replies; 2 to "
-                f"{MAX_CANDIDATES} can be ranked"
-            )
-        yield item
-
-
-def _payload(record: CandidateSet | Prompt) -> str:
-    """ASCII: what a model said may hold what PostgreSQL doesn't keep as text."""
-    return to_json(json.loads(record.to_json()))
-
-
-def _place(seed: int, source: str) -> int:
-    digest = hashlib.sha256(f"{seed}:{source}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def _check_there(reader: Reader, message: str) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 
 import sqlalchemy as sa
 
-from gptlab.people.store.accounts import Person
-from gptlab.people.store.campaigns import Campaign, Task, campaign_of, task_of
+from gptlab.people.store.campaigns import Campaign, campaign_of
 from gptlab.people.store.consent import SCOPES, consenting
 from gptlab.people.store.conversations import Message, message_of
 from gptlab.people.store.database import Database, Reader
 from gptlab.people.store.feedback import Given, counting, given
 from gptlab.people.store.judgements import Judgement, read_judgements
+from gptlab.people.store.person import Person, person_of
 from gptlab.people.store.schema import (
     audit,
     campaigns,
@@ -32,6 +32,7 @@ from gptlab.people.store.schema import (
     tasks,
 )
 from gptlab.people.store.settle import standing
+from gptlab.people.store.tasks import Task, task_of
 
 # Content that is only added to, so that `until` can leave it out. Any other change counts at once.
 _ADDING = ("message.add", "feedback.add", "judgement.add", "task.queue")
@@ -87,7 +88,7 @@ def read(database: Database, until: int | None = None) -> Content:
         own = sa.select(tasks).where(tasks.c.row <= state.until, tasks.c.state != "deleted")
         return Content(
             state,
-            {r.id: Person(r.id, r.name, r.role, r.simulated, r.created_at) for r in alive},
+            {r.id: person_of(r) for r in alive},
             {s: frozenset(reader.execute(consenting(s)).scalars()) for s in SCOPES},
             {r.id: r.person_id for r in reader.execute(sa.select(conversations))},
             {r.id: message_of(r) for r in reader.execute(row)},

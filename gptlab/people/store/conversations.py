@@ -16,10 +16,10 @@ import sqlalchemy as sa
 
 from gptlab.data import records
 from gptlab.people.store import removal
-from gptlab.people.store.accounts import find_person
 from gptlab.people.store.audit import Audit
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
 from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.person import find_person
 from gptlab.people.store.schema import conversations, messages, to_json
 
 MAX_CHARACTERS = 200_000  # of a message, and of its context

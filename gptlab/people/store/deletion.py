@@ -8,7 +8,8 @@ instructions, questions, topics and gold checks. Tasks they judged are open agai
 
 Artifacts exported earlier are files outside of the store; the store knows which ones contain the
 person's data and lists them, so that they can be made again and the old ones removed. What such an
-artifact still holds is not taken in again (provenance.py).
+artifact still holds is not taken in again (provenance.py). Somebody who withdraws their consent
+stays in the store, and artifacts that hold their data are told apart in the same way.
 
 SQLite's file holds nothing of it afterwards, not in its free pages either, nor does its log once
 nobody reads an earlier state (Database.forget). PostgreSQL overwrites the space in its own time
@@ -20,14 +21,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import sqlalchemy as sa
 
-from gptlab.people.store.accounts import check_not_last_admin, find_person, require
 from gptlab.people.store.audit import SYSTEM, Audit
+from gptlab.people.store.consent import SCOPES, usable
 from gptlab.people.store.content import State, state_of_content
-from gptlab.people.store.database import Database, Reader, Writer, new_id
-from gptlab.people.store.errors import Invalid
+from gptlab.people.store.database import Database, Reader, new_id
+from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.person import check_not_last_admin, find_person, require
 from gptlab.people.store.removal import remove, remove_answers, remove_conversations
 from gptlab.people.store.schema import (
     api_keys,
@@ -44,6 +47,9 @@ from gptlab.people.store.schema import (
 )
 from gptlab.people.store.settle import settle
 
+# What was made again in the same second has other content.
+_NEWEST_FIRST = (exports.c.created_at.desc(), exports.c.until.desc(), exports.c.id)
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -53,9 +59,16 @@ class Export:
     identity: str
     workdir: str
     until: int  # the audit row up to which content went in
+    consent: str  # the scope that people had to consent to
     created_at: float
     rows: int  # of those asked for: all, or one person's
     deleted: int  # of these rows, those of people who were deleted since
+    withdrawn: int  # those of people who have withdrawn that consent since
+
+    @property
+    def stale(self) -> bool:
+        """Whether it holds what would not be exported again."""
+        return self.deleted + self.withdrawn > 0
 
 
 class Exports:
@@ -65,36 +78,44 @@ class Exports:
         self._database, self._audit = database, audit
 
     def register(
-        self, identity: str, workdir: str, state: State, rows: Iterable[tuple[str, str, str]]
+        self,
+        identity: str,
+        workdir: str,
+        state: State,
+        rows: Iterable[tuple[str, str, str]],
+        consent: str,
     ) -> Export:
-        """Notes an export, before it is written; one that is noted already gets further rows.
+        """Notes an export, before it is written.
 
-        It loses those of people who were deleted since: it is written anew, without them.
+        The same one again, with what it had and more, is a run that was stopped and goes on. With
+        less it is another, made in the place of the first: what was there before stays noted, as
+        something may have been made of it.
 
         Args:
           identity: the artifact's.
           workdir: where it is.
           state: the content that was read.
           rows: (table, id, person) of what goes in.
+          consent: the scope that people had to consent to.
 
         Raises:
           Invalid: somebody was deleted or has withdrawn their consent since the content was read.
         """
+        inside = set(rows)
         with self._database.write() as writer:
             if state_of_content(writer, state.until) != state:
                 raise Invalid("the store has changed while it was read: export once more")
             same = sa.and_(exports.c.identity == identity, exports.c.workdir == workdir)
-            known = writer.execute(sa.select(exports.c.id).where(same)).scalar()
+            newest = sa.select(exports.c.id).where(same).order_by(*_NEWEST_FIRST)
+            known = writer.execute(newest).scalar()
             values = {"identity": identity, "workdir": workdir, "until": state.until}
-            if known is None:
+            if known is None or not _rows(writer, known) <= inside:
                 known, now = new_id(), self._database.clock()
-                writer.execute(exports.insert().values(id=known, created_at=now, **values))
-            else:  # a run that was stopped, and has more to write now
+                values |= {"id": known, "created_at": now, "consent": consent}
+                writer.execute(exports.insert().values(**values))
+            else:
                 writer.execute(exports.update().where(exports.c.id == known).values(**values))
-                gone = sa.select(people.c.id).where(people.c.deleted_at.is_not(None))
-                old = sa.and_(export_rows.c.export_id == known, export_rows.c.person_id.in_(gone))
-                writer.execute(export_rows.delete().where(old))
-            new = sorted(set(rows) - _rows(writer, known))
+            new = sorted(inside - _rows(writer, known))
             if new:
                 names = ("kind", "row_id", "person_id")
                 writer.execute(
@@ -111,8 +132,13 @@ class Exports:
             return _exports(reader)
 
     def containing(self, person: str) -> list[Export]:
-        """The exports that contain something of a person, also after their deletion."""
+        """The exports that contain something of a person, also after their deletion.
+
+        Raises NotFound if there never was such a person.
+        """
         with self._database.read() as reader:
+            if reader.execute(sa.select(people.c.id).where(people.c.id == person)).first() is None:
+                raise NotFound("there is no such person")
             return _exports(reader, person)
 
     def delete_person(self, person: str, actor: str) -> list[Export]:
@@ -150,20 +176,29 @@ def _rows(reader: Reader, export: str) -> set[tuple[str, str, str]]:
     return {(row.kind, row.row_id, row.person_id) for row in rows}
 
 
-def _exports(reader: Reader | Writer, person: str | None = None) -> list[Export]:
-    rows = export_rows.c.export_id == exports.c.id
+def _exports(reader: Reader, person: str | None = None) -> list[Export]:
+    """All exports, or those with something of a person, of which only that is counted."""
+    query = sa.select(export_rows.c.export_id, export_rows.c.person_id, sa.func.count())
+    query = query.group_by(export_rows.c.export_id, export_rows.c.person_id)
     if person is not None:
-        rows = sa.and_(rows, export_rows.c.person_id == person)
-    count = sa.func.count(export_rows.c.row_id).label("inside")
-    deleted = sa.func.count(people.c.deleted_at).label("deleted")
-    query = (
-        sa.select(exports, count, deleted)
-        .join(export_rows, rows, isouter=person is None)
-        .join(people, people.c.id == export_rows.c.person_id, isouter=True)
-        .group_by(*exports.c)
-        .order_by(exports.c.created_at.desc(), exports.c.id)
-    )
-    return [
-        Export(r.id, r.identity, r.workdir, r.until, r.created_at, r.inside, r.deleted)
-        for r in reader.execute(query)
-    ]
+        query = query.where(export_rows.c.person_id == person)
+    inside: dict[str, dict[str, int]] = {}  # export -> person -> rows
+    for export, owner, count in reader.execute(query):
+        inside.setdefault(export, {})[owner] = count
+    gone = sa.select(people.c.id).where(people.c.deleted_at.is_not(None))
+    deleted = set(reader.execute(gone).scalars())
+    refused = {s: sa.select(people.c.id).where(~usable(s)) for s in SCOPES}
+    withdrawn = {s: set(reader.execute(q).scalars()) - deleted for s, q in refused.items()}
+    rows = reader.execute(sa.select(exports).order_by(*_NEWEST_FIRST))
+    found = [_export(row, inside.get(row.id, {}), deleted, withdrawn[row.consent]) for row in rows]
+    return [export for export in found if person is None or export.rows]
+
+
+def _export(row: Any, inside: dict[str, int], deleted: set[str], withdrawn: set[str]) -> Export:
+    def of(owners: set[str]) -> int:
+        return sum(count for owner, count in inside.items() if owner in owners)
+
+    return Export(
+        row.id, row.identity, row.workdir, row.until, row.consent, row.created_at,
+        sum(inside.values()), of(deleted), of(withdrawn),
+    )  # fmt: skip

@@ -12,9 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
-from gptlab.people.store.campaigns import Task, dense_ranks, find_campaign, find_task, task_of
+from gptlab.people.store.campaigns import find_campaign
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
 from gptlab.people.store.errors import Forbidden, Invalid, NotFound
 from gptlab.people.store.judgements import (
@@ -25,9 +24,11 @@ from gptlab.people.store.judgements import (
     insert_judgement,
     read_judgements,
 )
+from gptlab.people.store.person import require
 from gptlab.people.store.schema import flags as flag_rows
 from gptlab.people.store.schema import judgements, tasks
 from gptlab.people.store.settle import DECIDING, disagreement, settle, standing
+from gptlab.people.store.tasks import Task, dense_ranks, find_task, task_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -295,6 +295,8 @@ exports = sa.Table(
     _text("workdir"),
     _integer("until"),
     _time(),
+    # What the people in it had to consent to.
+    sa.Column("consent", sa.Text, nullable=False, server_default="training"),
 )
 
 export_rows = sa.Table(

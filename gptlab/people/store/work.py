@@ -10,27 +10,17 @@ returns what the first one wrote.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from gptlab.data.records import Message
-from gptlab.people.store.accounts import require
 from gptlab.people.store.audit import Audit
-from gptlab.people.store.campaigns import (
-    Campaign,
-    Task,
-    dense_ranks,
-    find_campaign,
-    find_task,
-    task_of,
-)
+from gptlab.people.store.campaigns import Campaign, find_campaign
 from gptlab.people.store.conversations import MAX_CHARACTERS
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
-from gptlab.people.store.errors import Invalid, LeaseLost, NotFound
+from gptlab.people.store.errors import Invalid, NotFound
 from gptlab.people.store.judgements import (
     MAX_NOTE,
     RATINGS,
@@ -41,52 +31,27 @@ from gptlab.people.store.judgements import (
     insert_judgement,
     read_judgements,
 )
-from gptlab.people.store.schema import judgements, leases, tasks, to_json
-from gptlab.people.store.settle import occupied, settle, standing
+from gptlab.people.store.leases import (
+    ANSWERED,
+    Lease,
+    check_held,
+    close_lease,
+    has_room,
+    lease_of,
+    next_task,
+    order_shown,
+    own_lease,
+    show,
+)
+from gptlab.people.store.person import require
+from gptlab.people.store.schema import judgements, leases, to_json
+from gptlab.people.store.settle import settle, standing
+from gptlab.people.store.tasks import Task, dense_ranks, find_task
 
 SKIP_REASONS = ("unclear", "too_hard", "offensive", "broken", "other")
 ORIGINS = ("written", "taken", "edited")
 MAX_TURNS = 200
-ANSWERED = ("judged", "skipped")  # states of leases
 _DAY = 86400.0  # seconds
-_LEASE = sa.select(leases).where(
-    leases.c.id == sa.bindparam("key"), leases.c.person_id == sa.bindparam("person")
-)
-# Open tasks that a person hasn't answered, in their order; those that have room; gold checks.
-_ANSWER = sa.select(leases.c.id).where(
-    leases.c.task_id == tasks.c.id,
-    leases.c.person_id == sa.bindparam("person"),
-    leases.c.state.in_(ANSWERED),
-)
-_OPEN = (
-    sa.select(tasks)
-    .where(tasks.c.campaign_id == sa.bindparam("campaign"), tasks.c.state == "open")
-    .where(~_ANSWER.exists())
-    .order_by(tasks.c.place, tasks.c.id)
-    .limit(1)
-)
-_TAKEN = occupied(sa.bindparam("now", type_=sa.Double))
-_FREE = _OPEN.where(tasks.c.gold.is_(None), _TAKEN < sa.bindparam("overlap"))
-_GOLD = _OPEN.where(tasks.c.gold.is_not(None))
-_CLOSE = leases.update().where(leases.c.id == sa.bindparam("key")).values(state=sa.bindparam("to"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Lease:
-    """A task as a labeller sees it: which model wrote what, and which is a check, is not told.
-
-    `replies` are in the order to be shown; ranks, ratings and flags follow that order. A
-    demonstration has none; without a prompt, its conversation is to be about `topic`.
-    """
-
-    token: str
-    campaign: str
-    kind: str
-    prompt: tuple[Message, ...]
-    topic: str
-    replies: tuple[str, ...]
-    granted_at: float
-    expires_at: float
 
 
 class Work:
@@ -110,36 +75,36 @@ class Work:
             )
             held = writer.execute(query).first()
             if held is not None and held.expires_at > now:
-                return _shown(writer, found, held)
+                return show(writer, found, held)
             if held is not None:
-                if _has_room(writer, found, held, now):
+                if has_room(writer, found, held, now):
                     return self._extend(writer, found, held, now)
-                _close(writer, held.id, "released")
-            task = _next_task(writer, found, person, now)
+                close_lease(writer, held.id, "released")
+            task = next_task(writer, found, person, now)
             if task is None:
                 return None
             values: dict[str, Any] = {
                 "id": new_id(), "task_id": task.id, "campaign_id": found.id, "person_id": person,
                 "created_at": now, "expires_at": now + found.settings.lease_seconds,
-                "shown": to_json(_order(found, task, person)), "state": "held",
+                "shown": to_json(order_shown(found, task, person)), "state": "held",
             }  # fmt: skip
             writer.execute(leases.insert(), values)
-            return _lease(found, task, values["id"], now, values["expires_at"], values["shown"])
+            return lease_of(found, task, values["id"], now, values["expires_at"], values["shown"])
 
     def renew(self, token: str, person: str) -> Lease:
         """Starts the lease's time anew, while its task isn't somebody else's. Raises LeaseLost."""
         now = self._database.clock()
         with self._database.write() as writer:
-            held = _own_lease(writer, token, person)
-            campaign = _check_held(writer, held, now)
+            held = own_lease(writer, token, person)
+            campaign = check_held(writer, held, now)
             return self._extend(writer, campaign, held, now)
 
     def release(self, token: str, person: str) -> None:
         """Gives a task back, unjudged; the person may get it again."""
         with self._database.write() as writer:
-            held = _own_lease(writer, token, person)
+            held = own_lease(writer, token, person)
             if held.state == "held":
-                _close(writer, token, "released")
+                close_lease(writer, token, "released")
 
     def judge(
         self,
@@ -166,10 +131,10 @@ class Work:
           Invalid, NotFound (no such lease of this person), LeaseLost.
         """
         with self._database.write() as writer:
-            held = _own_lease(writer, token, person)
+            held = own_lease(writer, token, person)
             if held.state in ANSWERED:
                 return _answer(writer, held)
-            campaign = _check_held(writer, held, self._database.clock())
+            campaign = check_held(writer, held, self._database.clock())
             task = find_task(writer, held.task_id)
             if campaign.kind != "ranking":
                 raise Invalid("this task asks for a conversation, not for a ranking")
@@ -192,10 +157,10 @@ class Work:
         It goes on from the prompt, user and assistant take turns, the assistant has the last word.
         """
         with self._database.write() as writer:
-            held = _own_lease(writer, token, person)
+            held = own_lease(writer, token, person)
             if held.state in ANSWERED:
                 return _answer(writer, held)
-            campaign = _check_held(writer, held, self._database.clock())
+            campaign = check_held(writer, held, self._database.clock())
             if campaign.kind != "demonstration":
                 raise Invalid("this task asks for a ranking, not for a conversation")
             _check_turns(find_task(writer, held.task_id), turns)
@@ -207,10 +172,10 @@ class Work:
         if reason not in SKIP_REASONS:
             raise Invalid(f"the reason is one of {', '.join(SKIP_REASONS)}")
         with self._database.write() as writer:
-            held = _own_lease(writer, token, person)
+            held = own_lease(writer, token, person)
             if held.state in ANSWERED:
                 return _answer(writer, held)
-            _check_held(writer, held, self._database.clock())
+            check_held(writer, held, self._database.clock())
             made = self._made(held, "skip", f"{reason}: {note}" if note else reason, None)
             return self._write(writer, made, held.id)
 
@@ -261,7 +226,7 @@ class Work:
         update = leases.update().where(leases.c.id == held.id)
         writer.execute(update.values(expires_at=expires))
         task = find_task(writer, held.task_id)
-        return _lease(campaign, task, held.id, held.created_at, expires, held.shown)
+        return lease_of(campaign, task, held.id, held.created_at, expires, held.shown)
 
     def _made(self, lease: Any, kind: str, note: str, seconds: float | None) -> Judgement:
         now = self._database.clock()
@@ -276,7 +241,7 @@ class Work:
     def _write(self, writer: Writer, made: Judgement, lease: str | None) -> Judgement:
         insert_judgement(writer, self._audit, made, lease)
         if lease is not None:
-            _close(writer, lease, "skipped" if made.kind == "skip" else "judged")
+            close_lease(writer, lease, "skipped" if made.kind == "skip" else "judged")
         settle(writer, [made.task])
         return made
 
@@ -334,84 +299,7 @@ def _follows(ranks: Sequence[int], gold: Sequence[int]) -> bool:
     return all(ranks[a] < ranks[b] for a in count for b in count if gold[a] < gold[b])
 
 
-def _next_task(writer: Writer, campaign: Campaign, person: str, now: float) -> Task | None:
-    """The first task that has room, which the person hasn't answered; now and then a gold check."""
-    mine = {"campaign": campaign.id, "person": person}
-    row = writer.execute(
-        _FREE, {**mine, "now": now, "overlap": campaign.settings.overlap}
-    ).first()  # fmt: skip
-    if row is not None and _gold_is_due(writer, campaign, person):
-        row = writer.execute(_GOLD, mine).first() or row
-    return None if row is None else task_of(row)
-
-
-def _gold_is_due(writer: Writer, campaign: Campaign, person: str) -> bool:
-    """Drawn for each lease anew, from the seed, the person and how many they had."""
-    if not campaign.settings.gold_rate:
-        return False
-    mine = sa.select(sa.func.count()).where(
-        leases.c.campaign_id == campaign.id, leases.c.person_id == person
-    )
-    number = writer.execute(mine).scalar_one()
-    return _draw(campaign.settings.seed, "gold", person, number) < campaign.settings.gold_rate
-
-
-def _order(campaign: Campaign, task: Task, person: str) -> list[int]:
-    """shown[i]: the number of the candidate in place i; drawn for each task and person."""
-    key = (campaign.settings.seed, "order", task.id, person)
-    return sorted(range(len(task.candidates)), key=lambda number: _draw(*key, number))
-
-
-def _draw(*key: object) -> float:
-    """A hash of the key as a number in [0, 1)."""
-    digest = hashlib.sha256(to_json(key).encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
-
-
-def _own_lease(reader: Reader, token: str, person: str) -> Any:
-    row = reader.execute(_LEASE, {"key": token, "person": person}).first()
-    if row is None:
-        raise NotFound("there is no such task of yours")
-    return row
-
-
 def _answer(reader: Reader, lease: Any) -> Judgement:
     """What a lease has already brought: a request may be sent twice."""
     (answer,) = read_judgements(reader, judgements.c.lease_id == lease.id)
     return answer
-
-
-def _check_held(reader: Reader, lease: Any, now: float) -> Campaign:
-    """Of a lease that can be answered: it runs, or has run out and nobody else needs its place."""
-    campaign = find_campaign(reader, lease.campaign_id)
-    if lease.state != "held" or (
-        lease.expires_at <= now and not _has_room(reader, campaign, lease, now)
-    ):
-        raise LeaseLost("this task was given back, or has gone to somebody else")
-    return campaign
-
-
-def _has_room(reader: Reader, campaign: Campaign, lease: Any, now: float) -> bool:
-    """Whether a lease that has run out can go on."""
-    query = sa.select(tasks.c.state, tasks.c.gold, occupied(now).label("occupied"))
-    task = reader.execute(query.where(tasks.c.id == lease.task_id)).one()
-    if task.state != "open":
-        return False
-    return task.gold is not None or task.occupied < campaign.settings.overlap
-
-
-def _close(writer: Writer, lease: str, state: str) -> None:
-    writer.execute(_CLOSE, {"key": lease, "to": state})
-
-
-def _shown(reader: Reader, campaign: Campaign, row: Any) -> Lease:
-    task = find_task(reader, row.task_id)
-    return _lease(campaign, task, row.id, row.created_at, row.expires_at, row.shown)
-
-
-def _lease(
-    campaign: Campaign, task: Task, token: str, granted: float, expires: float, shown: str
-) -> Lease:
-    replies = tuple(task.candidates[number].content for number in json.loads(shown))
-    prompt = () if task.prompt is None else task.prompt.messages
-    return Lease(token, campaign.id, campaign.kind, prompt, task.topic, replies, granted, expires)

@@ -13,7 +13,7 @@
     review.py      the adjudication queue
     campaigns.py   campaigns: set-up, tasks, progress, statistics
     sampling.py    alternatives to picked replies, sampled in the background
-    people.py      people, invitations, API keys, the audit
+    people.py      people, invitations, API keys, the audit, earlier exports
     templates/     Jinja, escaped
     static/        one style sheet, small modules by page; no build step
 

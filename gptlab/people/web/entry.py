@@ -10,8 +10,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from gptlab.people.store import NotFound
-from gptlab.people.store.accounts import SCOPES, Person
+from gptlab.people.store.consent import SCOPES
 from gptlab.people.store.deletion import Export
+from gptlab.people.store.person import Person
 from gptlab.people.web import security
 from gptlab.people.web.security import Denied, MaybeVisitor, SignedIn, Visitor
 from gptlab.people.web.site import Site, SiteOf

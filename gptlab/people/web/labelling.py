@@ -13,7 +13,8 @@ from gptlab.data.records import Message
 from gptlab.people.backend import Ask
 from gptlab.people.store import Invalid
 from gptlab.people.store.judgements import FLAGS, RATINGS, Flag, Turn
-from gptlab.people.store.work import SKIP_REASONS, Lease
+from gptlab.people.store.leases import Lease
+from gptlab.people.store.work import SKIP_REASONS
 from gptlab.people.web import markdown
 from gptlab.people.web.chat import find_model, stream
 from gptlab.people.web.entry import asks_consent

@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 from gptlab.people.backend import Backend
 from gptlab.people.openai_errors import ApiError, explain
 from gptlab.people.store import Forbidden, Invalid, LeaseLost, NotFound, Store
-from gptlab.people.store.audit import SYSTEM, Entry
+from gptlab.people.store.audit import SYSTEM
 from gptlab.people.web import campaigns, chat, entry, labelling, people, review, security
 from gptlab.people.web.site import Settings, Site, load_templates
 
@@ -58,7 +58,7 @@ def admin_link(store: Store, valid_seconds: float = 86400.0) -> str | None:
     """
     accounts = store.accounts
     admins = [person for person in accounts.people() if person.role == "admin"]
-    if any(_signed_in(store, admin.id) for admin in admins):
+    if accounts.signed_in("admin"):
         return None
     person = admins[0].id if admins else None
     for unused in accounts.invitations():
@@ -69,21 +69,6 @@ def admin_link(store: Store, valid_seconds: float = 86400.0) -> str | None:
     else:
         _, token = accounts.sign_in_link(person, SYSTEM, valid_seconds)
     return f"/join/{token}"
-
-
-def _signed_in(store: Store, person: str) -> bool:
-    """Whether the newest change of a person's sessions left one that is still valid.
-
-    One of several that was closed last counts as all of them: a link too many does no harm.
-    """
-    last: Entry | None = None
-    after = 0
-    while rows := store.audit.entries(after, object=f"people:{person}"):
-        after = rows[-1].row
-        last = next((r for r in reversed(rows) if r.action.startswith("session.")), last)
-    if last is None or last.action != "session.open":
-        return False
-    return last.at + security.SESSION_SECONDS > store.database.clock()
 
 
 async def _end(site: Site) -> None:

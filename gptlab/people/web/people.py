@@ -1,17 +1,21 @@
-"""People, their roles and invitations, API keys, and the audit: for admins."""
+"""People, their roles and invitations, API keys, the audit, and what was exported: for admins."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
 from starlette.responses import RedirectResponse, Response
 
-from gptlab.people.store.accounts import ROLES
+from gptlab.people.store.deletion import Export
+from gptlab.people.store.person import ROLES
 from gptlab.people.web.entry import delete_someone
 from gptlab.people.web.security import Admin, Denied, Visitor
 from gptlab.people.web.site import Site, SiteOf
+from gptlab.run import descendants
+from gptlab.run.descendants import Descendant
 
 _DAY = 86400.0  # seconds
 _MAX_DAYS = 36_500
@@ -71,11 +75,30 @@ def sign_out(person: str, site: SiteOf, visitor: Admin) -> Response:
 async def delete(
     person: str, request: Request, site: SiteOf, visitor: Admin, confirm: Text = ""
 ) -> Response:
-    """Deletes somebody with everything that is theirs."""
+    """Deletes somebody with everything that is theirs, and shows what was exported of it."""
     if confirm.strip().lower() != "delete":
         raise Denied(400, "nothing was deleted: type the word delete to confirm")
-    exports = await delete_someone(site, person, visitor.person.id)
-    return site.page(request, "deleted.html", visitor, exports=exports)
+    found = await delete_someone(site, person, visitor.person.id)
+    if person == visitor.person.id:  # from now on a stranger
+        return site.page(request, "deleted.html", None, exports=found)
+    return RedirectResponse(f"/people/{person}/exports", 303)
+
+
+@router.get("/people/{person}/exports")
+def exports_of(person: str, request: Request, site: SiteOf, visitor: Admin) -> Response:
+    """Which exports contain something of a person, and what was made of those."""
+    found = site.store.exports.containing(person)
+    names = {known.id: known.name for known in site.store.accounts.people()}
+    return site.page(
+        request,
+        "exports.html",
+        visitor,
+        id=person,
+        name=names.get(person),
+        deleted=person not in names,
+        exports=found,
+        descendants=_descendants(site, found),
+    )
 
 
 @router.post("/invitations/{invitation}/revoke")
@@ -127,6 +150,7 @@ def audit(
     head = site.store.audit.head()
     begin = max(0, head.row - _ROWS) if after is None else min(max(0, after), head.row)
     entries = site.store.audit.entries(begin, _ROWS)
+    exports = site.store.exports.all()
     return site.page(
         request,
         "audit.html",
@@ -136,7 +160,8 @@ def audit(
         before=max(0, begin - _ROWS) if begin else None,
         after=begin + _ROWS if begin + _ROWS < head.row else None,
         names={person.id: person.name for person in site.store.accounts.people()},
-        exports=site.store.exports.all(),
+        exports=exports,
+        descendants=_descendants(site, [export for export in exports if export.stale]),
         checked=check,
         wrong=site.store.audit.verify() if check else None,
     )
@@ -153,6 +178,14 @@ def _people(request: Request, site: Site, visitor: Visitor, link: str | None = N
         roles=ROLES,
         link=link,
     )
+
+
+def _descendants(site: Site, exports: Sequence[Export]) -> list[Descendant] | None:
+    """What was made of exports, in the artifacts that the server knows; None: it knows none."""
+    if site.settings.artifacts is None:
+        return None
+    identities = {export.identity for export in exports}
+    return descendants.find(identities, [site.settings.artifacts]) if identities else []
 
 
 def _keys(request: Request, site: Site, visitor: Visitor, token: str | None = None) -> Response:

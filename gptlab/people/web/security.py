@@ -20,7 +20,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptlab.people.store.accounts import Person
+from gptlab.people.store.person import Person
 from gptlab.people.web.site import Site, SiteOf
 
 SESSION_SECONDS = 30 * 86400.0

@@ -32,8 +32,8 @@ class Settings:
       name: what the app is called on its pages.
       open_chat: whether anybody may chat; otherwise an invitation is needed.
       secure: whether people come by https (a proxy in front, say): cookies are for https alone.
-      artifacts: the directory below which `collect` artifacts may be queued as tasks by an admin;
-        None: none may.
+      artifacts: the directory below which an admin may queue `collect` artifacts as tasks, and sees
+        what was made of exports; None: there is none.
       temperature, top_p: of the replies in the chat.
       max_tokens: of a reply; None: as many as fit.
       reply_seconds: after which a reply is cut off.
