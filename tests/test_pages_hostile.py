@@ -81,15 +81,16 @@ def campaigns(site):
     store.work.judge(lease.token, labeller.id, [1, 2, 3], flags=flags, note=EVIL)
     store.accounts.create_api_key(labeller.id, HOSTILE[1], "system")
     (task,) = store.campaigns.tasks(ranking.id, "review")
-    return ranking.id, writing.id, task.id
+    return ranking.id, writing.id, task.id, labeller.id
 
 
 def paths(campaigns):
-    ranking, writing, task = campaigns
+    ranking, writing, task, labeller = campaigns
     return (
         "/chat", "/you", "/label", f"/label/{ranking}", f"/label/{ranking}/instructions",
         f"/label/{writing}", "/review", f"/review/{ranking}/{task}", "/campaigns",
-        f"/campaigns/{ranking}", f"/campaigns/{writing}", "/people", "/keys", "/audit", "/nothing",
+        f"/campaigns/{ranking}", f"/campaigns/{writing}", "/people",
+        f"/people/{labeller}/exports", "/keys", "/audit", "/nothing",
     )  # fmt: skip
 
 
