@@ -6,7 +6,7 @@ import traceback
 import pytest
 import sqlalchemy as sa
 
-from gptlab.people.store import Store, database
+from gptlab.people.store import NotFound, Store, database
 from gptlab.people.store.schema import people
 from tests.people.campaigns import chat, person
 
@@ -23,6 +23,14 @@ def test_a_statement_that_fails_does_not_tell_its_text(store):
             writer.execute(people.insert(), whole | wrong)
         said = "".join(traceback.format_exception(caught.value))
         assert "INSERT INTO people" in said and "a secret" not in said
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_nothing_has_an_id_that_is_no_text(store, name):
+    with pytest.raises(NotFound):
+        store.campaigns.get(name)
+    with pytest.raises(NotFound):
+        store.conversations.path(person(store, "Ann", "user").id, name)
 
 
 def test_a_store_of_the_first_schema_is_brought_up_to_date(store_url):

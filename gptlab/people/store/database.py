@@ -25,7 +25,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import event
 
 from gptlab.people.store import schema
-from gptlab.people.store.errors import Invalid
+from gptlab.people.store.errors import Invalid, NotFound
 from gptlab.run.errors import UserError
 
 Reader = sa.Connection
@@ -274,6 +274,9 @@ def _explained(url: sa.URL) -> Iterator[None]:
     except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
         reason = " ".join(str(error.orig).split()) or type(error.orig).__name__
         raise UserError(f"the store {where}: {reason}") from error
+    except (sa.exc.DataError, UnicodeEncodeError) as error:
+        # An id of a request: whatever is kept was looked at by `storable` before.
+        raise NotFound("there is nothing whose id has characters that are no text") from error
     except sa.exc.DatabaseError as error:
         if "not a database" not in str(error.orig):
             raise
