@@ -217,13 +217,16 @@ def ran(loop: str, mesh: str) -> Ran:
     return LOOPS[loop](make_mesh(mesh))
 
 
-# Pretraining on every mesh, and every loop on the mixed one; the other pairs take `-m slow`.
-FAST = sorted({("pretrain", name) for name in SHARDS} | {(x, "data2_fsdp2_tensor2") for x in LOOPS})
+# Every loop on the mixed mesh, and one with a context; the other pairs take `-m slow`.
+FAST = sorted({("pretrain", "data4_context2")} | {(x, "data2_fsdp2_tensor2") for x in LOOPS})
 
 
-def rows() -> Any:
+# Whose collectives are counted: pretraining's on every mesh, every loop's on the mixed one.
+COUNTED = sorted({*FAST, *(("pretrain", mesh) for mesh in SHARDS)})
+
+
+def rows(every: Any = tuple((loop, mesh) for loop in LOOPS for mesh in SHARDS)) -> Any:
     """Every loop on every mesh."""
-    every = [(loop, mesh) for loop in LOOPS for mesh in SHARDS]
     slow = [[pytest.mark.slow] * (pair not in FAST) for pair in every]
     params = [pytest.param(*pair, marks=marks) for pair, marks in zip(every, slow, strict=True)]
     return pytest.mark.parametrize(("loop", "mesh"), params)
@@ -264,7 +267,7 @@ def test_parameters_and_moments_are_split_as_the_table_says(loop, mesh):
         assert shards[0] == shards[1]
 
 
-@pytest.mark.parametrize(("loop", "mesh"), FAST)
+@rows(COUNTED)
 def test_a_step_has_the_collectives_it_had(loop, mesh):
     counts = hlo.collective_counts(ran(loop, mesh).text)
     path = GOLDEN / f"{loop}.json"

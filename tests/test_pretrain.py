@@ -67,7 +67,8 @@ def test_mistakes_are_named_before_a_step_is_taken(config, change, message, tmp_
     assert artifact.read_manifest(tmp_path, allow_unfinished=True)["status"] == "failed"
 
 
-@pytest.mark.parametrize("lr", [1e25, 1e39])  # norms hide the first; the second is infinite
+# Norms hide the first; the second is infinite.
+@pytest.mark.parametrize("lr", [1e25, pytest.param(1e39, marks=pytest.mark.slow)])
 def test_what_is_not_finite_stops_the_run_at_its_step_and_is_not_saved(config, lr, tmp_path):
     config.optimizer = common.adamw(lr, clip_norm=None, schedule="constant")
     config.checkpoint.every_steps = 1
@@ -78,6 +79,7 @@ def test_what_is_not_finite_stops_the_run_at_its_step_and_is_not_saved(config, l
     assert checkpoint.checkpoint_steps(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
     config.optimizer = common.adamw(1e-2, schedule="constant")
     config.update(total_steps=4, log_every_steps=1)

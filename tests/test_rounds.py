@@ -380,7 +380,9 @@ def test_goes_on_after_a_stop(tmp_path, driver, number):
     assert artifact.read_manifest(root)["status"] == "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stop_that_meets_a_subprocess_before_it_can_hear_is_no_failure(tmp_path, driver, number):
     root = tmp_path / "run"
     process = driver(root, "0", "starting", start_new_session=True)

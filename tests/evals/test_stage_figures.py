@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gptlab.evals import stage_figures
+from gptlab.evals import rounds_report, stage_figures
 from gptlab.run import artifact, files
 from tests import rounds_driver
 
@@ -146,8 +146,11 @@ def test_clean_and_vocabulary():
     assert met(stage_figures.of_vocabulary({})) == {"texts that round-trip": False}
 
 
-def test_a_whole_run_is_reported_for_people_and_for_programs(tmp_path, capsys):
+def test_a_whole_run_is_reported_for_people_and_for_programs(tmp_path, capsys, monkeypatch):
     """Stages that measured nothing: dashes, no demand met, and strict JSON all the same."""
+    monkeypatch.setattr(
+        rounds_report, "write_plots", lambda *_: []
+    )  # tests/test_rounds.py has some
     root, documents = tmp_path / "run", tmp_path / "documents"
     root.mkdir()
     documents.mkdir()
