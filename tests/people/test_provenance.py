@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from gptlab.people.store import Forbidden, LeaseLost, NotFound
+from gptlab.people.store import Forbidden, LeaseLost, NotFound, leases
 from gptlab.people.store.schema import metadata, tasks
 from tests.people.campaigns import best_first, campaign, candidate_set, chat, person, work_off
 
@@ -33,8 +33,9 @@ def states(store):
 
 
 @pytest.fixture
-def used(store):
+def used(store, monkeypatch):
     """Ann's chat in a campaign three ways: by an export, as a gold check, picked."""
+    monkeypatch.setattr(leases, "_draw", lambda *_: 0.0)  # a check is given as soon as may be
     admin, ann, lee = person(store, "Ada", "admin"), person(store, "Ann", "user"), person(store)
     conversation, _, _ = chat(store, ann, "a secret question", ("a secret reply",))
     made = campaign(store, tasks=1, gold_rate=0.9)
