@@ -79,6 +79,10 @@ class Accounts:
             rows = reader.execute(query.order_by(people.c.created_at, people.c.id))
             return [person_of(row) for row in rows]
 
+    def names(self) -> dict[str, str]:
+        """The names of everybody who wasn't deleted, by id."""
+        return {person.id: person.name for person in self.people()}
+
     def set_role(self, person: str, role: str, actor: str) -> Person:
         """Invalid if nobody would be left as admin."""
         check_role(role)

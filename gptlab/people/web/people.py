@@ -88,7 +88,7 @@ async def delete(
 def exports_of(person: str, request: Request, site: SiteOf, visitor: Admin) -> Response:
     """Which exports contain something of a person, and what was made of those."""
     found = site.store.exports.containing(person)
-    names = {known.id: known.name for known in site.store.accounts.people()}
+    names = site.store.accounts.names()
     return site.page(
         request,
         "exports.html",
@@ -159,7 +159,7 @@ def audit(
         head=head,
         before=max(0, begin - _ROWS) if begin else None,
         after=begin + _ROWS if begin + _ROWS < head.row else None,
-        names={person.id: person.name for person in site.store.accounts.people()},
+        names=site.store.accounts.names(),
         exports=exports,
         descendants=_descendants(site, [export for export in exports if export.stale]),
         checked=check,

@@ -30,14 +30,13 @@ def overview(request: Request, site: SiteOf, visitor: Reviewer) -> Response:
 def case(campaign: str, task: str, request: Request, site: SiteOf, visitor: Reviewer) -> Response:
     """One case: what was answered, and the form to decide it."""
     found = site.store.review.case(campaign, task, visitor.person.id)
-    names = {person.id: person.name for person in site.store.accounts.people()}
     return site.page(
         request,
         "case.html",
         visitor,
         case=found,
         campaign=site.store.campaigns.get(campaign),
-        names=names,
+        names=site.store.accounts.names(),
         flags=FLAGS,
     )
 
