@@ -502,7 +502,10 @@ def find_feedback(config: ConfigDict) -> dict[int, Feedback]:
             continue
         key, number = f"config.inputs.{name}", int(name.removeprefix("feedback_"))
         if number > config.num_rounds:
-            raise UserError(f"{key} is for round {number}, but config.num_rounds is the last")
+            raise UserError(
+                f"{key} is for round {number}, but config.num_rounds={config.num_rounds}: raise it "
+                "to that, or give the export to an earlier round"
+            )
         try:
             manifest = artifact.read_manifest(path)
         except UserError as error:
