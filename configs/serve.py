@@ -35,6 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # URL of another server with OpenAI's API, in place of `models` and of `engine` but for
             # its deadline_seconds and watch_seconds.
             "upstream": placeholder(str),
+            # How control tokens begin in the chat templates of such servers: text that is sent
+            # there is freed of these. (): it is sent as it is.
+            "upstream_controls": tuple(
+                "<| <｜ <s> </s> <bos> <eos> [INST] [/INST] <start_of_turn> <end_of_turn>".split()
+            ),
             "engine": {
                 "slots": 8,  # replies that are written at the same time
                 "chunk": 32,  # tokens of a prompt that are read between two steps of the others

@@ -69,6 +69,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             os.environ.get(UPSTREAM_KEY),
             config.engine.deadline_seconds,
             config.engine.watch_seconds,
+            config.upstream_controls,
         )
         served = app.make(
             _moderated(config, scorer, backend, store),

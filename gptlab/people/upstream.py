@@ -2,7 +2,8 @@
 
 The same app stands before it. What that server refuses or fails at is told in its words. Its
 `top_k` is sent where it is asked for, as vLLM takes it. Conversations are not trimmed here: only
-that server knows its window.
+that server knows its window. Many servers read what looks like a control token in a message as one;
+so in text that is sent there such spellings are broken up by a character that nobody sees.
 
 That server's models are asked for again and again: one that appears or goes there does so here, and
 `failures` says while it can't be reached. Until it can be, the models are those it had last.
@@ -38,13 +39,19 @@ from gptlab.run.errors import UserError
 _LOG = logging.getLogger(__name__)
 _LIST_SECONDS = 10.0
 _ERROR_CHARS = 300
+_JOINER = "\u2060"  # U+2060 WORD JOINER: no width, no line break
 
 
 class Upstream:
     """A Backend (backend.py) over HTTP."""
 
     def __init__(
-        self, url: str, key: str | None, deadline_seconds: float, watch_seconds: float | None
+        self,
+        url: str,
+        key: str | None,
+        deadline_seconds: float,
+        watch_seconds: float | None,
+        controls: Sequence[str] = (),
     ):
         """Asks for the list of models.
 
@@ -53,6 +60,7 @@ class Upstream:
           key: of its API, or None.
           deadline_seconds: of requests without one of their own.
           watch_seconds: how often to ask for the models again; None: never.
+          controls: how its control tokens are spelt, or begin; at least two characters each.
 
         Raises:
           UserError: there is no such server, or it has no models.
@@ -69,6 +77,11 @@ class Upstream:
             )
         if parts.scheme not in ("http", "https"):
             raise UserError(f"config.upstream={url} is no URL: http://HOST:PORT")
+        if any(len(spelling) < 2 for spelling in controls):
+            raise UserError(
+                f"config.upstream_controls={tuple(controls)} must be of two characters or more each"
+            )
+        self._controls = tuple(controls)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._deadline, self._closed = deadline_seconds, threading.Event()
         self._where = f"{base}/v1/models"
@@ -111,7 +124,7 @@ class Upstream:
                 f"there is no model {ask.model!r}; there are {', '.join(known)}", "model"
             )
         until = time.monotonic() + (self._deadline if deadline is None else deadline)
-        path, body = _request(ask)
+        path, body = _request(ask, self._controls)
         policy = known[ask.model].policy
         known_by_policy = policy != ask.model  # else a fingerprint is of something else
         tokens = 0
@@ -186,7 +199,7 @@ def _model(listed: Mapping[str, Any]) -> Model:
     return Model(name, str(listed.get("policy") or name), int(listed.get("created") or 0), window)
 
 
-def _request(ask: Ask) -> tuple[str, dict[str, Any]]:
+def _request(ask: Ask, controls: Sequence[str]) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {
         "model": ask.model,
         "temperature": ask.temperature,
@@ -204,18 +217,26 @@ def _request(ask: Ask) -> tuple[str, dict[str, Any]]:
     if ask.max_tokens is not None:
         body["max_tokens"] = ask.max_tokens
     if isinstance(ask.prompt, str):
-        body["prompt"] = ask.prompt
+        body["prompt"] = _plain(ask.prompt, controls)
         if ask.logprobs is not None:
             body["logprobs"] = ask.logprobs
         return "completions", body
+    # A context stands after the content, with an empty line between, as in chat templates.
+    texts = ("\n\n".join(text for text in (m.content, m.context) if text) for m in ask.prompt)
     body["messages"] = [
-        # A context stands after the content, with an empty line between, as in chat templates.
-        {"role": m.role, "content": "\n\n".join(text for text in (m.content, m.context) if text)}
-        for m in ask.prompt
+        {"role": message.role, "content": _plain(text, controls)}
+        for message, text in zip(ask.prompt, texts, strict=True)
     ]
     if ask.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": ask.logprobs}
     return "chat/completions", body
+
+
+def _plain(text: str, controls: Sequence[str]) -> str:
+    """`text`, in which no control token is spelt out any more."""
+    for spelling in controls:
+        text = text.replace(spelling, spelling[0] + _JOINER + spelling[1:])
+    return text
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
