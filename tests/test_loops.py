@@ -136,10 +136,11 @@ LOOPS = [
     Loop("reward", reward, falls_by=0.05),
     Loop("ppo", ppo, falls_by=0.2),  # the value loss: of half a reply the reward model knows little
 ]
-LOOPS += [Loop("sft", with_lora(sft, 3), falls_by=0.01, variant="_lora")]
-# Policy and critic, reference and reward model: all that adapters touch, and dear.
+# What adapters compute is in tests/model/test_lora.py in every run. PPO's touch policy and critic,
+# reference and reward model.
 SLOW_LOOPS = [
     Loop("ppo", with_lora(ppo, 10), falls_by=0.1, variant="_lora"),
+    Loop("sft", with_lora(sft, 3), falls_by=0.01, variant="_lora"),
     Loop("reward", with_lora(reward, 1), falls_by=0.005, variant="_lora"),
 ]
 

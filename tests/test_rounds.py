@@ -354,7 +354,9 @@ def wait_until(happened, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_goes_on_after_a_stop(tmp_path, driver, number):
     root = tmp_path / "run"
     process = driver(root, "0.5")
