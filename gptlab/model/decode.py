@@ -75,26 +75,29 @@ class Generation:
 
 
 @sharding.decoding()
-def unstack_layers(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(
+    config: ModelConfig, params: Mapping[str, Any], gather: bool = True
+) -> Mapping[str, Any]:
     """Parameters as decoding reads them: `layers` a tuple of L trees, matrices in compute dtype.
 
     On a mesh they are split over `tensor` alone: each of its devices holds that part of all
-    weights. `prefill` and `decode_step` take either form; this one saves them slicing, casting and
-    gathering at every call. Idempotent.
+    weights; with `gather=False` they stay where they are. `prefill` and `decode_step` take either
+    form; this one, which is returned as it is, saves them slicing, casting and gathering at every
+    call.
     """
+    if isinstance(params["backbone"]["layers"], tuple):
+        return params
     axes = logical_axes(config)
 
     def ready(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         if x.ndim < 2:
             return x
-        return constrain(x.astype(config.dtype), *axes.get(path, (None,) * x.ndim))
+        x = x.astype(config.dtype)
+        return constrain(x, *axes.get(path, (None,) * x.ndim)) if gather else x
 
     backbone = dict(params["backbone"])
-    layers = backbone.pop("layers")
-    if not isinstance(layers, tuple):
-        layers = tuple(
-            jax.tree.map(operator.itemgetter(i), layers) for i in range(config.num_layers)
-        )
+    stacked = backbone.pop("layers")
+    layers = tuple(jax.tree.map(operator.itemgetter(i), stacked) for i in range(config.num_layers))
     each = lambda tree: path_aware_map(ready, tree)  # noqa: E731
     return {"backbone": {**each(backbone), "layers": tuple(map(each, layers))}}
 
@@ -335,7 +338,7 @@ def decode_step(
     return cache, *sample(logits, keys, positions + 1, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "pad_id"))
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "pad_id", "gather"))
 def generate(
     model: LanguageModel,
     params: Mapping[str, Any],
@@ -344,6 +347,7 @@ def generate(
     keys: jax.Array,
     sampling: Sampling,
     pad_id: int = 0,
+    gather: bool = True,
 ) -> Generation:
     """Replies to right-padded prompts: one prefill, then one loop until every row is done.
 
@@ -355,6 +359,8 @@ def generate(
         keys: typed keys [B], one per request.
         sampling: how to draw, for how long and where to stop; static.
         pad_id: fills `tokens` after a reply's end.
+        gather: False: weights that are split over `fsdp` stay so. Slower by far, for where the rest
+            of a training state leaves no room for all of them; static.
 
     Raises:
         UserError: P + max_new_tokens does not fit the context window.
@@ -365,7 +371,7 @@ def generate(
             f"prompts of {width} tokens and {new} new tokens do not fit the context window: "
             f"max_len={model.config.max_len}"
         )
-    params = unstack_layers(model.config, params)
+    params = unstack_layers(model.config, params, gather)
     cache, logits = prefill(model, params, prompts, prompt_lengths, width + new)
     token, logprob = sample(logits, keys, prompt_lengths, sampling)
     stops = jnp.asarray(sampling.stop_tokens, jnp.int32)

@@ -60,7 +60,8 @@ def make_sampler(
 
     def generate(params: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         keys = jax.random.split(key, len(prompts))
-        out = decode.generate(model, params, tokens, lengths, keys, sampling)
+        # The state that is trained may leave no room for all weights on each device.
+        out = decode.generate(model, params, tokens, lengths, keys, sampling, gather=False)
         return out.tokens, out.lengths
 
     jitted = jax.jit(generate, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -139,6 +139,24 @@ def test_rows_that_context_does_not_divide_are_decoded_by_each_part_of_it():
     assert spread == 2 * products
 
 
+def test_weights_that_stay_split_draw_the_same_tokens_in_less_memory():
+    """What looks at a model while it trains may not hold all of its weights on each device."""
+    model, tokens, _ = on_one_device()
+    sampling = decode.Sampling(1.0, 0, 1.0, 6, ())
+    inputs = tokens[:3], jnp.array([16, 3, 9]), jax.random.split(jax.random.key(2), 3)
+    mesh, found, memory = make_mesh(MESHES["fsdp8"]), {}, {}
+    with jax.set_mesh(mesh):
+        params = create(model, mesh)
+        for gather in (True, False):
+            lowered = decode.generate.lower(model, params, *inputs, sampling, gather=gather)
+            compiled = lowered.compile()
+            found[gather] = compiled(params, *inputs)
+            memory[gather] = compiled.memory_analysis().temp_size_in_bytes
+    np.testing.assert_array_equal(found[True].tokens, found[False].tokens)
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert memory[True] - memory[False] > whole / 2
+
+
 def test_the_cache_follows_the_table():
     model, tokens, _ = on_one_device()
     mesh = make_mesh(MESHES["data2_fsdp2_tensor2"])
