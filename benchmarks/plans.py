@@ -47,14 +47,16 @@ def row(name: str, plan: Plan | None) -> str:
     if len(plan.phases) > 1:
         need += f" ({worst.name})"
     flops = sum(phase.calls * phase.flops for phase in plan.phases) / 1e15
-    equal = all(phase.flops == phase.counted_flops for phase in plan.phases)
+    again = sum(phase.calls * phase.repeated_flops for phase in plan.phases) / 1e15
+    equal = all(phase.as_counted for phase in plan.phases)
     seconds, time, rate = plan.seconds, "", ""
     if seconds is not None:
         time = f"{seconds.floor:.3g} to {seconds.mixed:.3g}"
         rates = [plan.tokens / s / plan.chips for s in (seconds.mixed, seconds.floor)]
         rate = f"{rates[0]:,.0f} to {rates[1]:,.0f}"
     fits = need if plan.fits else f"**does not fit**: {need}"
-    counted = "" if equal else ", not as counted"
+    counted = f", {again / flops:.1%} of them twice" if again else ""
+    counted += "" if equal else ", not as counted"
     commit = (plan.commit or "")[:7]
     return (
         f"| `{name}` | {plan.target} | {mesh} | {fits} | {flops:,.3g}{counted} | {time} | {rate} | "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.run.errors import UserError
-from gptlab.train import estimate, hlo
+from gptlab.train import estimate, hlo, repeated
 from gptlab.train.chips import GIB, Chip
 from gptlab.train.estimate import Seconds
 
@@ -32,6 +32,12 @@ class Phase:
     sent_bytes: dict[str, int]  # by kind of collective
     seconds: Seconds | None  # None where nothing is known of the device
     compile_seconds: float
+    repeated_flops: int = 0  # of `flops`, what the compiler computes again rather than keep it
+
+    @property
+    def as_counted(self) -> bool:
+        """Whether the program multiplies what was counted and, repetitions apart, no more."""
+        return self.flops - self.repeated_flops == self.counted_flops
 
     @property
     def needed_bytes(self) -> int:
@@ -121,6 +127,7 @@ def measure(
         sent_bytes=program.bytes_sent(),
         seconds=estimate.seconds(program, chip, kernel_flops // devices) if chip else None,
         compile_seconds=time.monotonic() - started,
+        repeated_flops=repeated.repeated_flops(program) * devices,
     )
     results = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -74,6 +74,7 @@ class Instruction:
 class Op:
     """An instruction that takes time, and how often a call of the program runs it."""
 
+    scope: str  # the computation that it stands in
     instruction: Instruction
     times: int
     flops: int  # of matrix products in one run; of a kernel, what it says of itself
@@ -120,7 +121,7 @@ class Program:
         """Each collective once, however many fusions it is overlapped with."""
         found: dict[str, Collective] = {}
         for scope, instruction, times in self._walk(self._entry, 1):
-            for owner, inner in self._inside(scope, instruction):
+            for owner, inner in self.inside(scope, instruction):
                 kind = inner.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
@@ -153,13 +154,13 @@ class Program:
                     yield from self._walk(name, times)
             yield computation, instruction, times
 
-    def _inside(self, scope: str, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
+    def inside(self, scope: str, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """The instruction and, of a fusion or an asynchronous call, everything within."""
         yield scope, instruction
         if instruction.opcode in ("fusion", "async-start", "custom-call"):
             for name in instruction.called("calls", "called_computations"):
                 for inner in self.computations.get(name, {}).values():
-                    yield from self._inside(name, inner)
+                    yield from self.inside(name, inner)
 
     def _ops(self) -> Iterator[Op]:
         for scope, instruction, times in self._walk(self._entry, 1):
@@ -169,8 +170,7 @@ class Program:
             if opcode.removesuffix("-start") in COLLECTIVES:
                 continue
             flops = sum(
-                self._product_flops(owner, inner)
-                for owner, inner in self._inside(scope, instruction)
+                self.product_flops(owner, inner) for owner, inner in self.inside(scope, instruction)
             )
             cycles = re.search(r'"?estimated_cycles"?\s*:\s*"?(\d+)', instruction.attributes)
             kernel = opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
@@ -178,6 +178,7 @@ class Program:
                 told = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
                 flops = int(told.group(1)) if told else 0
             yield Op(
+                scope,
                 instruction,
                 times,
                 flops,
@@ -213,7 +214,7 @@ class Program:
 
     def _all(self, computation: str) -> Iterator[tuple[str, Instruction]]:
         for instruction in self.computations[computation].values():
-            yield from self._inside(computation, instruction)
+            yield from self.inside(computation, instruction)
 
     def _resolve(self, scope: str, name: str, within: str) -> int | str | None:
         """A constant's value, or the index (as text) of the loop's variable that `name` is.
@@ -279,7 +280,8 @@ class Program:
         instruction = self.computations[scope].get(name)
         return instruction.arrays if instruction is not None else ()
 
-    def _product_flops(self, scope: str, instruction: Instruction) -> int:
+    def product_flops(self, scope: str, instruction: Instruction) -> int:
+        """Of an instruction that is itself a product; 0 of others."""
         if instruction.opcode == "dot":
             lhs = self._arrays(scope, instruction.operands[0])[0]
             rhs = self._arrays(scope, instruction.operands[1])[0]

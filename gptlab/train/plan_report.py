@@ -130,7 +130,7 @@ def _work(plan: Plan) -> list[str]:
             lines.append(f"  {phase.name:16}{phase.calls:5}   not compiled")
             continue
         sent = ", ".join(f"{kind} {n / 2**20:,.1f}" for kind, n in phase.sent_bytes.items())
-        same = "equal" if phase.flops == phase.counted_flops else "DIFFERENT"
+        same = "equal" if phase.as_counted else "DIFFERENT"
         lines.append(
             f"  {phase.name:16}{phase.calls:5}   {phase.flops / 1e12:18,.3f}   {same:>7}   "
             f"{phase.intensity:12.0f}   {sent or 'nothing'}"
@@ -139,6 +139,11 @@ def _work(plan: Plan) -> list[str]:
             lines.append(
                 f"    the program multiplies {phase.flops / phase.counted_flops:.3f} times what "
                 "was counted: work is repeated on several chips, or the count is wrong"
+            )
+        if phase.repeated_flops:
+            lines.append(
+                f"    {phase.repeated_flops / 1e12:,.3f} TFLOPs of these are products that the "
+                "compiler computes again rather than keep their results; they were not counted"
             )
         if phase.kernel_flops:
             lines.append(
