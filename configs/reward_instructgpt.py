@@ -37,7 +37,7 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
     config.on_nonfinite = "stop"
     config.mesh = common.mesh()
     config.normalise = "demonstrations"
-    config.demonstration_examples = 512
+    config.normalise_examples = 512
 
     config.log_every_steps = 5
     config.eval_every_steps = 50

@@ -44,7 +44,7 @@ def get_config(arg: str = "8b") -> ConfigDict:
     config.on_nonfinite = "stop"
     config.mesh = common.mesh(tensor=1 if size == "8b" else 2)
     config.normalise = "samples"
-    config.demonstration_examples = 512
+    config.normalise_examples = 512
 
     config.log_every_steps = 5
     config.eval_every_steps = 50

@@ -11,8 +11,8 @@ and batch sizes.
 
 What a config's `inputs.init` will be, and the topology it is meant for, stand in the `hardware`
 function at its foot. `--model=PRESET` and `--topology=v5p:4x4x8` (chips, not the cores that Google
-counts) say otherwise; `--devices=cpu:8` plans for this machine. With --workdir=DIR, results are
-kept there as JSON, by the hash of the config and libtpu's version, and read again.
+counts) say otherwise; `--devices=cpu:8` plans for this machine. With --workdir=DIR, every plan that
+was compiled is kept there as JSON, by the hash of the config and libtpu's version, and read again.
 
 TPUs need libtpu: `pip install -c constraints.txt -e '.[tpu]'` in an environment of its own. About
 1B parameters compile in 1 to 3 minutes on two cores, 8B in 10 to 20. What $LIBTPU_INIT_ARGS says
@@ -23,14 +23,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -43,7 +44,7 @@ from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import actor, kl
 from gptlab.rl.rollout import Rollout, Samples
-from gptlab.run import artifact, program
+from gptlab.run import artifact, files, program
 from gptlab.run.errors import UserError
 from gptlab.train import chips, compiled, flops, plan_report, state
 from gptlab.train import mesh as mesh_lib
@@ -72,6 +73,7 @@ class Target:
 class Job:
     """A config with what its inputs will hold."""
 
+    name: str  # FILE.py:argument, and what was changed of it
     stage: str
     config: ConfigDict
     model: ModelConfig  # of the policy, or what is trained
@@ -100,20 +102,12 @@ def run(
     target = make_target(topology, devices, named)
     job = make_job(config, model, named)
     if search:
-        print(plan_report.search_table(searched(job, target)))
+        print(plan_report.search_table(searched(job, target, workdir)))
         return
-    key = cache_key(job, target)
-    path = Path(workdir) / f"{key}.json" if workdir else None
-    if path is not None and path.is_file():
-        plan = plan_report.from_json(path.read_text())
-    else:
-        plan = make_plan(job, target)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(plan_report.to_json(plan))
+    plan = kept_plan(job, target, workdir)
     print(plan_report.describe(plan))
     if knobs and not plan.fits:
-        print(plan_report.knob_table(plan, turned(job, target)))
+        print(plan_report.knob_table(plan, turned(job, target, workdir)))
 
 
 def hardware(path: str) -> Mapping[str, Any]:
@@ -161,7 +155,21 @@ def make_job(config: ConfigDict, preset: str | None, named: Mapping[str, Any]) -
     paid_by = found
     if stage == "ppo" and config.reward.kind == "model":
         paid_by = architecture("reward", "reward_model") or found
-    return Job(stage, config, *(ModelConfig.build(a, compute) for a in (found, paid_by)))
+    models = (ModelConfig.build(a, compute) for a in (found, paid_by))
+    return Job(program.config_path(), stage, config, *models)
+
+
+def kept_plan(job: Job, target: Target, workdir: str | None) -> Plan:
+    """The plan that is in `workdir`; otherwise it is made, and kept there if there is one."""
+    if workdir is None:
+        return make_plan(job, target)
+    path = epath.Path(workdir) / f"{cache_key(job, target)}.json"
+    if path.exists():
+        return plan_report.from_json(path.read_text())
+    plan = make_plan(job, target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.atomic_write(path, plan_report.to_json(plan))
+    return plan
 
 
 def make_plan(job: Job, target: Target) -> Plan:
@@ -171,7 +179,7 @@ def make_plan(job: Job, target: Target) -> Plan:
         phases, memory, tokens = PHASES[job.stage](job, target.chip, mesh)
     return Plan(
         schema_version=SCHEMA_VERSION,
-        config=program.config_path(),
+        config=job.name,
         target=target.name,
         chips=mesh.size,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
@@ -388,18 +396,27 @@ def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
     return copy
 
 
-def replan(job: Job, target: Target, changes: Mapping[str, Any]) -> Plan | UserError:
+def replan(
+    job: Job, target: Target, changes: Mapping[str, Any], workdir: str | None
+) -> Plan | UserError:
     """The plan with some keys of the config changed, or why there can be none."""
     config = changed(job.config, **changes)
+    differ = {k: v for k, v in changes.items() if operator.attrgetter(k)(job.config) != v}
     compute = config.compute.to_dict()
     model, paid_by = (dataclasses.replace(m, **compute) for m in (job.model, job.paid_by))
+    name = f"{job.name} {as_flags(differ)}".rstrip()
     try:
-        return make_plan(Job(job.stage, config, model, paid_by), target)
+        return kept_plan(Job(name, job.stage, config, model, paid_by), target, workdir)
     except UserError as error:
         return error
 
 
-def turned(job: Job, target: Target) -> dict[str, Plan | UserError]:
+def as_flags(changes: Mapping[str, Any]) -> str:
+    """What sets these keys on the command line."""
+    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+
+
+def turned(job: Job, target: Target, workdir: str | None) -> dict[str, Plan | UserError]:
     """What each knob that is not turned yet would make of a config that does not fit."""
     config = job.config
     knobs: dict[str, dict[str, Any]] = {}
@@ -417,14 +434,12 @@ def turned(job: Job, target: Target) -> dict[str, Plan | UserError]:
     if any(config.mesh[axis.partition(".")[2]] != 1 for axis in alone):
         knobs["fsdp"] = {**alone, "mesh.fsdp": -1}
     return {
-        f"{name}: " + " ".join(f"--config.{k}={v}" for k, v in changes.items()): replan(
-            job, target, changes
-        )
+        f"{name}: {as_flags(changes)}": replan(job, target, changes, workdir)
         for name, changes in knobs.items()
     }
 
 
-def searched(job: Job, target: Target) -> dict[str, Plan | UserError]:
+def searched(job: Job, target: Target, workdir: str | None) -> dict[str, Plan | UserError]:
     """Meshes and batch sizes around the config's own."""
     count = len(target.devices)
     meshes = [(1, tensor) for tensor in (1, 2, 4, 8) if count % tensor == 0]
@@ -438,7 +453,7 @@ def searched(job: Job, target: Target) -> dict[str, Plan | UserError]:
                 "mesh.tensor": tensor, "batch_size": rows,
             }  # fmt: skip
             name = f"data {data}, fsdp {count // data // tensor}, tensor {tensor}; batch {rows}"
-            found[name] = replan(job, target, changes)
+            found[name] = replan(job, target, changes, workdir)
             print(plan_report.search_line(name, found[name]), file=sys.stderr, flush=True)
     return found
 

@@ -40,7 +40,7 @@ from gptlab.rl import episodes as episodes_lib
 from gptlab.rl import kl as kl_lib
 from gptlab.rl import prompts as prompts_lib
 from gptlab.rl import rewards, rollout
-from gptlab.rl.actor import Actor
+from gptlab.rl.actor import Actor, put_away
 from gptlab.rl.episodes import Episodes
 from gptlab.rl.rollout import Rollout
 from gptlab.run import artifact, profile, program
@@ -263,7 +263,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         # (3) Policy and reference from SFT, critic from the reward model. Adapters leave their
-        # bases as they are: with them, no reference and no reward model's trunk is held apart.
+        # bases as they are: with them, no reference and no reward model's trunk is held apart. What
+        # `offload` puts away goes before the optimisers' states come: there is no room for both.
         sample_key, update_key, eval_key, lora_key = jax.random.split(
             jax.random.key(config.seed), 4
         )
@@ -273,6 +274,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         reference = None
         if stands_apart(config):
             reference = load_policy(config.inputs.reference or config.inputs.init)
+            reference = put_away(reference) if config.offload else reference
         scalar_model, critic = rewards.load_critic(
             config.inputs.reward if config.reward.kind == "model" else None,
             config.inputs.init,
@@ -285,7 +287,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         reward_params = None
         if config.reward.kind == "model":  # the critic starts as a copy of what pays
             apart = {"head": critic["head"]} if config.lora.rank else critic
-            reward_params = jax.tree.map(jnp.copy, apart)
+            reward_params = put_away(apart) if config.offload else jax.tree.map(jnp.copy, apart)
         policy = lora.add(policy, config.lora, lora_key)
         critic = lora.add(critic, config.lora, jax.random.fold_in(lora_key, 1))
         policy, policy_sh = state_lib.state_from_params(policy, policy_tx, mesh)
@@ -294,7 +296,6 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         shardings: Any = PPOState(policy_sh, critic_sh, whole)  # type: ignore[arg-type]
         state = PPOState(policy, critic, jax.device_put(controller.initial(), whole))
         actor = Actor(config, model, scalar_model, reference, reward_params, tokenizer, mesh)
-        del reference, reward_params  # or they would stay on the device that `offload` clears
         transforms = (policy_tx, critic_tx)
         update = jit_update(
             model, scalar_model, transforms, schedule, controller, config, shardings, mesh

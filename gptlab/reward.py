@@ -191,12 +191,14 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
 
         # (7) The best checkpoint, normalised once; results.
         checkpoints.wait()
+        steps = int(state.step)
+        del state  # the best may need the room
         best = checkpoints.load_best(mesh, functools.partial(init_params, model))
         with run.goodput.measure("eval"):
             normalisation = normalise(config, tokenizer, scorer, best, data, mesh)
             figures, tables = evaluate_model(scorer, best, normalisation, data, reported)
         run.results(
-            steps=int(state.step),
+            steps=steps,
             normalisation=normalisation,
             train_comparisons=len(data),
             dropped_comparisons=data.dropped + held_out.dropped + reported.dropped,

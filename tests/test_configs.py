@@ -19,6 +19,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(
     path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("common", "__init__")
 )
+STAGES = set(plan.STAGES.values())
 # Arguments of configs that do not list them as ARGS.
 ARGUMENTS = {"prepare": ("clean", "tokenize"), "pretrain": ("gpt2_350m", "llama3_8b", "qwen3_0.6b")}
 # The config that each of the quickstart's stages must agree with, key by key.
@@ -53,8 +54,14 @@ def cases():
     for name in NAMES:
         yield name, None
         module = importlib.import_module(f"configs.{name}")
-        for arg in (*getattr(module, "ARGS", ()), *ARGUMENTS.get(name, ())):
+        listed = getattr(module, "ARGS", None) or getattr(module, "TOPOLOGIES", ())
+        for arg in (*listed, *ARGUMENTS.get(name, ())):
             yield name, arg
+
+
+def stage_of(name):
+    """The stage of configs/STAGE_VARIANT.py."""
+    return name.partition("_")[0]
 
 
 def subtrees(config):
@@ -71,6 +78,16 @@ def keys(config, prefix=""):
             yield from keys(value, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def check_same_keys(used, own):
+    """Both have each other's, but for those of another optimiser."""
+    for name in ("optimizer", "value_optimizer"):
+        if name in used:
+            fragment = {"adamw": common.adamw(1.0), "muon": common.muon(1.0, adam_lr=1.0)}
+            assert set(keys(used[name])) == set(keys(fragment[used[name].name]))
+            used[name] = own[name]
+    assert set(keys(used)) == set(keys(own))
 
 
 @pytest.mark.parametrize("name, arg", list(cases()))
@@ -132,13 +149,13 @@ def test_an_unknown_argument_is_refused(name):
 def test_quickstart_stages_have_the_keys_of_their_programs_config(stage, arg):
     by_people = stage == "rank" and arg == "smoke,people"
     own = load(*(("rank", "people") if by_people else OWN[stage]))
-    used = quickstart.get_config(arg).stages[stage]
-    for name in ("optimizer", "value_optimizer"):  # may be another one, with its own keys
-        if name in used:
-            fragment = {"adamw": common.adamw(1.0), "muon": common.muon(1.0, adam_lr=1.0)}
-            assert set(keys(used[name])) == set(keys(fragment[used[name].name]))
-            used[name] = own[name]
-    assert set(keys(used)) == set(keys(own))
+    check_same_keys(quickstart.get_config(arg).stages[stage], own)
+
+
+@pytest.mark.parametrize("name, arg", [c for c in cases() if stage_of(c[0]) in STAGES])
+def test_variants_have_the_keys_of_their_stages_config(name, arg):
+    """What only the loop's last step reads is missed after days of training."""
+    check_same_keys(load(name, arg), load(stage_of(name)))
 
 
 @pytest.mark.parametrize("arg", [None, "smoke"])

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,7 +258,9 @@ def eight_devices(loop, tiny):
     config = with_cadence(loop.config(tiny))
     config.mesh = common.mesh(data=2, fsdp=2, tensor=2)
     workdir = tiny.root / f"{loop.name}-eight-devices"
-    watch = SimpleNamespace(workdir=workdir, config=config, step=0, compiled=[], shards={})
+    watch = SimpleNamespace(
+        workdir=workdir, config=config, step=0, compiled=[], shards={}, saved=[], left=[]
+    )
 
     def compiled(event, seconds, **_):
         if "backend_compile" in event:
@@ -265,6 +268,7 @@ def eight_devices(loop, tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         push, save = StepLog.push, checkpoint.Checkpoints.save
+        load_best = checkpoint.Checkpoints.load_best
 
         def pushed(self, step, values):
             watch.step = step
@@ -272,10 +276,16 @@ def eight_devices(loop, tiny):
 
         def saved(self, step, items, *rest):
             watch.shards = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, items)
+            watch.saved = [weakref.ref(x) for x in jax.tree.leaves(items)]
             save(self, step, items, *rest)
+
+        def loaded(self, *args):
+            watch.left.append(sum(x() is not None for x in watch.saved))
+            return load_best(self, *args)
 
         patch.setattr(StepLog, "push", pushed)
         patch.setattr(checkpoint.Checkpoints, "save", saved)
+        patch.setattr(checkpoint.Checkpoints, "load_best", loaded)
         jax.monitoring.register_event_duration_secs_listener(compiled)
         run_here(loop, config, workdir)
         watch.compiled = list(watch.compiled)
@@ -367,6 +377,11 @@ def test_nothing_is_compiled_after_the_first_cadence(eight_devices):
     assert eight_devices.compiled, "the listener hears nothing"
     late = [step for step in eight_devices.compiled if CADENCE < step < STEPS]
     assert not late, f"compiled again at steps {late}"
+
+
+def test_the_state_is_gone_when_the_best_is_loaded(loop, eight_devices):
+    """Parameters beside a state that is no longer needed may not fit. PPO keeps no best."""
+    assert eight_devices.left == ([] if loop.stage == "ppo" else [0])
 
 
 def test_parameters_and_moments_are_split_over_fsdp_and_tensor(loop, eight_devices):

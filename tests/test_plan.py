@@ -221,7 +221,7 @@ def test_what_does_not_fit_says_so_and_knobs_are_turned():
     config = tiny_config("sft", **{"data.seq_len": 128, "mesh.data": -1, "mesh.fsdp": 1})
     target = plan.make_target(None, "cpu:2", {})
     job = plan.make_job(config, None, {"model": {**TINY["tiny"], "vocab_size": 2048}})
-    before, turned = plan.make_plan(job, target), plan.turned(job, target)
+    before, turned = plan.make_plan(job, target), plan.turned(job, target, None)
     assert [name.split(":")[0] for name in turned] == [
         "remat",
         "loss_chunk",
@@ -247,20 +247,22 @@ def test_what_does_not_fit_says_so_and_knobs_are_turned():
 def test_knobs_that_are_turned_or_have_no_meaning_are_left_out(
     monkeypatch, stage, chip, compute, names
 ):
-    monkeypatch.setattr(plan, "replan", lambda job, target, changes: changes)
+    monkeypatch.setattr(plan, "replan", lambda job, target, changes, workdir: changes)
     target = plan.Target("v5e:2x2", CHIPS.get(chip), ())
     config = tiny_config(stage, **{f"compute.{key}": value for key, value in compute.items()})
-    found = plan.turned(plan.make_job(config, None, {"model": TINY["tiny"]}), target)
+    found = plan.turned(plan.make_job(config, None, {"model": TINY["tiny"]}), target, None)
     assert [name.split(":")[0] for name in found] == names
     given = {key: value for changes in found.values() for key, value in changes.items()}
     assert given.get("compute.attention") == ("splash" if "attention" in names else None)
     assert given.get("compute.loss_chunk") == (128 if "loss_chunk" in names else None)
 
 
-def test_search_ranks_what_it_tried(alone, monkeypatch, capsys):
+def test_search_ranks_and_keeps_what_it_tried(alone, monkeypatch, capsys, tmp_path):
     """Without compiling: larger batches are made to look faster, odd ones not to fit."""
+    made = []
 
     def planned(job, target):
+        made.append(job.name)
         rows = job.config.batch_size
         if job.config.mesh.tensor == 8:
             raise UserError("heads can't be divided")
@@ -268,12 +270,14 @@ def test_search_ranks_what_it_tried(alone, monkeypatch, capsys):
         phase = dataclasses.replace(alone.phases[0], seconds=seconds)
         limit = 0.0 if rows == 8 else 1e12
         return dataclasses.replace(
-            alone, phases=[phase], tokens=rows * 64, limit_bytes=limit, chip=CHIPS["v5e"]
-        )
+            alone, config=job.name, phases=[phase], tokens=rows * 64, limit_bytes=limit,
+            chip=CHIPS["v5e"],
+        )  # fmt: skip
 
     monkeypatch.setattr(plan, "make_plan", planned)
     job = plan.make_job(tiny_config("sft"), None, {"model": TINY["tiny"]})
-    found = plan.searched(job, plan.make_target(None, "cpu:8", {}))
+    target, workdir = plan.make_target(None, "cpu:8", {}), str(tmp_path / "plans")
+    found = plan.searched(job, target, workdir)
     lines = plan_report.search_table(found).splitlines()[1:]
     assert len(lines) == len(found) == 18
     assert "tensor 1; batch 32" in lines[0] and "sending 24%" in lines[0]
@@ -281,6 +285,11 @@ def test_search_ranks_what_it_tried(alone, monkeypatch, capsys):
         (True, False), (False, True),
     ]  # fmt: skip
     assert capsys.readouterr().err.count("batch 16") == 6
+    kept = {plan_report.from_json(path.read_text()).config for path in Path(workdir).iterdir()}
+    assert kept == {name for name in made if "mesh.tensor=8" not in name} and len(kept) == 15
+    assert {"configs/tiny.py", "configs/tiny.py --config.batch_size=32"} < kept
+    again = plan_report.search_table(plan.searched(job, target, workdir))
+    assert again.splitlines()[1:] == lines and len(made) == 18 + 3  # where there is none, again
 
 
 MISTAKES = [

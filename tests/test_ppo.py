@@ -178,7 +178,9 @@ def networks(config):
         config.inputs.init, model_config, mesh, config.compute.to_dict(),
     )  # fmt: skip
     paid = critic if config.reward.kind == "model" else None
-    actor = ppo.Actor(config, model, scalar, policy, paid, tokenizer, mesh)
+    frozen = (policy, paid)
+    frozen = ppo.put_away(frozen) if config.offload else frozen
+    actor = ppo.Actor(config, model, scalar, *frozen, tokenizer, mesh)
     data = ppo.prompts_lib.read_prompts(config, tokenizer, "train", config.batch_size, mesh)
     return actor, model, scalar, policy, critic, data, mesh
 
@@ -193,6 +195,20 @@ def test_frozen_models_in_the_hosts_memory_score_the_same(config, scored):
         asked = [data.prompts[i] for i in data.at(0).index]
         after = jax.device_get(actor.score(policy, critic, samples, asked))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_one_frozen_model_at_a_time_is_on_the_device(config, scored, monkeypatch):
+    """In the loop and in held-out figures: the reference is done before the next is fetched."""
+    actor, *_, policy, critic, data, mesh = networks(copy_of(config, offload=True))
+    seen, fetched, wait = [], actor._fetched, jax.block_until_ready
+    monkeypatch.setattr(actor, "_fetched", lambda x: seen.append("fetched") or fetched(x))
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: seen.append(x.shape) or wait(x))
+    with jax.set_mesh(mesh):
+        samples = ppo.mesh_lib.put_batch(scored[0].samples, mesh)
+        asked = [data.prompts[i] for i in data.at(0).index]
+        actor.score(policy, critic, samples, asked)
+        actor.held_out(policy, critic, data, 1, jax.random.key(0))
+    assert seen == 2 * ["fetched", samples.response.shape, "fetched"]
 
 
 @pytest.fixture(scope="module")
@@ -470,6 +486,30 @@ def test_offload_leaves_no_frozen_model_on_the_device(config, tmp_path, monkeypa
     *_, policy, critic, _, _ = networks(config)
     frozen = sum(x.nbytes for x in jax.tree.leaves((policy, critic)))
     assert held[False] - held[True] > 0.9 * frozen
+
+
+class Started(Exception):
+    """Ends a run where its optimisers' states would be made."""
+
+
+def test_frozen_models_are_away_before_the_optimisers_states_are_made(
+    config, tmp_path, monkeypatch
+):
+    """Or a run could need the most memory before its first step, where no plan looks."""
+    held = {}
+
+    def start(params, tx, mesh):
+        here = [x for x in jax.live_arrays() if x.sharding.memory_kind == "device"]
+        held[offload] = sum(x.nbytes for x in here)
+        raise Started
+
+    monkeypatch.setattr(ppo.state_lib, "state_from_params", start)
+    for offload in (False, True):
+        gc.collect()
+        with pytest.raises(Started):
+            rerun(config, tmp_path / str(offload), offload=offload)
+    *_, policy, critic, _, _ = networks(config)
+    assert held[False] - held[True] > 0.9 * sum(x.nbytes for x in jax.tree.leaves((policy, critic)))
 
 
 def test_with_adapters_there_is_nothing_to_put_away(config, tmp_path):

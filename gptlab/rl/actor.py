@@ -90,8 +90,8 @@ class Actor:
           tokenizer: of all of them.
           mesh: of all of them.
 
-        With config.offload, reference and reward model are in the host's memory but for the time
-        that they score.
+        With config.offload, reference and reward model are given as `put_away` leaves them, and
+        are on the device only while they score, one at a time.
         """
         sampling = Sampling(
             **config.sampling.to_dict(),
@@ -100,10 +100,7 @@ class Actor:
         )
         rollout.check_sampling(sampling)
         self._offload = config.offload
-        self._reference, self._reward_params = (
-            self._put_away(reference),
-            self._put_away(reward_params),
-        )
+        self._reference, self._reward_params = reference, reward_params
         self._tokenizer, self._mesh = tokenizer, mesh
         self._text_scorer = None
         if config.reward.kind == "scorer":
@@ -120,15 +117,19 @@ class Actor:
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         )
 
-    def _put_away(self, params: Any) -> Any:
-        return _moved(params, "pinned_host") if self._offload else params
-
     def _fetched(self, params: Any) -> Any:
         return _moved(params, "device") if self._offload else params
 
-    def reference(self, policy: Any) -> Any:
-        """Parameters of the reference, beside a policy."""
-        return lora.off(policy) if self._reference is None else self._fetched(self._reference)
+    def ref_logprobs(self, policy: Any, samples: Samples) -> jax.Array:
+        """float32 [B, R] of the reference, beside a policy."""
+        if self._reference is None:
+            reference = lora.off(policy)
+        else:
+            reference = self._fetched(self._reference)
+        logprobs, _ = self.logprobs(reference, samples)
+        if self._offload:
+            jax.block_until_ready(logprobs)  # or the reward model would be fetched beside it
+        return logprobs
 
     def scores(self, critic: Any, samples: Samples, prompts: Sequence[Prompt]) -> jax.Array:
         """float32 [B] of whole replies; `prompts` are those of this process's rows."""
@@ -153,9 +154,7 @@ class Actor:
     ) -> Rollout:
         """The rollout of samples that `policy` drew."""
         old_logprobs, entropy = self.logprobs(policy, samples)
-        ref_logprobs, _ = self.logprobs(self.reference(policy), samples)
-        if self._offload:
-            jax.block_until_ready(ref_logprobs)  # one frozen model at a time
+        ref_logprobs = self.ref_logprobs(policy, samples)
         values = self._at_response(self.scalars(critic, samples), samples)
         scores = self.scores(critic, samples, prompts)
         return Rollout(samples, old_logprobs, entropy, ref_logprobs, values, scores)
@@ -193,13 +192,18 @@ class Actor:
             batch = mesh_lib.put_batch(batch, self._mesh)
             samples = self.sample(policy, batch, jax.random.fold_in(key, i))
             logprobs, _ = self.logprobs(policy, samples)
-            ref_logprobs, _ = self.logprobs(self.reference(policy), samples)
+            ref_logprobs = self.ref_logprobs(policy, samples)
             scores = self.scores(critic, samples, asked)
             sums = self._held_out_sums(batch.index, samples, logprobs, ref_logprobs, scores)
             for name, value in jax.device_get(sums).items():
                 total[name] = total.get(name, 0.0) + float(value)
         count = total.pop("count")
         return {name: value / count for name, value in total.items()}
+
+
+def put_away(params: Any) -> Any:
+    """A copy in the host's memory that is complete: the device needs the parameters no longer."""
+    return jax.block_until_ready(_moved(params, "pinned_host"))
 
 
 def _moved(params: Any, memory: str) -> Any:

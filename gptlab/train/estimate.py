@@ -3,7 +3,8 @@
 Every instruction is charged the time of what it is bound by, one after the other:
 
   floor: products as fast as the compiler rates a large plain one on this chip (train/chips.py), or
-    with its cycles for them where these are fewer; everything else at 85% of HBM bandwidth;
+    as HBM gives them what they multiply, where that takes longer (while decoding it does), or with
+    the compiler's cycles where these are fewer; everything else at 85% of HBM bandwidth;
   mixed: products with the cycles that the compiler estimates, everything else at 85% of HBM.
 
 Kernels are assumed to reach half of the peak (35% on v6e) with the FLOPs that they tell or, since
@@ -21,9 +22,9 @@ from gptlab.train.hlo import Program
 HBM_SHARE = 0.85  # of the bandwidth that streaming operations reach
 COMMUNICATION_SHARE = 0.25  # of a step, above which hiding it is in doubt
 ASSUMPTIONS = (
-    "products at {product:.0%} of peak (floor) or with the compiler's cycles (mixed), the rest at "
-    "85% of HBM bandwidth, kernels at {kernel:.0%} of peak, communication hidden; sent over both "
-    "directions of one ring of links if it is not"
+    "products at {product:.0%} of peak or as HBM feeds them (floor), or with the compiler's cycles "
+    "(mixed), the rest at 85% of HBM bandwidth, kernels at {kernel:.0%} of peak, communication "
+    "hidden; sent over both directions of one ring of links if it is not"
 )
 
 
@@ -54,9 +55,9 @@ def seconds(program: Program, chip: Chip, kernel_flops: int) -> Seconds:
             kernel_stream += op.times * stream
             continue
         if op.flops:
-            large = op.flops / (chip.product_share * chip.flops)
-            rated = max(op.cycles / chip.clock or max(large, stream), op.flops / chip.flops)
-            best = min(large, rated)
+            bound = max(op.flops / (chip.product_share * chip.flops), stream)
+            rated = max(op.cycles / chip.clock or bound, op.flops / chip.flops)
+            best = min(bound, rated)
         else:
             best = rated = stream
         floor += op.times * best

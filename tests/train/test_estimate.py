@@ -57,10 +57,10 @@ def run(*command, timeout, **extra):
 
 def test_estimates_bracket_and_add_up():
     matmul = jax.jit(lambda a: a @ a)
-    text = matmul.lower(jax.ShapeDtypeStruct((512, 512), "float32")).compile().as_text()
+    text = matmul.lower(jax.ShapeDtypeStruct((4096, 4096), "float32")).compile().as_text()
     program, chip = hlo.Program(text), CHIPS["v5e"]
     seconds = estimate.seconds(program, chip, 0)
-    assert seconds.floor == pytest.approx(2 * 512**3 / (chip.product_share * chip.flops))
+    assert seconds.floor == pytest.approx(2 * 4096**3 / (chip.product_share * chip.flops))
     assert seconds.mixed >= seconds.floor and seconds.communication == 0
     assert (seconds + seconds).floor == 2 * seconds.floor
     kernel = estimate.seconds(program, chip, 10**12)
@@ -83,6 +83,25 @@ def test_a_product_takes_no_longer_at_best_than_the_compiler_says():
     assert (slow.floor, slow.mixed) == pytest.approx((peak / chip.product_share, 2 * peak))
     assert (quick.floor, quick.mixed) == pytest.approx((1.1 * peak, 1.1 * peak))
     assert (absurd.floor, absurd.mixed) == pytest.approx((peak, peak))
+
+
+def test_a_product_takes_at_best_as_long_as_hbm_takes_to_feed_it():
+    """While decoding, weights are read for a few rows: they bound it, not what is multiplied."""
+    chip, rows, weights = CHIPS["v5p"], 8, 4096 * 14336
+
+    def of(cycles):
+        op = SimpleNamespace(
+            flops=2 * rows * weights, cycles=cycles, bytes=2 * weights, kernel=False, times=5
+        )
+        program = SimpleNamespace(ops=[op], bytes_sent=dict)
+        return estimate.seconds(program, chip, 0)
+
+    read = 5 * 2 * weights / (0.85 * chip.hbm_bandwidth)
+    assert read > 20 * 5 * 2 * rows * weights / chip.flops
+    slow, quick, unrated = (of(share * read / 5 * chip.clock) for share in (3, 0.9, 0))
+    assert (slow.floor, slow.mixed) == pytest.approx((read, 3 * read))
+    assert (quick.floor, quick.mixed) == pytest.approx((0.9 * read, 0.9 * read))
+    assert (unrated.floor, unrated.mixed) == pytest.approx((read, read))
 
 
 def test_a_published_step_is_between_floor_and_mixed():
