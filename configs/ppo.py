@@ -75,7 +75,8 @@ def get_config(arg: str = "cpu") -> ConfigDict:
             # PPO-ptx: rows of inputs.tokens with each optimiser step. coef 0 is off; inputs.tokens
             # and the other keys are read only when it is on.
             "ptx": {"coef": 0.0, "name": "pretrain", "batch_size": 8, "seq_len": 128},
-            # Keep reference and reward model in the host's memory while they do not score.
+            # Keep in the host's memory: reference and reward model while they do not score, critic
+            # and its optimiser's state while replies are drawn.
             "offload": False,
             "mesh": common.mesh(),
             "log_every_steps": 1,

@@ -274,6 +274,8 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
     memory |= {} if config.offload else frozen
     kept = sum(memory.values())
     fetched = frozen if config.offload else {}  # for as long as it scores
+    critics = memory["critic"] + memory["critic optimizer"]
+    away = critics if config.offload else 0  # while replies are drawn
     measure = functools.partial(compiled.measure, chip=chip)
 
     # What draws and scores; which tokens end a reply does not change what they cost.
@@ -288,7 +290,7 @@ def reinforced(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
         functions.sample,
         (policy.params, mesh_lib.abstract_batch(asked, mesh), key_on(mesh)),
         counted_flops=repeated * flops.generate(job.model, rows, prompt, new, adapters),
-        beside_bytes=kept - memory["params"],
+        beside_bytes=kept - memory["params"] - away,
     )
     if samples is None:  # as any batch lies, to go on with the other phases
         samples = mesh_lib.abstract_batch(abstract_samples(rows, prompt, new), mesh)

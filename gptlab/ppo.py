@@ -40,7 +40,7 @@ from gptlab.rl import episodes as episodes_lib
 from gptlab.rl import kl as kl_lib
 from gptlab.rl import prompts as prompts_lib
 from gptlab.rl import rewards, rollout
-from gptlab.rl.actor import Actor, put_away
+from gptlab.rl.actor import Actor, fetch, put_away
 from gptlab.rl.episodes import Episodes
 from gptlab.rl.rollout import Rollout
 from gptlab.run import artifact, profile, program
@@ -288,6 +288,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         if config.reward.kind == "model":  # the critic starts as a copy of what pays
             apart = {"head": critic["head"]} if config.lora.rank else critic
             reward_params = put_away(apart) if config.offload else jax.tree.map(jnp.copy, apart)
+            del apart
         policy = lora.add(policy, config.lora, lora_key)
         critic = lora.add(critic, config.lora, jax.random.fold_in(lora_key, 1))
         policy, policy_sh = state_lib.state_from_params(policy, policy_tx, mesh)
@@ -295,6 +296,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         whole = NamedSharding(mesh, PartitionSpec())
         shardings: Any = PPOState(policy_sh, critic_sh, whole)  # type: ignore[arg-type]
         state = PPOState(policy, critic, jax.device_put(controller.initial(), whole))
+        del policy, critic  # what is put away must not stay on the device under another name
         actor = Actor(config, model, scalar_model, reference, reward_params, tokenizer, mesh)
         transforms = (policy_tx, critic_tx)
         update = jit_update(
@@ -325,11 +327,13 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             # Each phase is waited for: they depend on each other anyway, and goodput can tell them
             # apart.
             with run.goodput.measure("rollout" if warm else "compile"):
+                state = without_critic(state, config)
                 samples = actor.sample(
                     state.policy.params, prompts, jax.random.fold_in(sample_key, done)
                 )
                 jax.block_until_ready(samples)
             with run.goodput.measure("score" if warm else "compile"):
+                state = with_critic(state, config)
                 scored = actor.score(state.policy.params, state.critic.params, samples, asked)
                 jax.block_until_ready(scored)
             with run.goodput.measure("step" if warm else "compile"):
@@ -347,8 +351,10 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             if not (save or evaluate):
                 continue
             if evaluate:
+                state = without_critic(state, config)
                 figures = evaluate_policy(run, actor, state, held_out, eval_key)
                 run.metrics.write(done, figures)
+                state = with_critic(state, config)
             if save:
                 with run.goodput.measure("save"):
                     checkpoints.save(done, items_of(state), {}, figures if evaluate else None)
@@ -360,6 +366,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         # (6) Results.
         checkpoints.wait()
         if not figures:  # there was no step left to run
+            state = without_critic(state, config)
             figures = evaluate_policy(run, actor, state, held_out, eval_key)
         run.results(
             steps=total,
@@ -451,6 +458,16 @@ def read_ptx(config: ConfigDict, updates: int, mesh: Mesh) -> batches.TrainBatch
     )
     rows = config.ptx.batch_size * updates
     return batches.TrainBatches(source, rows, config.seed, *mesh_lib.process_block(mesh))
+
+
+def without_critic(state: PPOState, config: ConfigDict) -> PPOState:
+    """With `offload`, critic and its moments in the host's memory: while replies are drawn."""
+    return state.replace(critic=put_away(state.critic)) if config.offload else state  # type: ignore[attr-defined]
+
+
+def with_critic(state: PPOState, config: ConfigDict) -> PPOState:
+    """With `offload`, critic and its moments on the device again: to score and to learn."""
+    return state.replace(critic=fetch(state.critic)) if config.offload else state  # type: ignore[attr-defined]
 
 
 def items_of(state: PPOState) -> dict[str, Any]:

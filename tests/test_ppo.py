@@ -468,6 +468,39 @@ def test_several_samples_a_prompt(config, tmp_path):
     assert prompts[0] == prompts[1] != prompts[2]
 
 
+def test_the_critic_is_away_while_replies_are_drawn(config, tmp_path, monkeypatch):
+    """In the loop and in held-out figures; it scores, learns and is saved on the device."""
+    kinds = {"sample": [], "score": [], "save": []}
+
+    def spy(owner, name, state_of):
+        whole = getattr(owner, name)
+
+        def called(*arguments):
+            critic = jax.tree.leaves(state_of(*arguments))
+            kinds[name].append({x.sharding.memory_kind for x in critic})
+            return whole(*arguments)
+
+        monkeypatch.setattr(owner, name, called)
+
+    away = ppo.without_critic
+    critics = []
+    monkeypatch.setattr(
+        ppo, "without_critic", lambda *x: critics.append(away(*x).critic) or away(*x)
+    )
+    build = ppo.Actor.__init__
+
+    def built(self, *arguments):
+        build(self, *arguments)
+        spy(self, "sample", lambda *_: critics[-1])
+
+    monkeypatch.setattr(ppo.Actor, "__init__", built)
+    spy(ppo.Actor, "score", lambda self, policy, critic, *_: critic)
+    spy(ppo.Checkpoints, "save", lambda self, done, items, *_: items)
+    rerun(config, tmp_path / "run", offload=True, total_episodes=16)
+    assert kinds["sample"] == [{"pinned_host"}] * len(kinds["sample"]) and len(critics) == 2
+    assert kinds["score"] == [{"device"}] and kinds["save"] == [{"device"}]
+
+
 @pytest.mark.slow
 def test_offload_leaves_no_frozen_model_on_the_device(config, tmp_path, monkeypatch):
     """When a step's update has been dispatched, neither reference nor reward model is there."""

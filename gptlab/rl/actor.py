@@ -118,7 +118,7 @@ class Actor:
         )
 
     def _fetched(self, params: Any) -> Any:
-        return _moved(params, "device") if self._offload else params
+        return fetch(params) if self._offload else params
 
     def ref_logprobs(self, policy: Any, samples: Samples) -> jax.Array:
         """float32 [B, R] of the reference, beside a policy."""
@@ -136,7 +136,7 @@ class Actor:
         if self._text_scorer is None:
             paid_by = self._fetched(self._reward_params)
             if lora.adapted(critic):
-                paid_by = {**lora.off(critic), "head": paid_by["head"]}
+                paid_by = {**lora.off(self._fetched(critic)), "head": paid_by["head"]}
             return self._at_last(self.scalars(paid_by, samples), samples)
         scores = self._text_scorer(prompts, self.texts(samples))
         return mesh_lib.put_batch(np.asarray(scores, np.float32), self._mesh)
@@ -202,8 +202,13 @@ class Actor:
 
 
 def put_away(params: Any) -> Any:
-    """A copy in the host's memory that is complete: the device needs the parameters no longer."""
+    """A copy in the host's memory that is complete: the device needs the arrays no longer."""
     return jax.block_until_ready(_moved(params, "pinned_host"))
+
+
+def fetch(params: Any) -> Any:
+    """What was put away, on the device."""
+    return _moved(params, "device")
 
 
 def _moved(params: Any, memory: str) -> Any:
