@@ -20,7 +20,10 @@ NAMES = sorted(
     path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("common", "__init__")
 )
 # Arguments of configs that do not list them as ARGS.
-ARGUMENTS = {"prepare": ("clean", "tokenize"), "pretrain": ("gpt2_350m", "llama3_8b", "qwen3_0.6b")}
+ARGUMENTS = {
+    "prepare": ("clean", "tokenize"),
+    "pretrain": ("gpt2_350m", "llama3_8b", "qwen3_0.6b", "init"),
+}
 # The config that each of the quickstart's stages must agree with, key by key.
 OWN = {
     "clean": ("prepare", "clean"),
