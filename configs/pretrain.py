@@ -5,6 +5,10 @@
 
 For a pod or a GPU cluster; nanoGPT takes 4 days on 8 A100 and reaches a held-out loss of 2.85 on
 OpenWebText. The vocabulary has 50,304 tokens (train_tokenizer with that vocab_size).
+
+`configs/pretrain.py:init` declares no model: training goes on from that of config.inputs.init, a
+pretrained or an imported one, on tokens of its own vocabulary. The duration and the rate are still
+those for random weights, so give your own; it was never run with these.
 """
 
 from ml_collections import ConfigDict
@@ -13,14 +17,16 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`arg` names another preset of model/presets.py, gpt2_350m say."""
+    """`arg` names another preset of model/presets.py, gpt2_350m say; or 'init', for none."""
     config = ConfigDict()
     config.seed = 0
-    config.inputs = common.inputs("tokens", "vocabulary")
+    config.inputs = common.inputs("init", "tokens", "vocabulary")
     config.data = {"name": "pretrain", "seq_len": 1024}  # a task or a mixture of the tokens
-    # 50,304 = 393 x 128 and not GPT-2's 50,257: a multiple of what the hardware multiplies by.
-    config.model = common.model(arg or "gpt2_124m", vocab_size=50304)
+    if arg != "init":
+        # 50,304 = 393 x 128 and not GPT-2's 50,257: a multiple of what the hardware multiplies by.
+        config.model = common.model(arg or "gpt2_124m", vocab_size=50304)
     config.compute = common.compute(dtype="bfloat16", remat="dots")
+    config.lora = common.lora()  # only beside inputs.init
 
     config.batch_size = 480
     config.accumulation_steps = 1
@@ -42,5 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def hardware(arg: str | None = None) -> dict:
-    """What it is planned for."""
+    """What it is planned for, and what inputs.init is."""
+    if arg == "init":
+        return {"topology": "v5e:4x8", "model": common.model("gpt2_124m", vocab_size=50304)}
     return {"topology": "v5e:4x8" if arg in (None, "gpt2_124m") else "v5p:2x4x4"}

@@ -23,10 +23,11 @@ def get_config(arg: str = "1.3b") -> ConfigDict:
     small = arg == "1.3b"
     config = ConfigDict()
     config.seed = 0
-    config.inputs = common.inputs("tokens", "vocabulary")
+    config.inputs = common.inputs("init", "tokens", "vocabulary")
     config.data = {"name": "pretrain", "seq_len": 2048}
     config.model = common.model(f"gpt3_{arg}", vocab_size=50304)
     config.compute = common.compute(dtype="bfloat16", remat="full")
+    config.lora = common.lora()  # only beside inputs.init
 
     config.batch_size = 512 if small else 1024
     config.accumulation_steps = 1 if small else 2

@@ -168,10 +168,11 @@ def pretrain() -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,
-            "inputs": common.inputs("tokens", "vocabulary"),
+            "inputs": common.inputs("init", "tokens", "vocabulary"),
             "data": {"name": "pretrain", "seq_len": 128},
             "model": common.model("quickstart"),
             "compute": common.compute(unroll=4),
+            "lora": common.lora(),
             "batch_size": 16,
             "accumulation_steps": 1,
             "optimizer": common.muon(0.02, adam_lr=0.01, warmup_steps=30, final_fraction=0.05),

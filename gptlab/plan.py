@@ -146,7 +146,11 @@ def make_job(config: ConfigDict, preset: str | None, named: Mapping[str, Any]) -
         return named.get(otherwise)
 
     (stage,) = stages
-    found = config.model.to_dict() if stage == "pretrain" else architecture("init", "model")
+    if stage == "pretrain" and "model" in config:
+        pretrain.check_declared(config)
+        found = config.model.to_dict()
+    else:
+        found = architecture("init", "model")
     if found is None:
         raise UserError(
             "the architecture is that of config.inputs.init: give that, or --model=PRESET "
@@ -200,9 +204,8 @@ def trained(job: Job, model: Any, optimizer: ConfigDict, mesh: Mesh) -> tuple[An
     # How long training lasts changes constants of the schedule only.
     tx, schedule = make_optimizer(optimizer, max(1, optimizer.warmup_steps))
     params = state.param_shardings(functools.partial(init_params, model), mesh)
-    if "lora" in job.config:
-        lora.check(job.config.lora, model.config)
-        params = lora.extend(*params, job.config.lora)
+    lora.check(job.config.lora, model.config)
+    params = lora.extend(*params, job.config.lora)
     return *state.abstract_state(*params, tx, mesh), tx, schedule
 
 

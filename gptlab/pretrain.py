@@ -7,8 +7,13 @@ Reads a task of a tokenised corpus, or a mixture of its tasks (config.data.name)
 of the parameters and the optimiser. The same command goes on where a killed run was, bit for bit.
 How long it takes and which loss to expect stand in each config.
 
+A model that is there already, imported by `convert` say, is trained on other documents where
+config.inputs.init names its workdir and the config declares none (configs/pretrain.py:init): all of
+it, or adapters alone (config.lora).
+
 Its results are the best checkpoint's, which later stages load: `validation/*` on the whole held-out
-split, `best/validation/*` on the config.eval_batches that chose it.
+split, `best/validation/*` on the config.eval_batches that chose it; and on these same batches
+`init/validation/*`, of the model of config.inputs.init.
 """
 
 import contextlib
@@ -25,7 +30,7 @@ from gptlab.data import batches, mixtures, records
 from gptlab.data.batches import TokenBatch
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evals import ngram
-from gptlab.model import transformer
+from gptlab.model import lora, transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact, profile, program
 from gptlab.run.errors import Interrupted, UserError
@@ -33,8 +38,8 @@ from gptlab.train import durations, losses
 from gptlab.train import mesh as mesh_lib
 from gptlab.train import state as state_lib
 from gptlab.train import step as step_lib
-from gptlab.train.checkpoint import Checkpoints, best_metrics
-from gptlab.train.checks import check_declared_model
+from gptlab.train.checkpoint import Checkpoints, best_metrics, load_model_config, load_params
+from gptlab.train.checks import check_declared_model, check_fits
 from gptlab.train.held_out import make_held_out
 from gptlab.train.log import StepLog
 from gptlab.train.optimizer import make_optimizer
@@ -106,10 +111,16 @@ def run(config: ConfigDict, workdir: str) -> None:
 def train(config: ConfigDict, run: artifact.Run) -> None:
     """Everything between opening the run and completing it."""
     # (2) Inputs, checked before anything is compiled.
-    artifact.check_inputs(config)
+    check_start(config)
     tokenizer = Tokenizer.load(config.inputs.vocabulary)
-    model_config = ModelConfig.build(config.model.to_dict(), config.compute.to_dict())
-    check_declared_model(model_config, tokenizer, config.data.seq_len)
+    if config.inputs.init:
+        architecture = load_model_config(config.inputs.init)
+        model_config = ModelConfig.build(architecture, config.compute.to_dict())
+        check_fits(model_config, tokenizer, config.data.seq_len)
+    else:
+        model_config = ModelConfig.build(config.model.to_dict(), config.compute.to_dict())
+        check_declared_model(model_config, tokenizer, config.data.seq_len)
+    lora.check(config.lora, model_config)
     mesh = mesh_lib.make_mesh(config.mesh)
     mesh_lib.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation_steps)
     mesh_lib.check_length("data.seq_len", config.data.seq_len, mesh)
@@ -127,7 +138,8 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
     model = LanguageModel(model_config)
     tx, schedule = make_optimizer(config.optimizer, total)
     init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-    log = StepLog(run, config, batch_tokens, model_config.flops_per_token(config.data.seq_len))
+    flops_per_token = lora.flops_per_token(config.lora, model_config, config.data.seq_len)
+    log = StepLog(run, config, batch_tokens, flops_per_token)
     held_out = make_held_out(model, mesh, tokenizer.token_bytes, "validation")
     prompts = [tokenizer.encode_document(text) for text in config.sample.prompts]
     sampler = None
@@ -135,15 +147,21 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
         sampler = make_sampler(model, mesh, tokenizer, prompts, config.sample, (tokenizer.eos_id,))
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.workdir, config.checkpoint, run.metrics))
-        state, shardings = state_lib.init_state(
-            lambda key: transformer.init_params(model, key), tx, mesh, init_key
-        )
+        state, shardings = first_state(config, model, tx, mesh, init_key)
         train_step = jit_step(model, tx, schedule, config, shardings, mesh)
 
-        # (5) The newest checkpoint, if there is one; batches, keys and metrics follow its step.
-        state, _ = checkpoints.restore_state(state, shardings)
+        # (5) The newest checkpoint, if there is one; else first of all, what config.inputs.init
+        # reached. Batches, keys and metrics follow the checkpoint's step.
+        state, meta = checkpoints.restore_state(state, shardings)
         start = int(state.step)
-        run.metrics.rewind(start)
+        run.metrics.rewind(-1 if meta is None else start)  # step 0 may have a line of its own
+        kept: dict[str, Any] = {}  # in every checkpoint
+        if config.inputs.init:
+            if meta is None:
+                with run.goodput.measure("eval"):
+                    meta = {"init": held_out(state.params, validation())}
+                run.metrics.write(0, meta["init"])
+            kept["init"] = meta["init"]
 
         # (6) The loop.
         stream = stack.enter_context(contextlib.closing(data.iterate(start)))
@@ -180,7 +198,7 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
                     run.metrics.write_sample({"step": done, **entry})
             if save:
                 with run.goodput.measure("save"):
-                    checkpoints.save_state(state, {}, figures if evaluate else None)
+                    checkpoints.save_state(state, kept, figures if evaluate else None)
             if stop:
                 checkpoints.wait()
                 raise Interrupted(f"saved at step {done} of {total}")
@@ -202,9 +220,59 @@ def train(config: ConfigDict, run: artifact.Run) -> None:
             tokens_per_sec=log.mean_tokens_per_sec(),
             **{name.removeprefix("eval/"): value for name, value in figures.items()},
             **best_metrics(run.workdir),
+            **{
+                f"init/{name.removeprefix('eval/')}": value
+                for name, value in kept.get("init", {}).items()
+            },
             **(ngram_baselines(config, run, tokenizer) if config.ngram_baselines else {}),
         )
         run.complete(state_lib.digest(best))
+
+
+def check_start(config: ConfigDict) -> None:
+    """UserError unless there is one model to start from: a declared one, or that of inputs.init."""
+    check_declared(config)
+    needed = ("tokens", "vocabulary") if "model" in config else ("init", "tokens", "vocabulary")
+    artifact.check_inputs(config, needed)
+
+
+def check_declared(config: ConfigDict) -> None:
+    """UserError if config.model, which begins with random weights, stands beside other weights."""
+    if "model" not in config:
+        return
+    without = "a config that declares no model, --config=configs/pretrain.py:init say"
+    if config.inputs.init:
+        raise UserError(
+            "config.inputs.init brings its own model and config.model declares another: give "
+            f"{without}, or leave out config.inputs.init"
+        )
+    if config.lora.rank:
+        raise UserError(
+            f"config.lora.rank={config.lora.rank} adapts a trained model, and config.model begins "
+            f"with random weights: give config.inputs.init and {without}, or rank 0"
+        )
+
+
+def first_state(
+    config: ConfigDict,
+    model: LanguageModel,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    key: jax.Array,
+) -> tuple[TrainState, TrainState]:
+    """(state, its shardings): random weights; or those of inputs.init, with adapters if asked for.
+
+    `key` is of whatever is random: the weights, or the adapters.
+    """
+
+    def init_fn(key: jax.Array) -> Any:
+        return transformer.init_params(model, key)
+
+    if not config.inputs.init:
+        return state_lib.init_state(init_fn, tx, mesh, key)
+    params = load_params(config.inputs.init, mesh, init_fn)
+    params = lora.add(params, config.lora, key)
+    return state_lib.state_from_params(params, tx, mesh)
 
 
 def make_batches(

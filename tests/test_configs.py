@@ -21,7 +21,10 @@ NAMES = sorted(
 )
 STAGES = set(plan.STAGES.values())
 # Arguments of configs that do not list them as ARGS.
-ARGUMENTS = {"prepare": ("clean", "tokenize"), "pretrain": ("gpt2_350m", "llama3_8b", "qwen3_0.6b")}
+ARGUMENTS = {
+    "prepare": ("clean", "tokenize"),
+    "pretrain": ("gpt2_350m", "llama3_8b", "qwen3_0.6b", "init"),
+}
 # The config that each of the quickstart's stages must agree with, key by key.
 OWN = {
     "clean": ("prepare", "clean"),

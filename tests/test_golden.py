@@ -13,6 +13,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import common
 from gptlab.model import transformer
 from gptlab.model.transformer import LanguageModel, ModelConfig
 from gptlab.run import artifact
@@ -64,6 +65,14 @@ def test_the_whole_state_comes_back_and_training_could_go_on(old):
 def test_the_run_is_recognised_as_done(old):
     with artifact.open_run(config_of(old), old, "pretrain") as run:
         assert run.finished and run.identity == artifact.read_manifest(old)["identity"]
+
+
+def test_keys_that_came_later_and_are_off_make_it_no_other_run(old):
+    identity, config = artifact.read_manifest(old)["identity"], config_of(old)
+    config.lora = common.lora()
+    config.inputs = common.inputs("init")
+    with artifact.open_run(config, old, "pretrain") as run:
+        assert run.finished and run.identity == identity
 
 
 def test_what_is_written_today_is_read_alike(tmp_path):

@@ -117,6 +117,14 @@ def ppo(tiny: SimpleNamespace) -> ConfigDict:
     return config
 
 
+def going_on(tiny: SimpleNamespace) -> ConfigDict:
+    """Pretraining of a model that is there."""
+    config = pretrain(tiny)
+    del config.model
+    config.inputs.init = tiny.policy
+    return config
+
+
 def with_lora(config_of, faster):
     """The same with adapters, whose rate is so many times as large."""
 
@@ -143,6 +151,7 @@ SLOW_LOOPS = [
     Loop("ppo", with_lora(ppo, 10), falls_by=0.1, variant="_lora"),
     Loop("sft", with_lora(sft, 3), falls_by=0.01, variant="_lora"),
     Loop("reward", with_lora(reward, 1), falls_by=0.005, variant="_lora"),
+    Loop("pretrain", with_lora(going_on, 3), falls_by=0.1, variant="_lora"),
 ]
 
 

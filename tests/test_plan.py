@@ -23,10 +23,12 @@ TINY = {name: dict(PRESETS[name]) for name in ("tiny", "tiny_gpt2", "tiny_qwen3"
 
 
 def tiny_config(stage, **changes):
-    """A config of a stage, small enough to compile in seconds."""
-    config = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}[stage].get_config()
+    """A config of a stage ('pretrain:init' without a model), small enough to compile in seconds."""
+    stage, _, arg = stage.partition(":")
+    module = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}[stage]
+    config = module.get_config(arg or None)
     config.compute = common.compute()
-    if stage == "pretrain":
+    if "model" in config:
         config.model = common.model("tiny")
     if stage in ("pretrain", "sft"):
         config.data.seq_len = 64
@@ -433,6 +435,7 @@ LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
             )
         ),
         pytest.param("ppo", "tiny", "cpu:1", {"compute.remat": "full"}, marks=pytest.mark.slow),
+        pytest.param("pretrain:init", "tiny_qwen3", "cpu:1", {}, marks=pytest.mark.slow),
     ],
 )
 def test_what_adapters_spare_is_counted(stage, model, devices, changes):
@@ -457,6 +460,16 @@ def test_frozen_models_in_the_hosts_memory_are_not_beside_the_update():
     assert before["rollout"] - after["rollout"] == both + critics
     assert before["score"] - after["score"] == kept.memory["reward model"]
     assert moved.memory["reference, scoring only"] == kept.memory["reference"]
+
+
+def test_pretraining_is_planned_from_what_its_input_will_be():
+    config, named = tiny_config("pretrain:init", **LORA), {"model": TINY["tiny_gpt2"]}
+    of_input, of_preset = (plan.make_job(config, x, named).model for x in (None, "tiny"))
+    assert (of_input.norm, of_preset.norm) == tuple(TINY[x]["norm"] for x in ("tiny_gpt2", "tiny"))
+    with pytest.raises(UserError, match="that of config.inputs.init: give that, or --model"):
+        plan.make_job(config, None, {})
+    with pytest.raises(UserError, match="config.model begins with random weights"):
+        plan.make_job(tiny_config("pretrain", **LORA), None, {})
 
 
 def test_adapters_of_a_kernel_that_is_not_there_are_refused():

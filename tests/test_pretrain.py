@@ -19,6 +19,7 @@ from gptlab.run.errors import UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
 from tests.fixtures import read_records, write_artifact
+from tests.rl import artifacts
 
 
 @pytest.fixture
@@ -54,6 +55,10 @@ def config(tiny_corpus, tiny_vocabulary, tiny_model):
         (lambda c: c.checkpoint.update(keep=0), "checkpoint.keep=0"),
         (lambda c: c.sample.update(prompts=()), "sample.prompts is empty"),
         (lambda c: c.sample.update(max_new_tokens=128), "context window"),
+        (lambda c: c.inputs.update(init=c.inputs.tokens), "config.model declares another: .*:init"),
+        (lambda c: c.lora.update(rank=4), "random weights: give config.inputs.init and .*:init"),
+        (lambda c: c.lora.update(rank=-1), "lora.rank=-1"),
+        (lambda c: c.__delattr__("model"), "config.inputs.init is not set"),
     ],
 )
 def test_mistakes_are_named_before_a_step_is_taken(config, change, message, tmp_path, monkeypatch):
@@ -65,6 +70,82 @@ def test_mistakes_are_named_before_a_step_is_taken(config, change, message, tmp_
     with pytest.raises(UserError, match=message):
         pretrain.run(config, str(tmp_path))
     assert artifact.read_manifest(tmp_path, allow_unfinished=True)["status"] == "failed"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """An artifact whose model is far from a fresh one."""
+    return artifacts.write_policy(tmp_path_factory.mktemp("trained") / "run", tiny_model, 3.0)
+
+
+@pytest.fixture
+def going_on(config, trained):
+    """Training that goes on from there."""
+    del config.model
+    config.inputs.init = str(trained)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.data.update(seq_len=129), "seq_len=129 .*, which its pretraining fixed"),
+        (lambda c: c.lora.update(rank=4, targets=("values",)), "lora.targets: .*'values'"),
+    ],
+)
+def test_mistakes_in_going_on_are_named(going_on, change, message, tmp_path):
+    change(going_on)
+    with pytest.raises(UserError, match=message):
+        pretrain.run(going_on, str(tmp_path))
+
+
+def test_it_goes_on_with_its_own_vocabulary_only(going_on, other_vocabulary, tmp_path):
+    going_on.inputs.vocabulary = str(other_vocabulary)
+    with pytest.raises(UserError, match="inputs.init has a vocabulary of 320.*trained with"):
+        pretrain.run(going_on, str(tmp_path))
+
+
+@pytest.mark.parametrize("rank", [4, pytest.param(0, marks=pytest.mark.slow)])
+def test_it_goes_on_from_another_artifacts_model(going_on, rank, tiny_model, trained, tmp_path):
+    going_on.lora = common.lora(rank, targets=("query",))
+    going_on.update(total_steps=2, log_every_steps=1, sample_every_steps=0)
+    pretrain.run(going_on, str(tmp_path))
+
+    mesh = mesh_lib.make_mesh(going_on.mesh)
+    model = LanguageModel(ModelConfig.build(tiny_model, going_on.compute.to_dict()))
+    before, after = (
+        checkpoint.load_params(path, mesh, functools.partial(transformer.init_params, model))
+        for path in (trained, tmp_path)
+    )
+
+    apply = jax.jit(model.apply)
+
+    def loss(batch):
+        logits = apply({"params": before}, batch.tokens, batch.positions, batch.segment_ids)
+        logprobs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        picked = np.take_along_axis(logprobs, batch.targets[..., None], axis=2)[..., 0]
+        return -np.average(picked, weights=batch.loss_mask)
+
+    # What was reached before is known, and the first step sees the same model.
+    data, held_out = pretrain.make_batches(going_on, mesh)
+    lines = {line["step"]: line for line in metrics.read_metrics(tmp_path)}
+    (watched,) = batches_lib.eval_batches(held_out, going_on.batch_size, going_on.eval_batches)
+    assert lines[0]["eval/validation/loss"] == pytest.approx(loss(watched), rel=1e-4)
+    assert lines[1]["train/loss"] == pytest.approx(loss(data.at(0)), rel=1e-4)
+    results = artifact.read_manifest(tmp_path)["results"]
+    assert results["init/validation/loss"] == lines[0]["eval/validation/loss"]
+    assert results["best/validation/loss"] < results["init/validation/loss"]
+
+    # Later stages get a whole model; with adapters, only what they adapt is another one.
+    moved = {
+        jax.tree_util.keystr(path)
+        for path, same in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda x, y: bool((x == y).all()), before, after)
+        )
+        if not same
+    }
+    queries = {name for name in moved if "query" in name}
+    assert queries and (moved == queries) == bool(rank)
 
 
 # Norms hide the first; the second is infinite.

@@ -60,6 +60,9 @@ RESUMABLE = (
     "eval_batches",
     "checkpoint.every_steps",
 )
+# Sections that the configs of a stage got later, each with its key that is 0 where all is as it was
+# before. Then the section doesn't count: runs from before keep their identity and go on.
+SWITCHED_OFF = {"pretrain": {"lora": "rank"}}
 _ABSENT = object()
 
 _PACKAGES = (
@@ -258,7 +261,7 @@ def identity(
       continued: earlier values of RESUMABLE keys under which the run spent some of its steps.
     """
     plain = _plain(config.to_dict() if isinstance(config, ConfigDict) else config, "config")
-    relevant = _without(plain, ("inputs", *CADENCE))
+    relevant = _without(plain, ("inputs", *CADENCE, *_switched_off(stage, plain)))
     content: dict[str, Any] = {"stage": stage, "config": relevant, "inputs": dict(inputs)}
     if continued := list(continued):
         content["continued"] = continued
@@ -403,7 +406,9 @@ def _continued(
     old = _read_json(directory / CONFIG_FILE) or {}
     free = ("inputs", *CADENCE, *RESUMABLE)
     differences = _differences(
-        _without(old, free), _without(config, free), "config."
+        _without(old, (*free, *_switched_off(stage, old))),
+        _without(config, (*free, *_switched_off(stage, config))),
+        "config.",
     ) + _differences(_identities(previous["inputs"], previous["files"]), identities, "inputs.")
     if differences:
         more = len(differences) - _SHOWN_DIFFERENCES
@@ -428,6 +433,12 @@ def _without(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
         below = [key.removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")]
         kept[name] = _without(value, below) if isinstance(value, Mapping) else value
     return kept
+
+
+def _switched_off(stage: str, config: Mapping[str, Any]) -> list[str]:
+    """The sections of SWITCHED_OFF that this config does not use."""
+    sections = SWITCHED_OFF.get(stage, {})
+    return [name for name, key in sections.items() if _value(config, f"{name}.{key}") == 0]
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:

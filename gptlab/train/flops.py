@@ -29,9 +29,8 @@ class Adapters(NamedTuple):
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Adapters":
-        """Of a stage's config: pretraining has none."""
-        lora = config.lora if "lora" in config else None
-        return cls(lora.rank, lora.targets) if lora is not None and lora.rank else cls()
+        """Of a stage's config."""
+        return cls(config.lora.rank, config.lora.targets) if config.lora.rank else cls()
 
 
 NO_ADAPTERS = Adapters()

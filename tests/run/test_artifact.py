@@ -97,6 +97,21 @@ def test_how_samples_are_shown_or_workers_shared_does_not_count(key, counts):
     assert (few != many) == counts
 
 
+def test_a_section_that_pretraining_got_later_counts_only_where_it_is_in_use(tmp_path):
+    def with_lora(**lora):
+        return ConfigDict({**config().to_dict(), "lora": lora})
+
+    before = finished(tmp_path, "pretrain")  # by an earlier gptlab
+    with artifact.open_run(with_lora(rank=0, alpha=16.0), tmp_path, "pretrain") as run:
+        assert run.finished and run.identity == before
+    assert artifact.identity("pretrain", with_lora(rank=0), {}) == before
+    assert artifact.identity("pretrain", with_lora(rank=4), {}) != before
+    with pytest.raises(UserError, match=r"config.lora.rank: \(absent\) -> 4"):
+        artifact.open_run(with_lora(rank=4), tmp_path, "pretrain")
+    # Of a stage whose identities had it from the beginning, it always counts.
+    assert artifact.identity("sft", with_lora(rank=0), {}) != artifact.identity("sft", config(), {})
+
+
 def test_stage_inputs_and_history_count():
     own = artifact.identity("s", config(), {"a": "1"})
     others = [
