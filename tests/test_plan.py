@@ -462,3 +462,8 @@ def test_adapters_of_a_kernel_that_is_not_there_are_refused():
     config = tiny_config("sft", **{"lora.rank": 4, "lora.targets": ("gate",)})
     with pytest.raises(UserError, match="has no 'gate'"):
         make(config, "tiny_gpt2")
+
+
+def test_what_a_stage_refuses_is_not_planned():
+    with pytest.raises(UserError, match="loss_chunk=100 has no meaning for a reward model"):
+        make(tiny_config("reward", **{"compute.loss_chunk": 100}))
