@@ -197,6 +197,18 @@ def test_a_plan_comes_back_from_json(alone):
     assert json.loads(text)["derived"]["fits"] is True
 
 
+@pytest.mark.parametrize("communication, warned", [(0.5, False), (0.52, True)])
+def test_sending_for_more_than_a_quarter_of_a_step_is_warned_of(alone, communication, warned):
+    seconds = estimate.Seconds(1.0, 2.0, communication)
+    phase = dataclasses.replace(alone.phases[0], seconds=seconds)
+    text = plan_report.describe(
+        dataclasses.replace(alone, phases=[phase], chip=CHIPS["v5e"], useful_flops=None)
+    )
+    line = "WARNING: sending takes 0.52 s by itself, 26% of a step: it may not hide"
+    assert "a step takes 1 s (floor) to 2 s (mixed)" in text
+    assert ("WARNING" in text, line in text) == (warned, warned)
+
+
 def test_running_out_of_memory_is_read():
     text = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
