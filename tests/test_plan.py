@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import plans
 from configs import common, ppo, pretrain, reward, sft
 from gptlab import plan
 from gptlab.model.presets import PRESETS
@@ -16,6 +18,8 @@ from gptlab.run import program
 from gptlab.run.errors import UserError
 from gptlab.train import chips, compiled, estimate, flops, plan_report
 from gptlab.train.chips import CHIPS, GIB
+from tests.train.test_estimate import needs_libtpu
+from tests.train.test_estimate import run as compile_for_tpu
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["plan", "--config=configs/tiny.py"]
@@ -412,6 +416,28 @@ def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
         assert phase.seconds.mixed >= phase.seconds.floor > 0
         assert (phase.kernel_flops > 0) == (config.compute.attention == "splash")
     assert found.fits and found.limit_bytes == 15.75 * GIB
+
+
+# How often libtpu 0.0.42.1 has a phase multiply what was counted, where it isn't once.
+REPEATED = {
+    "reward_llama3.py:8b": ["1.010"],  # as if keys and values of each layer were made once more
+    "sft_llama3.py:70b_lora": ["1.007"],
+    "ppo_llama3.py:8b_lora": ["1.002"],  # the rollout
+}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(10_000)
+@pytest.mark.parametrize("name", plans.CONFIGS)
+def test_a_shipped_config_fits_what_it_names_and_multiplies_what_was_counted(name, tmp_path):
+    """1 to 20 minutes each on two cores. $GPTLAB_PLANS is a workdir that keeps them."""
+    workdir = os.environ.get("GPTLAB_PLANS", tmp_path)
+    command = ["-m", "gptlab.plan", f"--config=configs/{name}", "--noknobs"]
+    text = compile_for_tpu(*command, f"--workdir={workdir}", timeout=9000)
+    assert "\nFITS: " in text and "DOES NOT FIT" not in text
+    times = re.findall(r"the program multiplies ([\d.]+) times what was counted", text)
+    assert times == REPEATED.get(name, []) and text.count("DIFFERENT") == len(times)
 
 
 LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
