@@ -4,7 +4,8 @@
 
 Each is compiled by `python -m gptlab.plan` in a process of its own, unless `--workdir` has its plan
 already; `--table` compiles nothing. The table is of what is there: rows that were not planned yet
-say so. Needs libtpu; a row takes 1 to 20 minutes on two cores.
+say so; where planning failed, the exit code is 1. Needs libtpu; a row takes 1 to 20 minutes on two
+cores.
 """
 
 import argparse
@@ -84,11 +85,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="configs whose name contains this")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     args = parser.parse_args()
+    failed = []
     for name in () if args.table else (name for name in CONFIGS if args.only in name):
         print(f"{name} ...", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "gptlab.plan", f"--config=configs/{name}", "--noknobs"]
-        subprocess.run([*command, f"--workdir={args.workdir}"], stdout=sys.stderr, check=False)
+        command.append(f"--workdir={args.workdir}")
+        if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+            failed.append(name)
     print(table(args.workdir))
+    if failed:
+        sys.exit(f"not planned, as said above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -224,6 +224,7 @@ def supervised(job: Job, chip: Chip | None, mesh: Mesh) -> tuple[list[Phase], di
     batch, rows = token_batch(config.batch_size, data.seq_len), config.batch_size
     predicted = rows * data.seq_len
     if job.stage == "reward":
+        reward.check_loss_chunk(config)
         model, shape = ScalarModel(job.model), (config.batch_size, data.max_candidates)
         batch = ComparisonBatch(
             ints(*shape, data.seq_len), ints(*shape), ints(*shape), floats(config.batch_size)

@@ -219,6 +219,7 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 def check(config: ConfigDict) -> None:
     """UserError for a config that could only fail later."""
+    check_loss_chunk(config)
     artifact.check_inputs(config, ("init", "vocabulary", "comparisons"))
     folds, count = config.data.folds, config.data.num_folds
     if not folds or min(folds) < 0 or max(folds) >= count:
@@ -229,6 +230,15 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "config.normalise='demonstrations' and config.inputs.demonstrations (a clean corpus "
             "whose conversations are the demonstrations) go together: set both or neither"
+        )
+
+
+def check_loss_chunk(config: ConfigDict) -> None:
+    """UserError for a setting of losses over the vocabulary."""
+    if config.compute.loss_chunk:
+        raise UserError(
+            f"config.compute.loss_chunk={config.compute.loss_chunk} has no meaning for a reward "
+            "model, which has no logits to take in chunks; leave it at 0"
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plans
 from tests import compiling, serving
 from tests.data import hf_vocabularies
 from tests.rl import artifacts
@@ -49,6 +50,24 @@ def test_the_documented_command_starts(path):
         if "No module named 'torch'" not in str(error):
             raise
         pytest.skip("PyTorch is not installed, and need not be")
+
+
+def test_a_plan_that_failed_is_in_the_exit_code(monkeypatch, tmp_path, capsys):
+    """The others are made, and the table is printed."""
+    planned = []
+
+    def run_plan(command, **_):
+        planned.append(command)
+        return subprocess.CompletedProcess(command, int("--config=configs/sft.py:b" in command))
+
+    monkeypatch.setattr(plans, "CONFIGS", ("sft.py:a", "sft.py:b", "sft.py:c", "ppo.py"))
+    monkeypatch.setattr(plans.subprocess, "run", run_plan)
+    monkeypatch.setattr(sys, "argv", ["plans", f"--workdir={tmp_path}", "--only=sft"])
+    with pytest.raises(SystemExit, match="not planned, as said above: sft.py:b$"):
+        plans.main()
+    assert len(planned) == 3 and capsys.readouterr().out.count("not planned yet") == 4
+    sys.argv[-1] = "--only=sft.py:a"
+    plans.main()
 
 
 @pytest.mark.slow

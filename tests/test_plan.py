@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import plans
 from configs import common, ppo, pretrain, reward, sft
 from gptlab import plan
 from gptlab.model.presets import PRESETS
@@ -16,6 +18,8 @@ from gptlab.run import program
 from gptlab.run.errors import UserError
 from gptlab.train import chips, compiled, estimate, flops, plan_report
 from gptlab.train.chips import CHIPS, GIB
+from tests.train.test_estimate import needs_libtpu
+from tests.train.test_estimate import run as compile_for_tpu
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["plan", "--config=configs/tiny.py"]
@@ -197,6 +201,18 @@ def test_a_plan_comes_back_from_json(alone):
     text = plan_report.to_json(alone)
     assert plan_report.from_json(text) == alone
     assert json.loads(text)["derived"]["fits"] is True
+
+
+@pytest.mark.parametrize("communication, warned", [(0.5, False), (0.52, True)])
+def test_sending_for_more_than_a_quarter_of_a_step_is_warned_of(alone, communication, warned):
+    seconds = estimate.Seconds(1.0, 2.0, communication)
+    phase = dataclasses.replace(alone.phases[0], seconds=seconds)
+    text = plan_report.describe(
+        dataclasses.replace(alone, phases=[phase], chip=CHIPS["v5e"], useful_flops=None)
+    )
+    line = "WARNING: sending takes 0.52 s by itself, 26% of a step: it may not hide"
+    assert "a step takes 1 s (floor) to 2 s (mixed)" in text
+    assert ("WARNING" in text, line in text) == (warned, warned)
 
 
 def test_running_out_of_memory_is_read():
@@ -404,6 +420,28 @@ def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
     assert found.fits and found.limit_bytes == 15.75 * GIB
 
 
+# How often libtpu 0.0.42.1 has a phase multiply what was counted, where it isn't once.
+REPEATED = {
+    "reward_llama3.py:8b": ["1.010"],  # as if keys and values of each layer were made once more
+    "sft_llama3.py:70b_lora": ["1.007"],
+    "ppo_llama3.py:8b_lora": ["1.002"],  # the rollout
+}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(10_000)
+@pytest.mark.parametrize("name", plans.CONFIGS)
+def test_a_shipped_config_fits_what_it_names_and_multiplies_what_was_counted(name, tmp_path):
+    """1 to 20 minutes each on two cores. $GPTLAB_PLANS is a workdir that keeps them."""
+    workdir = os.environ.get("GPTLAB_PLANS", tmp_path)
+    command = ["-m", "gptlab.plan", f"--config=configs/{name}", "--noknobs"]
+    text = compile_for_tpu(*command, f"--workdir={workdir}", timeout=9000)
+    assert "\nFITS: " in text and "DOES NOT FIT" not in text
+    times = re.findall(r"the program multiplies ([\d.]+) times what was counted", text)
+    assert times == REPEATED.get(name, []) and text.count("DIFFERENT") == len(times)
+
+
 LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
 
 
@@ -476,3 +514,8 @@ def test_adapters_of_a_kernel_that_is_not_there_are_refused():
     config = tiny_config("sft", **{"lora.rank": 4, "lora.targets": ("gate",)})
     with pytest.raises(UserError, match="has no 'gate'"):
         make(config, "tiny_gpt2")
+
+
+def test_what_a_stage_refuses_is_not_planned():
+    with pytest.raises(UserError, match="loss_chunk=100 has no meaning for a reward model"):
+        make(tiny_config("reward", **{"compute.loss_chunk": 100}))

@@ -294,6 +294,7 @@ def test_loss_is_a_mean_within_each_prompt_then_over_prompts():
         ({"data": {"seq_len": 4096, "max_candidates": 4}}, "config.data.seq_len"),
         ({"data": {"num_folds": 2, "folds": (2,)}}, "config.data.folds"),
         ({"batch_size": 7}, "config.batch_size"),
+        ({"compute": {"loss_chunk": 64}}, "config.compute.loss_chunk=64 .* leave it at 0"),
     ],
 )
 def test_mistakes_are_one_line(config, tmp_path, change, words):

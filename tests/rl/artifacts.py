@@ -15,7 +15,7 @@ from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.run import artifact
 from gptlab.train.checkpoint import Checkpoints
 
-COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 2, "dropout": 0.0, "attention": "xla"}
+COMPUTE = common.compute(unroll=2).to_dict()
 
 
 def mesh(devices: int = 1) -> ConfigDict:
