@@ -14,9 +14,10 @@ the checkpoint, which takes buffers of its own (benchmarks/convert.py measures b
 
 'export' writes WORKDIR/hf, which transformers' from_pretrained loads and which gives the same
 logits: float32, config.json, safetensors, and the tokenizer's files where the vocabulary is Hugging
-Face's. Importing it gives back the same parameters, bit for bit. A reward model becomes a sequence
-classifier with one label, its normalisation within: gain times weight is the classifier's, and the
-constant, for which it has no place, is `reward_offset` in config.json, to be added to the logit.
+Face's. Importing it gives back the same parameters, bit for bit, as the same digest says. A reward
+model becomes a sequence classifier with one label, its normalisation within: gain times weight is
+the classifier's, and the constant, for which it has no place, is `reward_offset` in config.json, to
+be added to the logit.
 """
 
 import functools
@@ -27,6 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from gptlab.data import chat
@@ -109,7 +111,7 @@ def run_import(config: ConfigDict, workdir: str) -> None:
             digest = state_lib.digest(params)
 
         # (4) The tokenizer, and results.
-        write_files(Path(run.workdir) / TOKENIZER, tokenizer)
+        write_files(run.workdir / TOKENIZER, tokenizer)
         if "tokenizer.json" not in tokenizer and processes.is_first():
             print(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
         results: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
@@ -132,7 +134,7 @@ def open_source(config: ConfigDict) -> Pretrained:
     return hf.open_folder(config.source, config.max_len)
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_files(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
     """Writes files by name, on the first process; no folder for none."""
     if contents and processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,9 +164,10 @@ def run_export(config: ConfigDict, workdir: str) -> None:
         # (2) Parameters; a reward model's with its normalisation.
         with jax.set_mesh(mesh), run.goodput.measure("data"):
             params = load(config, model_config, is_reward, mesh)
+            digest = state_lib.digest(params)
 
         # (3) Files: the tokenizer's, config.json, and the tensors one at a time.
-        folder = Path(run.workdir) / EXPORTED
+        folder = run.workdir / EXPORTED
         if is_reward:
             offset = weights.whole(params["head"].pop("bias"))
             content[hf_config.REWARD_OFFSET] = float(offset[0])
@@ -192,7 +195,7 @@ def run_export(config: ConfigDict, workdir: str) -> None:
             )
         run.results(parameters=model_config.num_params(), tokenizer=sorted(tokenizer))
         processes.barrier("everything is written")
-        run.complete(files.digest_files([folder]))
+        run.complete(digest)
 
 
 def load(config: ConfigDict, model_config: ModelConfig, is_reward: bool, mesh: Any) -> Any:
@@ -218,7 +221,7 @@ def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, An
     """
     if not workdir:
         return {}, {}
-    folder = Path(workdir) / TOKENIZER
+    folder = epath.Path(workdir) / TOKENIZER
     if not folder.is_dir():
         own = Tokenizer.load(workdir)  # of train_tokenizer
         ends = [own.eos_id, *chat.stop_tokens(own)]

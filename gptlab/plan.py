@@ -25,7 +25,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +42,7 @@ from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import actor, kl
 from gptlab.rl.rollout import Rollout, Samples
-from gptlab.run import artifact, program
+from gptlab.run import artifact, files, program, storage
 from gptlab.run.errors import UserError
 from gptlab.train import chips, compiled, flops, plan_report, state
 from gptlab.train import mesh as mesh_lib
@@ -103,14 +102,14 @@ def run(
         print(plan_report.search_table(searched(job, target)))
         return
     key = cache_key(job, target)
-    path = Path(workdir) / f"{key}.json" if workdir else None
+    path = storage.resolve(workdir) / f"{key}.json" if workdir else None
     if path is not None and path.is_file():
         plan = plan_report.from_json(path.read_text())
     else:
         plan = make_plan(job, target)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(plan_report.to_json(plan))
+            files.atomic_write(path, plan_report.to_json(plan))
     print(plan_report.describe(plan))
     if knobs and not plan.fits:
         print(plan_report.knob_table(plan, turned(job, target)))

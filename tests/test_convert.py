@@ -2,6 +2,7 @@
 
 import filecmp
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -153,6 +154,25 @@ def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     assert sorted(p.name for p in bare.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is None, reason="buckets need gcsfs: the extra 'cloud'"
+)
+def test_a_bucket_gets_what_a_disk_gets(bucket, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptlab.run.lock._SETTLE_SECONDS", 0.1)
+    there = run_import(llama.parent / "source", "gs://lab/convert/in")
+    for path in (llama / "tokenizer").iterdir():
+        stored, _ = bucket.objects["lab", f"convert/in/tokenizer/{path.name}"]
+        assert stored == path.read_bytes()
+    run_export(llama, "gs://lab/convert/out", there, max_file_bytes=30_000)
+    folder = run_export(llama, tmp_path / "out", llama, max_file_bytes=30_000)
+    expected = {f"lab/convert/out/hf/{path.name}": path for path in folder.iterdir()}
+    assert len(expected) > 5 and bucket.names("lab/convert/out/hf") == sorted(expected)
+    for name, path in expected.items():
+        assert bucket.objects["lab", name.removeprefix("lab/")][0] == path.read_bytes()
+    digests = {artifact.read_manifest(w)["digest"] for w in ("gs://lab/convert/out", llama)}
+    assert len(digests) == 1
+
+
 def test_an_own_model_goes_out_and_comes_back(
     tmp_path, tiny_model, tiny_vocabulary, tiny_tokenizer
 ):
@@ -192,6 +212,8 @@ def test_a_reward_model_becomes_a_classifier_and_a_reward_model_again(
     model, params, gain, bias = rewards.load_reward_model(imported, mesh(), COMPUTE)
     assert (gain, bias) == (1.0, 0.0)
     assert_same(params, rewards.fold_normalisation(raw, 2.5, -0.75))
+    digests = {artifact.read_manifest(w)["digest"] for w in (imported, tmp_path / "exported")}
+    assert len(digests) == 1
     assert_same(params["backbone"], raw["backbone"])
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     scores, plain = (model.apply({"params": p}, tokens) for p in (params, raw))
