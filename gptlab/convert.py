@@ -32,6 +32,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptlab.data import chat
+from gptlab.data.hf_tokenizer import GENERATION_FILE, HFTokenizer
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import gguf, hf, hf_config, safetensors, weights
 from gptlab.model.heads import ScalarModel
@@ -171,15 +172,11 @@ def run_export(config: ConfigDict, workdir: str) -> None:
         if is_reward:
             offset = weights.whole(params["head"].pop("bias"))
             content[hf_config.REWARD_OFFSET] = float(offset[0])
-        generation = {"generation_config.json": to_json(ids)} if ids else {}
-        write_files(
-            folder,
-            {
-                hf.CONFIG: to_json({**content, **dict.fromkeys(_IDS), **ids}),
-                **generation,
-                **tokenizer,
-            },
-        )
+        generation = {**stated_generation(tokenizer), **ids}
+        made = {hf.CONFIG: to_json({**content, **dict.fromkeys(_IDS), **ids}), **tokenizer}
+        if generation:
+            made[GENERATION_FILE] = to_json(generation)
+        write_files(folder, made)
         processes.barrier("the folder is there")
         names = hf.weights(is_gpt2=content["model_type"] == "gpt2")
         shapes = weights.tensor_shapes(params, names)
@@ -217,26 +214,23 @@ def counted(values: Iterator[np.ndarray], progress: Progress) -> Iterator[np.nda
 def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, Any]]:
     """A vocabulary's files, if it is Hugging Face's, and the ids of its special tokens.
 
-    Replies end with eos_token_id. A classifier needs pad_token_id to find a row's end.
+    eos_token_id is all that ends a document or, by the chat format that training wrote, a reply. A
+    classifier needs pad_token_id to find a row's end.
     """
     if not workdir:
         return {}, {}
-    folder = epath.Path(workdir) / TOKENIZER
-    if not folder.is_dir():
-        own = Tokenizer.load(workdir)  # of train_tokenizer
-        ends = [own.eos_id, *chat.stop_tokens(own)]
+    own = Tokenizer.load(workdir)
+    ends = list(dict.fromkeys((own.eos_id, *chat.stop_tokens(own))))
+    if not isinstance(own, HFTokenizer):
         return {}, dict(zip(_IDS, (own.bos_id, ends, own.pad_id), strict=True))
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-    ids = json.loads(found.get("generation_config.json", b"{}"))
-    named = json.loads(found.get("tokenizer_config.json", b"{}"))
-    added = json.loads(found.get("tokenizer.json", b"{}")).get("added_tokens", [])
-    by_content = {token["content"]: token["id"] for token in added}
-    for key in _IDS:
-        token = named.get(key.removesuffix("_id"))
-        content = token.get("content") if isinstance(token, dict) else token
-        if key not in ids and content in by_content:
-            ids[key] = by_content[content]
-    return found, {key: ids[key] for key in _IDS if ids.get(key) is not None}
+    named = {f"{name}_id": own.special.get(text) for name, text in own.names.items()}
+    ids = {**named, **stated_generation(own.files), "eos_token_id": ends}
+    return own.files, {key: ids[key] for key in _IDS if ids.get(key) is not None}
+
+
+def stated_generation(tokenizer: Mapping[str, bytes]) -> dict[str, Any]:
+    """What generation_config.json among a tokenizer's files says; {} without one."""
+    return json.loads(tokenizer.get(GENERATION_FILE, b"{}"))
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
