@@ -14,9 +14,10 @@ the checkpoint, which takes buffers of its own (benchmarks/convert.py measures b
 
 'export' writes WORKDIR/hf, which transformers' from_pretrained loads and which gives the same
 logits: float32, config.json, safetensors, and the tokenizer's files where the vocabulary is Hugging
-Face's. Importing it gives back the same parameters, bit for bit. A reward model becomes a sequence
-classifier with one label, its normalisation within: gain times weight is the classifier's, and the
-constant, for which it has no place, is `reward_offset` in config.json, to be added to the logit.
+Face's. Importing it gives back the same parameters, bit for bit, as the same digest says. A reward
+model becomes a sequence classifier with one label, its normalisation within: gain times weight is
+the classifier's, and the constant, for which it has no place, is `reward_offset` in config.json, to
+be added to the logit.
 """
 
 import functools
@@ -27,9 +28,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from gptlab.data import chat
+from gptlab.data.hf_tokenizer import GENERATION_FILE, HFTokenizer
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import gguf, hf, hf_config, safetensors, weights
 from gptlab.model.heads import ScalarModel
@@ -109,7 +112,7 @@ def run_import(config: ConfigDict, workdir: str) -> None:
             digest = state_lib.digest(params)
 
         # (4) The tokenizer, and results.
-        write_files(Path(run.workdir) / TOKENIZER, tokenizer)
+        write_files(run.workdir / TOKENIZER, tokenizer)
         if "tokenizer.json" not in tokenizer and processes.is_first():
             print(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
         results: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
@@ -132,7 +135,7 @@ def open_source(config: ConfigDict) -> Pretrained:
     return hf.open_folder(config.source, config.max_len)
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_files(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
     """Writes files by name, on the first process; no folder for none."""
     if contents and processes.is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,21 +165,18 @@ def run_export(config: ConfigDict, workdir: str) -> None:
         # (2) Parameters; a reward model's with its normalisation.
         with jax.set_mesh(mesh), run.goodput.measure("data"):
             params = load(config, model_config, is_reward, mesh)
+            digest = state_lib.digest(params)
 
         # (3) Files: the tokenizer's, config.json, and the tensors one at a time.
-        folder = Path(run.workdir) / EXPORTED
+        folder = run.workdir / EXPORTED
         if is_reward:
             offset = weights.whole(params["head"].pop("bias"))
             content[hf_config.REWARD_OFFSET] = float(offset[0])
-        generation = {"generation_config.json": to_json(ids)} if ids else {}
-        write_files(
-            folder,
-            {
-                hf.CONFIG: to_json({**content, **dict.fromkeys(_IDS), **ids}),
-                **generation,
-                **tokenizer,
-            },
-        )
+        generation = {**stated_generation(tokenizer), **ids}
+        made = {hf.CONFIG: to_json({**content, **dict.fromkeys(_IDS), **ids}), **tokenizer}
+        if generation:
+            made[GENERATION_FILE] = to_json(generation)
+        write_files(folder, made)
         processes.barrier("the folder is there")
         names = hf.weights(is_gpt2=content["model_type"] == "gpt2")
         shapes = weights.tensor_shapes(params, names)
@@ -192,7 +192,7 @@ def run_export(config: ConfigDict, workdir: str) -> None:
             )
         run.results(parameters=model_config.num_params(), tokenizer=sorted(tokenizer))
         processes.barrier("everything is written")
-        run.complete(files.digest_files([folder]))
+        run.complete(digest)
 
 
 def load(config: ConfigDict, model_config: ModelConfig, is_reward: bool, mesh: Any) -> Any:
@@ -214,26 +214,23 @@ def counted(values: Iterator[np.ndarray], progress: Progress) -> Iterator[np.nda
 def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, Any]]:
     """A vocabulary's files, if it is Hugging Face's, and the ids of its special tokens.
 
-    Replies end with eos_token_id. A classifier needs pad_token_id to find a row's end.
+    eos_token_id is all that ends a document or, by the chat format that training wrote, a reply. A
+    classifier needs pad_token_id to find a row's end.
     """
     if not workdir:
         return {}, {}
-    folder = Path(workdir) / TOKENIZER
-    if not folder.is_dir():
-        own = Tokenizer.load(workdir)  # of train_tokenizer
-        ends = [own.eos_id, *chat.stop_tokens(own)]
+    own = Tokenizer.load(workdir)
+    ends = list(dict.fromkeys((own.eos_id, *chat.stop_tokens(own))))
+    if not isinstance(own, HFTokenizer):
         return {}, dict(zip(_IDS, (own.bos_id, ends, own.pad_id), strict=True))
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-    ids = json.loads(found.get("generation_config.json", b"{}"))
-    named = json.loads(found.get("tokenizer_config.json", b"{}"))
-    added = json.loads(found.get("tokenizer.json", b"{}")).get("added_tokens", [])
-    by_content = {token["content"]: token["id"] for token in added}
-    for key in _IDS:
-        token = named.get(key.removesuffix("_id"))
-        content = token.get("content") if isinstance(token, dict) else token
-        if key not in ids and content in by_content:
-            ids[key] = by_content[content]
-    return found, {key: ids[key] for key in _IDS if ids.get(key) is not None}
+    named = {f"{name}_id": own.special.get(text) for name, text in own.names.items()}
+    ids = {**named, **stated_generation(own.files), "eos_token_id": ends}
+    return own.files, {key: ids[key] for key in _IDS if ids.get(key) is not None}
+
+
+def stated_generation(tokenizer: Mapping[str, bytes]) -> dict[str, Any]:
+    """What generation_config.json among a tokenizer's files says; {} without one."""
+    return json.loads(tokenizer.get(GENERATION_FILE, b"{}"))
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -44,7 +43,7 @@ from gptlab.model.presets import PRESETS
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import actor, kl
 from gptlab.rl.rollout import Rollout, Samples
-from gptlab.run import artifact, files, program
+from gptlab.run import artifact, files, program, storage
 from gptlab.run.errors import UserError
 from gptlab.train import chips, compiled, flops, plan_report, state
 from gptlab.train import mesh as mesh_lib
@@ -167,7 +166,7 @@ def kept_plan(job: Job, target: Target, workdir: str | None) -> Plan:
     """The plan that is in `workdir`; otherwise it is made, and kept there if there is one."""
     if workdir is None:
         return make_plan(job, target)
-    path = epath.Path(workdir) / f"{cache_key(job, target)}.json"
+    path = storage.resolve(workdir) / f"{cache_key(job, target)}.json"
     if path.exists():
         return plan_report.from_json(path.read_text())
     plan = make_plan(job, target)

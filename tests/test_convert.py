@@ -2,6 +2,7 @@
 
 import filecmp
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from configs import common
 from configs import convert as convert_config
 from gptlab import convert
+from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rewards
@@ -26,6 +28,7 @@ from gptlab.run import artifact
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
+from tests.data import hf_vocabularies
 from tests.rl import artifacts
 
 FIXTURES = Path(__file__).parent / "hf_fixtures"
@@ -66,15 +69,17 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """llama3's fixture with a tokenizer's files beside it, imported."""
+    """llama3's fixture with a base model's tokenizer beside it, imported.
+
+    It has ChatML's tokens and no template. Its eos is a document's end, its pad named as of old.
+    """
     folder = shutil.copytree(FIXTURES / "llama3", tmp_path_factory.mktemp("llama") / "source")
-    (folder / "tokenizer.json").write_text(
-        json.dumps({"added_tokens": [{"id": 7, "content": "<pad>"}, {"id": 8, "content": "<s>"}]})
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"pad_token": "<pad>", "bos_token": {"content": "<s>"}, "eos_token": "<s>"})
-    )
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
+    made = gguf_tokenizer_files(hf_vocabularies.bpe_fields("smollm"))
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|pad|>"}))
+    stated = {"bos_token_id": 3, "eos_token_id": 0, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
     (folder / "README.md").write_text("not a tokenizer's")
     return run_import(folder, folder.parent / "imported")
 
@@ -85,11 +90,12 @@ def test_an_import_is_an_artifact_like_pretraining(llama):
     source = manifest["files"]["source"]
     assert [Path(p).name for p in source["paths"]] == [
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json",
+        "special_tokens_map.json", "generation_config.json",
     ]  # fmt: skip
     assert manifest["results"]["parameters"] == load(llama)[0].config.num_params()
     assert sorted(p.name for p in (llama / "tokenizer").iterdir()) == [
-        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "generation_config.json", "special_tokens_map.json", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     assert checkpoint.find_step(llama, "best") == 0
     model, params = load(llama)
@@ -139,18 +145,36 @@ def test_import_of_an_export_is_the_same_bit_for_bit(tmp_path, name):
 
 def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     folder = run_export(llama, tmp_path / "exported", llama)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         assert filecmp.cmp(folder / name, llama / "tokenizer" / name, shallow=False)
+    # The document's end, and the end of a turn as sft writes it, which the files don't name.
+    ids = {"bos_token_id": 3, "eos_token_id": [0, 2], "pad_token_id": 7}
     config = json.loads((folder / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
-        8,
-        [8, 9],
-        7,
-    )
+    assert {name: config[name] for name in ids} == ids
     assert config["rope_scaling"]["rope_type"] == "llama3"
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [8, 9]
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {**ids, "temperature": 0.6}
     bare = run_export(llama, tmp_path / "bare")
     assert sorted(p.name for p in bare.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is None, reason="buckets need gcsfs: the extra 'cloud'"
+)
+def test_a_bucket_gets_what_a_disk_gets(bucket, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("gptlab.run.lock._SETTLE_SECONDS", 0.1)
+    there = run_import(llama.parent / "source", "gs://lab/convert/in")
+    for path in (llama / "tokenizer").iterdir():
+        stored, _ = bucket.objects["lab", f"convert/in/tokenizer/{path.name}"]
+        assert stored == path.read_bytes()
+    run_export(llama, "gs://lab/convert/out", there, max_file_bytes=30_000)
+    folder = run_export(llama, tmp_path / "out", llama, max_file_bytes=30_000)
+    expected = {f"lab/convert/out/hf/{path.name}": path for path in folder.iterdir()}
+    assert len(expected) > 5 and bucket.names("lab/convert/out/hf") == sorted(expected)
+    for name, path in expected.items():
+        assert bucket.objects["lab", name.removeprefix("lab/")][0] == path.read_bytes()
+    digests = {artifact.read_manifest(w)["digest"] for w in ("gs://lab/convert/out", llama)}
+    assert len(digests) == 1
 
 
 def test_an_own_model_goes_out_and_comes_back(
@@ -192,6 +216,8 @@ def test_a_reward_model_becomes_a_classifier_and_a_reward_model_again(
     model, params, gain, bias = rewards.load_reward_model(imported, mesh(), COMPUTE)
     assert (gain, bias) == (1.0, 0.0)
     assert_same(params, rewards.fold_normalisation(raw, 2.5, -0.75))
+    digests = {artifact.read_manifest(w)["digest"] for w in (imported, tmp_path / "exported")}
+    assert len(digests) == 1
     assert_same(params["backbone"], raw["backbone"])
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     scores, plain = (model.apply({"params": p}, tokens) for p in (params, raw))

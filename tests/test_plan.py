@@ -1,6 +1,7 @@
 """Plans of tiny models: the programs' own steps, products counted exactly, memory, figures."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -357,6 +358,23 @@ def test_the_command_prints_a_plan_and_keeps_it(tmp_path):
     before = kept.stat().st_mtime_ns
     again = start(*arguments)
     assert again.stdout == done.stdout and kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is None, reason="buckets need gcsfs: the extra 'cloud'"
+)
+def test_a_plan_is_kept_in_a_bucket_as_well(bucket, alone, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(sys, "argv", ["plan", f"--config={ROOT}/configs/sft.py"])
+    monkeypatch.setattr(plan.chips, "divide", lambda devices: None)  # only before JAX starts
+    monkeypatch.setattr(plan, "make_plan", lambda *_: made.append(alone) or alone)
+    printed = []
+    for _ in range(2):
+        plan.run(tiny_config("sft"), "gs://lab/plans/", None, "cpu:1", "tiny", False, False)
+        printed.append(capsys.readouterr().out)
+    (name,) = bucket.names("lab/plans")
+    assert name.startswith("lab/plans/sft-cpu-1-")
+    assert len(made) == 1 and "FITS" in printed[0] and printed[0] == printed[1]
 
 
 def test_results_are_kept_by_what_they_depend_on():

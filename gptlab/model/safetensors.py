@@ -16,8 +16,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
-from gptlab.run import files
+from gptlab.run import files, storage
 from gptlab.run.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,13 +135,13 @@ def write_folder(
     """Writes float32 tensors as one file, or as several and their index.
 
     Args:
-        folder: exists.
+        folder: exists. A file for a bucket is made on this machine first, one at a time.
         shapes: of every tensor by name, in the order of `values`.
         values: one at a time.
         max_bytes: a file is no larger than this, or holds one tensor.
         write: False takes all values and writes nothing: what processes but the first do.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     parts: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
@@ -153,8 +154,11 @@ def write_folder(
     of = len(parts)
     names = [SINGLE] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in _count(of)]
     for file, part in zip(names, parts, strict=True):
-        if write:
-            _write_file(folder / file, part, values)
+        if write and storage.in_bucket(folder):
+            with storage.written_locally(folder / file) as local:
+                _write_file(local, part, values)
+        elif write:
+            _write_file(Path(folder / file), part, values)
         else:
             for _ in part:
                 next(values)
