@@ -31,7 +31,7 @@ def tiny_config(stage, **changes):
     """A config of a stage ('pretrain:init' without a model), small enough to compile in seconds."""
     stage, _, arg = stage.partition(":")
     module = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}[stage]
-    config = module.get_config(arg or None)
+    config = module.get_config(*[arg] * bool(arg))
     config.compute = common.compute()
     if "model" in config:
         config.model = common.model("tiny")
