@@ -218,21 +218,18 @@ def ran(loop: str, mesh: str) -> Ran:
 
 
 # Every loop on the mixed mesh, and one with a context; the other pairs take `-m slow`.
-FAST = sorted({("pretrain", "data4_context2")} | {(x, "data2_fsdp2_tensor2") for x in LOOPS})
+FAST = {("pretrain", "data4_context2")} | {(x, "data2_fsdp2_tensor2") for x in LOOPS}
+every_loop_on_every_mesh = pytest.mark.parametrize(
+    ("loop", "mesh"),
+    [
+        pytest.param(loop, mesh, marks=[pytest.mark.slow] * ((loop, mesh) not in FAST))
+        for loop in LOOPS
+        for mesh in SHARDS
+    ],
+)
 
 
-# Whose collectives are counted: pretraining's on every mesh, every loop's on the mixed one.
-COUNTED = sorted({*FAST, *(("pretrain", mesh) for mesh in SHARDS)})
-
-
-def rows(every: Any = tuple((loop, mesh) for loop in LOOPS for mesh in SHARDS)) -> Any:
-    """Every loop on every mesh."""
-    slow = [[pytest.mark.slow] * (pair not in FAST) for pair in every]
-    params = [pytest.param(*pair, marks=marks) for pair, marks in zip(every, slow, strict=True)]
-    return pytest.mark.parametrize(("loop", "mesh"), params)
-
-
-@rows()
+@every_loop_on_every_mesh
 def test_a_mesh_gives_the_losses_of_one_device(loop, mesh):
     got, want = ran(loop, mesh).metrics, ran(loop, "one").metrics
     assert len(got) == STEPS and got[0].keys() == want[0].keys()
@@ -246,7 +243,23 @@ def test_a_mesh_gives_the_losses_of_one_device(loop, mesh):
     assert max(losses) - min(losses) > 1e-3, "nothing was learnt, so nothing was compared"
 
 
-@rows()
+@pytest.mark.slow
+def test_the_table_of_differences(capsys):
+    """`-s` shows it: of all steps' losses, the largest share by which a mesh differs."""
+    lines = ["| loop | " + " | ".join(SHARDS) + " |", "| --- |" + " --- |" * len(SHARDS)]
+    for loop in LOOPS:
+        want = np.array([metrics["train/loss"] for metrics in ran(loop, "one").metrics])
+        found = []
+        for mesh in SHARDS:
+            got = np.array([metrics["train/loss"] for metrics in ran(loop, mesh).metrics])
+            found.append(np.max(np.abs(got / want - 1)))
+        assert max(found) < 2e-4
+        lines.append(f"| {loop} | " + " | ".join(f"{share:.1e}" for share in found) + " |")
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+@every_loop_on_every_mesh
 def test_parameters_and_moments_are_split_as_the_table_says(loop, mesh):
     state = ran(loop, mesh).state
     states: list[TrainState] = [state.policy, state.critic] if loop == "ppo" else [state]
@@ -267,7 +280,7 @@ def test_parameters_and_moments_are_split_as_the_table_says(loop, mesh):
         assert shards[0] == shards[1]
 
 
-@rows(COUNTED)
+@every_loop_on_every_mesh
 def test_a_step_has_the_collectives_it_had(loop, mesh):
     counts = hlo.collective_counts(ran(loop, mesh).text)
     path = GOLDEN / f"{loop}.json"
@@ -282,7 +295,7 @@ def test_a_step_has_the_collectives_it_had(loop, mesh):
     )
 
 
-@rows()
+@every_loop_on_every_mesh
 def test_it_talks_about_what_the_mesh_splits_and_nothing_else(loop, mesh):
     text = ran(loop, mesh).text
     counts = hlo.collective_counts(text)
