@@ -72,11 +72,16 @@ class Target:
 class Job:
     """A config with what its inputs will hold."""
 
-    name: str  # FILE.py:argument, and what was changed of it
     stage: str
     config: ConfigDict
     model: ModelConfig  # of the policy, or what is trained
     paid_by: ModelConfig  # of the reward model and the critic; only PPO has them
+    changes: str = ""  # of what --config says, as flags
+
+    @property
+    def name(self) -> str:
+        """Of the config: FILE.py:argument, with its changes."""
+        return f"{program.config_path()} {self.changes}".rstrip()
 
 
 def run(
@@ -158,8 +163,8 @@ def make_job(config: ConfigDict, preset: str | None, named: Mapping[str, Any]) -
     paid_by = found
     if stage == "ppo" and config.reward.kind == "model":
         paid_by = architecture("reward", "reward_model") or found
-    models = (ModelConfig.build(a, compute) for a in (found, paid_by))
-    return Job(program.config_path(), stage, config, *models)
+    model, critic = (ModelConfig.build(a, compute) for a in (found, paid_by))
+    return Job(stage, config, model, critic)
 
 
 def kept_plan(job: Job, target: Target, workdir: str | None) -> Plan:
@@ -409,9 +414,8 @@ def replan(
     differ = {k: v for k, v in changes.items() if operator.attrgetter(k)(job.config) != v}
     compute = config.compute.to_dict()
     model, paid_by = (dataclasses.replace(m, **compute) for m in (job.model, job.paid_by))
-    name = f"{job.name} {as_flags(differ)}".rstrip()
     try:
-        return kept_plan(Job(name, job.stage, config, model, paid_by), target, workdir)
+        return kept_plan(Job(job.stage, config, model, paid_by, as_flags(differ)), target, workdir)
     except UserError as error:
         return error
 
