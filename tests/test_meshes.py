@@ -244,6 +244,7 @@ def test_a_mesh_gives_the_losses_of_one_device(loop, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # alone, it runs all of them
 def test_the_table_of_differences(capsys):
     """`-s` shows it: of all steps' losses, the largest share by which a mesh differs."""
     lines = ["| loop | " + " | ".join(SHARDS) + " |", "| --- |" + " --- |" * len(SHARDS)]

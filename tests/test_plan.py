@@ -440,8 +440,6 @@ def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
 
 # How often libtpu 0.0.42.1 has a phase multiply what was counted, where it isn't once.
 REPEATED = {
-    "reward_llama3.py:8b": ["1.010"],  # as if keys and values of each layer were made once more
-    "sft_llama3.py:70b_lora": ["1.007"],
     "ppo_llama3.py:8b_lora": ["1.002"],  # the rollout
 }
 
