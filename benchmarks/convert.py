@@ -4,9 +4,9 @@
 
 Writes a random Llama in safetensors (bfloat16, a file a layer) whose float32 parameters take about
 that many MiB, imports it by the program itself, in a process of its own, and prints the largest
-resident memory when everything is loaded, and when it is saved. The constant is what a model of 2
-MiB took (JAX, compiled programs). `tensors_beside` is what loading took above the constant and the
-shards, in largest tensors; `saving_mib` what Orbax took on top to write the checkpoint.
+resident memory when everything is loaded, and when it is saved and digested. The constants are
+what a model of 2 MiB took by then (JAX, compiled programs). `tensors_beside` is what loading took
+above its constant and the shards, in largest tensors; `tensors_beside_in_all` the same of all.
 """
 
 import argparse
@@ -116,15 +116,19 @@ def main() -> None:
     parser.add_argument("--sizes", default="64,128,256", help="MiB of float32 parameters")
     args = parser.parse_args()
     begin = time.perf_counter()
-    constant = measure(1)["loaded_mib"]
-    figures: dict[str, object] = {"constant_mib": round(constant)}
+    tiny = measure(1)
+    figures: dict[str, object] = {
+        f"constant_{when}_mib": round(tiny[f"{when}_mib"]) for when in ("loaded", "saved")
+    }
     for mib in map(int, args.sizes.split(",")):
         found = measure(mib)
-        above = found["loaded_mib"] - constant - found["shards_mib"]
+        beside = {}
+        for name, when in (("tensors_beside", "loaded"), ("tensors_beside_in_all", "saved")):
+            above = found[f"{when}_mib"] - tiny[f"{when}_mib"] - found["shards_mib"]
+            beside[name] = round(above / found["largest_tensor_mib"], 2)
         figures[f"{mib}_mib"] = {
             **{name: round(value, 1) for name, value in found.items()},
-            "tensors_beside": round(above / found["largest_tensor_mib"], 2),
-            "saving_mib": round(found["saved_mib"] - found["loaded_mib"], 1),
+            **beside,
         }
     figures["own_peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     figures["total_s"] = round(time.perf_counter() - begin, 1)

@@ -9,8 +9,8 @@
 'import' reads a folder (config.json and safetensors) or a .gguf file. Its workdir is one like
 pretraining's, with a checkpoint of step 0: `inputs.init=runs/smollm2` for sft, reward and ppo, and
 `inputs.vocabulary=runs/smollm2` for all of them, where the source has a tokenizer. Tensors go one
-by one into sharded arrays: beside its shards, a host holds about two tensors, until Orbax writes
-the checkpoint, which takes buffers of its own (benchmarks/convert.py measures both).
+by one into sharded arrays: beside its shards, a host holds no more than two tensors, also while the
+checkpoint is written (benchmarks/convert.py measures it).
 
 'export' writes WORKDIR/hf, which transformers' from_pretrained loads and which gives the same
 logits: float32, config.json, safetensors, and the tokenizer's files where the vocabulary is Hugging
@@ -97,6 +97,7 @@ def run_import(config: ConfigDict, workdir: str) -> None:
         with jax.set_mesh(mesh), run.progress(total, "import", unit="tensor") as progress:
 
             def each() -> None:
+                program.give_back_freed_memory()
                 progress.update()
                 if run.stop_requested():
                     raise Interrupted("stopped between two tensors")
@@ -109,6 +110,7 @@ def run_import(config: ConfigDict, workdir: str) -> None:
                 Checkpoints(run.workdir, config.checkpoint, write_bytes=largest) as saved,
             ):
                 saved.save(0, {"params": params}, {})
+            program.give_back_freed_memory()
             digest = state_lib.digest(params)
 
         # (4) The tokenizer, and results.

@@ -241,6 +241,11 @@ def _config_json(
     stated.setdefault("vocab_size", table.shape[0] if table is not None else 0)
     stated["tie_word_embeddings"] = "output.weight" not in tensors
     stated["model_type"] = "mistral" if "sliding_window" in stated else family
+    if not given.get("attention.causal", True):
+        raise UserError(
+            f"{source}: {family}.attention.causal is false: a model that reads in both directions, "
+            "which gptlab does not compute"
+        )
     if family == "gpt2":
         return stated
     if given.get("rope.scaling.type", "none") != "none":

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptlab.run.errors import UserError
 
-_BLOCK_BYTES = 16 << 20  # of float32, read at a time
+_BLOCK_BYTES = 4 << 20  # of float32, read at a time
 _SHOWN = 3  # names in an error message
 Index = tuple[slice, ...]
 

@@ -111,6 +111,16 @@ def keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def give_back_freed_memory() -> None:
+    """Has glibc give back to the system what is freed, also between blocks that are in use.
+
+    For programs whose memory is the limit, as blocks of other sizes don't fit into the gaps.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
 class _exit_codes:  # noqa: N801  (used as a function)
     """Ends the program with one line and the exit code that the exception stands for."""
 

@@ -30,6 +30,8 @@ SCHEMA_VERSION = 1
 DIRECTORY = "checkpoints"
 _SET_ASIDE = "checkpoints.corrupt"
 _COMMITTED = "commit_success.txt"  # Orbax's mark of a finished checkpoint in a bucket
+# Where memory matters, a file is this part of the largest array, or so many bytes if that is more.
+_FILES_OF_LARGEST, _SMALLEST_FILE_BYTES = 64, 4 << 20
 _DAMAGE_CODES = (
     "DATA_LOSS",
     "NOT_FOUND",
@@ -89,8 +91,8 @@ class Checkpoints:
         if self._write_bytes is not None:
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
             gigabytes: Any = (self._write_bytes + 1000) / 10**9  # declared int, used as it is
-            standard = ocp.StandardCheckpointHandler(save_concurrent_gb=gigabytes)
-            handlers.add("params", ocp.args.StandardSave, standard)
+            pytree = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes)
+            handlers.add("params", ocp.args.PyTreeSave, pytree)
             handlers.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         return ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
 
@@ -119,7 +121,7 @@ class Checkpoints:
         Raises:
             UserError: the disk is full (in this save or, found out now, in the one before).
         """
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        args = {name: self._item_args(item) for name, item in items.items()}
         values = {name: float(value) for name, value in (metrics or {}).items()}
         record = {"schema": SCHEMA_VERSION, "step": step, "metrics": values, **meta}
         composite = ocp.args.Composite(meta=ocp.args.JsonSave(record), **args)
@@ -134,6 +136,16 @@ class Checkpoints:
                 self._manager.save(step, args=composite, force=True)
 
         self._disk(start)
+
+    def _item_args(self, item: Any) -> ocp.args.CheckpointArgs:
+        """How a pytree is written; what is on the disk is read alike.
+
+        A file is compressed in memory before it is written, by default one for each array.
+        """
+        if self._write_bytes is None:
+            return ocp.args.StandardSave(item)
+        size = max(_SMALLEST_FILE_BYTES, self._write_bytes // _FILES_OF_LARGEST)
+        return ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=size)
 
     def save_state(
         self,

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptlab.model import lora, sharding, weights
 
-_GATHERED_BYTES = 64 << 20
+_GATHERED_BYTES = 8 << 20
 
 
 @flax.struct.dataclass
@@ -127,19 +128,30 @@ def digest(tree: Any) -> str:
     total = hashlib.sha256()
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         total.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
-        for part in _parts(x):
-            total.update(np.ascontiguousarray(part).view(np.uint8).data)
+        for start, shape in _parts(x.shape, x.dtype.itemsize):
+            # Compiled once for a shape; x[start:stop] would be anew for every start.
+            part = x if shape == x.shape else jax.lax.dynamic_slice(x, start, shape)
+            values = np.ascontiguousarray(weights.whole(part))
+            total.update(values.reshape(-1).view(np.uint8).data)
+            del part, values  # before the next one is made
     return total.hexdigest()[:16]
 
 
-def _parts(x: jax.Array) -> Iterator[np.ndarray]:
-    """An array as NumPy arrays of some rows each: a large one is never gathered as a whole."""
-    row = x.nbytes // x.shape[0] if x.ndim and x.size else 0
-    rows = max(1, _GATHERED_BYTES // row) if row else 0
-    if not rows or rows >= x.shape[0]:
-        yield np.atleast_1d(weights.whole(x))
+def _parts(shape: tuple[int, ...], item: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(start, shape) of the blocks that make up an array, in the order of its values.
+
+    A large array is never gathered as a whole: a block has at most `_GATHERED_BYTES`, at `item` a
+    value, or is one row of the last axis.
+    """
+    if math.prod(shape) * item <= _GATHERED_BYTES or len(shape) < 2:
+        yield (0,) * len(shape), shape
         return
-    for start in range(0, x.shape[0], rows):
-        # Compiled once; x[start:stop] would be anew for every start.
-        part = jax.lax.dynamic_slice_in_dim(x, start, min(rows, x.shape[0] - start))
-        yield weights.whole(part)
+    row = math.prod(shape[1:]) * item
+    rows = max(1, _GATHERED_BYTES // row)
+    for first in range(0, shape[0], rows):
+        if row <= _GATHERED_BYTES:
+            inner = [((0,) * (len(shape) - 1), shape[1:])]
+        else:
+            inner = _parts(shape[1:], item)
+        for start, size in inner:
+            yield (first, *start), (min(rows, shape[0] - first), *size)

@@ -74,7 +74,10 @@ def write(path, fixture, kind="F32", extra=None, drop=(), tensors=None):
     for key, value in {**keys, **(extra or {})}.items():
         if key in drop:
             continue
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            bool: writer.add_bool,
+        }  # fmt: skip
         add.get(type(value), writer.add_array)(f"{family}.{key}", value)
     stored = {}
     for name, tensor in source.tensors.items():
@@ -117,7 +120,7 @@ def test_every_quantisation_is_what_the_package_makes_of_it(tmp_path, kind):
 
 @pytest.mark.parametrize("fixture", ["gpt2", "llama2", "mistral", "qwen2", "qwen3"])
 def test_a_file_in_float32_is_the_model_of_the_folder(tmp_path, fixture):
-    write(tmp_path / "x.gguf", fixture)
+    write(tmp_path / "x.gguf", fixture, extra={"attention.causal": True})
     source = gguf_lib.open_file(tmp_path / "x.gguf", None)
     folder = hf.open_folder(FIXTURES / fixture, None)
     found, wanted = (ModelConfig.build(s.architecture, COMPUTE) for s in (source, folder))
@@ -151,6 +154,7 @@ def test_llama_3_is_known_by_its_factors(tmp_path):
     [
         ({"expert_count": 8}, (), "llama.expert_count .value 8. is not known"),
         ({"rope.scaling.type": "yarn"}, (), "type 'yarn'"),
+        ({"attention.causal": False}, (), "llama.attention.causal is false"),
         ({"attention.sliding_window": 32}, (), "--config.max_len=32"),
         ({"rope.dimension_count": 4}, (), "llama.rope.dimension_count=4"),
         ({"attention.head_count_kv": [2, 4]}, (), "differs from layer to layer"),

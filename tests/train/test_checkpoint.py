@@ -127,6 +127,19 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(kind, tmp_path, ca
     assert value(restore(tmp_path)[1]) == 7.0
 
 
+def test_where_memory_matters_no_file_holds_a_large_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(ckpt, "_SMALLEST_FILE_BYTES", 1 << 12)
+    drawn = np.random.default_rng(0).random((64, 1024), np.float32)
+    config = settings()
+    (tmp_path / "config.json").write_text(json.dumps({"checkpoint": config.to_dict()}))
+    with ckpt.Checkpoints(tmp_path, config, write_bytes=drawn.nbytes) as checkpoints:
+        checkpoints.save(0, {"params": {"large": jnp.asarray(drawn)}}, {})
+    files = (tmp_path / "checkpoints").rglob("*")
+    assert max(path.stat().st_size for path in files if path.is_file()) < drawn.nbytes / 16
+    read = ckpt.load_params(tmp_path, mesh(), lambda key: {"large": jnp.zeros(drawn.shape)})
+    np.testing.assert_array_equal(np.asarray(read["large"]), drawn)
+
+
 def mesh():
     return mesh_lib.make_mesh(common.mesh())
 

@@ -71,6 +71,12 @@ def test_the_digest_of_a_large_array_is_taken_part_by_part(monkeypatch):
     )
     assert state_lib.digest(tree) == whole
     assert gathered == [(2, 10), (2, 10), (2, 10), (1, 10), (), (0, 2)]
+    layers = {"a": jnp.arange(120.0).reshape(2, 6, 10)}  # a row alone is too large
+    gathered.clear()
+    in_parts = state_lib.digest(layers)
+    assert gathered == [(1, 2, 10)] * 6
+    monkeypatch.undo()
+    assert state_lib.digest(layers) == in_parts
 
 
 def test_the_digest_sees_values_and_names_but_not_the_layout():
