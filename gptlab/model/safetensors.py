@@ -141,7 +141,7 @@ def write_folder(
         max_bytes: a file is no larger than this, or holds one tensor.
         write: False takes all values and writes nothing: what processes but the first do.
     """
-    folder = epath.Path(folder)
+    place = epath.Path(folder)
     parts: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
@@ -154,11 +154,11 @@ def write_folder(
     of = len(parts)
     names = [SINGLE] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in _count(of)]
     for file, part in zip(names, parts, strict=True):
-        if write and storage.in_bucket(folder):
-            with storage.written_locally(folder / file) as local:
+        if write and storage.in_bucket(place):
+            with storage.written_locally(place / file) as local:
                 _write_file(local, part, values)
         elif write:
-            _write_file(Path(folder / file), part, values)
+            _write_file(Path(place / file), part, values)
         else:
             for _ in part:
                 next(values)
@@ -166,7 +166,7 @@ def write_folder(
         places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         total = sum(4 * math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        files.atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        files.atomic_write(place / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _count(of: int) -> range:
