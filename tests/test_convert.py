@@ -30,6 +30,7 @@ from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
 from tests.data import hf_vocabularies
+from tests.model.test_hf import largest_difference
 from tests.rl import artifacts
 
 FIXTURES = Path(__file__).parent / "hf_fixtures"
@@ -292,6 +293,7 @@ print(json.dumps(found))
 """
 
 
+# With -s it prints the table of EXPERIMENTS.md.
 @pytest.mark.slow  # with PyTorch, by TRANSFORMERS_PYTHON=torchenv/bin/python if not here
 @pytest.mark.timeout(1800)
 def test_transformers_loads_exports_with_equal_logits(tmp_path, tiny_model):
@@ -329,5 +331,7 @@ def test_transformers_loads_exports_with_equal_logits(tmp_path, tiny_model):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
+    for name, difference in found.items():
+        stored = f"{largest_difference(name):.1e}" if name in fixtures else "none"
+        print(f"{name}: exported {difference:.1e}, imported {stored}")
     assert len(found) == len(fixtures) + 2 and max(found.values()) < 1e-4
