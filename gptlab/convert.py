@@ -48,6 +48,7 @@ from gptlab.train import state as state_lib
 from gptlab.train.checkpoint import Checkpoints
 
 TOKENIZER, EXPORTED = "tokenizer", "hf"  # folders of the workdir
+PAD_NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Nothing is computed here, only shapes are asked for.
 _COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
@@ -157,7 +158,7 @@ def run_export(config: ConfigDict, workdir: str) -> None:
     architecture = checkpoint.load_model_config(config.inputs.model)
     model_config = ModelConfig.build(architecture, _COMPUTE)
     content = hf_config.config_json(model_config, is_reward)
-    tokenizer, ids = read_vocabulary(config.inputs.vocabulary)
+    tokenizer, ids = read_vocabulary(config.inputs.vocabulary, is_reward)
     mesh = mesh_lib.make_mesh(config.mesh)
     with artifact.open_run(config, workdir, "convert") as run:
         if run.finished:
@@ -213,11 +214,14 @@ def counted(values: Iterator[np.ndarray], progress: Progress) -> Iterator[np.nda
         progress.update()
 
 
-def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, Any]]:
+def read_vocabulary(
+    workdir: str | None, is_reward: bool
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """A vocabulary's files, if it is Hugging Face's, and the ids of its special tokens.
 
     eos_token_id is all that ends a document or, by the chat format that training wrote, a reply. A
-    classifier needs pad_token_id to find a row's end.
+    classifier scores a row's last token that isn't pad_token_id: if that is what ends a reply, as
+    in SmolLM2, it would read the one before. A reward model then pads with another special token.
     """
     if not workdir:
         return {}, {}
@@ -227,7 +231,19 @@ def read_vocabulary(workdir: str | None) -> tuple[dict[str, bytes], dict[str, An
         return {}, dict(zip(_IDS, (own.bos_id, ends, own.pad_id), strict=True))
     named = {f"{name}_id": own.special.get(text) for name, text in own.names.items()}
     ids = {**named, **stated_generation(own.files), "eos_token_id": ends}
-    return own.files, {key: ids[key] for key in _IDS if ids.get(key) is not None}
+    contents = dict(own.files)
+    if is_reward and ids.get("pad_token_id") in (None, *ends):
+        pads = [(text, i) for text, i in own.special.items() if i not in ends]
+        if not pads:
+            raise UserError(
+                f"{workdir} has no special token but those that end a reply: an exported reward "
+                "model could not be given rows that are padded"
+            )
+        text, ids["pad_token_id"] = pads[0]
+        for name in PAD_NAMED_IN:
+            if name in contents:
+                contents[name] = to_json({**json.loads(contents[name]), "pad_token": text})
+    return contents, {key: ids[key] for key in _IDS if ids.get(key) is not None}
 
 
 def stated_generation(tokenizer: Mapping[str, bytes]) -> dict[str, Any]:

@@ -230,6 +230,18 @@ def test_a_reward_model_becomes_a_classifier_and_a_reward_model_again(
         assert filecmp.cmp(folder / name, second / name, shallow=False)
 
 
+def test_an_exported_reward_model_does_not_pad_with_what_ends_a_reply(tmp_path):
+    """transformers reads the score of the last token that isn't padding: here, of `<|im_end|>`."""
+    vocabulary = hf_vocabularies.write(tmp_path, hf_vocabularies.files("chatml"))
+    made, ids = convert.read_vocabulary(str(vocabulary), is_reward=False)
+    assert ids["pad_token_id"] == 2 and 2 in ids["eos_token_id"]  # as SmolLM2 has it
+    made, ids = convert.read_vocabulary(str(vocabulary), is_reward=True)
+    assert ids["pad_token_id"] not in ids["eos_token_id"]
+    pad = json.loads(made["tokenizer_config.json"])["pad_token"]
+    special = hf_vocabularies.tokenizer("chatml").special
+    assert special[pad] == ids["pad_token_id"]
+
+
 def test_a_language_model_is_no_reward_model(llama):
     with pytest.raises(UserError, match="holds a run of convert, not a reward model"):
         rewards.load_reward_model(llama, mesh(), COMPUTE)
