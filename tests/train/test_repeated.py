@@ -13,10 +13,11 @@ HloModule twice
   %p1 = f32[16,4]{1,0} parameter(1)
   ROOT %dot.1 = f32[8,4]{1,0} dot(%p0, %p1), DIMS, metadata={op_name="scores"}
 }
-%masked (q0: f32[8,16], q1: f32[16,4], q2: pred[8,4]) -> f32[8,4] {
+%masked (q0: f32[8,16], q1: f32[16,4], q2: pred[8,4], q3: f32[16,4]) -> f32[8,4] {
   %q0 = f32[8,16]{1,0} parameter(0)
   %q1 = f32[16,4]{1,0} parameter(1)
   %q2 = pred[8,4]{1,0} parameter(2)
+  %q3 = f32[16,4]{1,0} parameter(3)
   %dot.2 = f32[8,4]{1,0} dot(%q0, %q1), DIMS, metadata={op_name="SECOND"}
   ROOT %s = f32[8,4]{1,0} select(%q2, %dot.2, %dot.2)
 }
@@ -27,7 +28,7 @@ HloModule twice
   %m = pred[8,4]{1,0} parameter(3)
   %same = f32[16,4]{1,0} copy(%b)
   %f.1 = f32[8,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%largest
-  %f.2 = f32[8,4]{1,0} fusion(%a, %READ, %m), kind=kOutput, calls=%masked
+  %f.2 = f32[8,4]{1,0} fusion(%a, %READ, %m, %b), kind=kOutput, calls=%masked
   ROOT %sum = f32[8,4]{1,0} add(%f.1, %f.2)
 }
 ENTRY %main (x: f32[8,16], y: f32[16,4], z: f32[16,4], w: pred[8,4]) -> f32[8,4] {
@@ -45,7 +46,7 @@ ENTRY %main (x: f32[8,16], y: f32[16,4], z: f32[16,4], w: pred[8,4]) -> f32[8,4]
     [
         ("scores", "b", SCORES),  # the mask is read beside
         ("scores", "same", SCORES),
-        ("scores", "other", 0),  # the next piece of a product that is cut
+        ("scores", "other", 0),  # the next piece of a product that is cut, or another gradient
         ("values", "b", 0),
     ],
 )
