@@ -104,6 +104,8 @@ def run(
         chips.divide(devices)
     named = hardware(program.config_path())
     target = make_target(topology, devices, named)
+    if target.chip is not None:  # what is compiled for others can't be read back
+        jax.config.update("jax_enable_compilation_cache", False)
     job = make_job(config, model, named)
     if search:
         print(plan_report.search_table(searched(job, target, workdir)))
