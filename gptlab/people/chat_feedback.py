@@ -107,8 +107,8 @@ def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[
         if not sieve.passes("flag", given.person, [about.owner]):
             continue
         rows = (*about.rows, _row(given))
-        kinds = ",".join(given.reasons)
-        yield safety_prompt(about.prompt, kinds, given.severity, rows, sieve, "")
+        kinds, judge = ",".join(given.reasons), content.people[given.person]
+        yield safety_prompt(about.prompt, kinds, given.severity, judge, rows, "")
         turn = content.messages[given.message].parent or ""
         others = [m.id for m in replies.get(turn, ()) if m.content not in down[turn]]
         others = others[-(MAX_REPLIES - 1) :]

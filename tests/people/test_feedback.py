@@ -7,7 +7,7 @@ import math
 import pytest
 
 from configs import export as export_config
-from gptlab.data.records import Comparison, Conversation, Message, Prompt
+from gptlab.data.records import Candidate, Comparison, Conversation, Message, Prompt
 from gptlab.people import feedback
 from gptlab.people.feedback import Weights
 from gptlab.people.sieve import filters_of
@@ -270,6 +270,28 @@ def test_flags_compare_with_what_may_be_better(own_store):
     # One prompt, by its worst flag.
     (prompt,) = of_kind(harvest(store), "safety prompt", Prompt)
     assert prompt.severity == 2 and prompt.record.source.endswith("harmful:severity=2")
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["a person", "a program"])
+def test_a_flag_is_of_who_flags_whosever_chat_it_is(own_store, simulated):
+    store = own_store
+    owner = person(store, "Ann", "user", simulated=not simulated)
+    judge = person(store, "Lee", simulated=simulated)
+    chat(store, owner, "Bad?", ("bad",))
+    made = campaign(store, tasks=0)
+    (picked,) = store.campaigns.pick(made.id, 1, seed=0)
+    other = Candidate("other", "good", "0123456789ab", True)
+    store.campaigns.queue_picked(made.id, picked, [other], "system")
+    lease = store.work.lease(made.id, judge.id)
+    flags = [Flag(lease.replies.index("bad"), "harmful", 1)]
+    store.work.judge(lease.token, judge.id, [1, 1], flags=flags)
+    found = harvest(store)
+    (compared,) = of_kind(found, "flag", Comparison)
+    (prompt,) = of_kind(found, "safety prompt", Prompt)
+    assert compared.record.simulated is compared.simulated is prompt.simulated is simulated
+    whose = "simulated" if simulated else "people"
+    assert prompt.record.source == f"{whose}:flag:harmful:severity=1"
+    assert {row[2] for row in prompt.rows} == {owner.id, judge.id}
 
 
 def test_a_turn_with_many_replies_makes_no_wider_comparison(own_store):
