@@ -19,6 +19,7 @@ from tests.people.campaigns import (
     best_first,
     campaign,
     candidate_set,
+    chat,
     number,
     person,
     set_name,
@@ -45,6 +46,17 @@ def test_queueing_twice_queues_once(store):
         store.campaigns.queue("c", [candidate_set("x", 1)], "system")
     with pytest.raises(NotFound):
         store.campaigns.queue("other", sets, "system")
+
+
+def test_replies_that_say_nothing_are_not_picked(store):
+    made, ann = campaign(store, tasks=0), person(store, "Ann", "user")
+    blank = ("", " ", "\n\t\r\n", "\u00a0\u2003\u3000", "\x1c\x85")
+    _, turn, replies = chat(store, ann, replies=(*blank, "\u3000Hi. "))
+    store.conversations.reply(
+        ann.id, turn.id, "I can't.", "chat", "0123456789ab", True, refusal="moderation"
+    )
+    assert not any(text.strip() for text in blank)
+    assert [p.message for p in store.campaigns.pick(made.id, 9, seed=0)] == [replies[-1].id]
 
 
 def test_only_admins_run_campaigns(store):

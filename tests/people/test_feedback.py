@@ -261,7 +261,9 @@ def test_flags_compare_with_what_may_be_better(own_store):
         ann.id, turn.id, "I can't.", "chat", "0123456789ab", True, refusal="moderation"
     )
     store.feedback.thumb(ann.id, refused.id, False, ["biased"], severity=1)
-    assert not of_kind(harvest(store), "flag", Comparison)
+    unlike = harvest(store)
+    assert not of_kind(unlike, "flag", Comparison)
+    assert unlike.left_out[("flag", "a blank or refused reply")] == 1
     answer(store, ann, turn.id, "good")
     flags = of_kind(harvest(store), "flag", Comparison)
     assert sorted((order(i), i.record.weight) for i in flags if "bad" in order(i)) == [
@@ -270,6 +272,33 @@ def test_flags_compare_with_what_may_be_better(own_store):
     # One prompt, by its worst flag.
     (prompt,) = of_kind(harvest(store), "safety prompt", Prompt)
     assert prompt.severity == 2 and prompt.record.source.endswith("harmful:severity=2")
+
+
+def test_nothing_is_compared_with_a_blank_or_refused_reply(own_store):
+    store = own_store
+    ann = person(store, "Ann", "user")
+    _, turn, (good, bad, blank) = chat(store, ann, "Tea?", ("Green.", "Black.", " \n"))
+    refused = store.conversations.reply(
+        ann.id, turn.id, "I can't.", "chat", "0123456789ab", True, refusal="moderation"
+    )
+    for reply, up in ((good, True), (bad, False), (blank, False), (refused, True)):
+        store.feedback.thumb(ann.id, reply.id, up)
+    for other in (bad, blank, refused):
+        store.feedback.choose(ann.id, good.id, other.id, 1)
+    for reply in (bad, blank, refused):
+        store.feedback.improve(ann.id, reply.id, f"Better than {reply.content!r}.")
+    found = harvest(store)
+    compared = {i.kind: order(i) for i in found.items if isinstance(i.record, Comparison)}
+    assert compared == {
+        "thumb": {"Green.": 1, "Black.": 2}, "choice": {"Green.": 1, "Black.": 2},
+        "better": {"Better than 'Black.'.": 1, "Black.": 2},
+    }  # fmt: skip
+    kinds = collections.Counter((i.kind, type(i.record).__name__) for i in found.items)
+    assert kinds.pop(("better", "Conversation")) == 3  # what a person wrote is learnt all the same
+    assert set(kinds.values()) == {1}
+    assert found.left_out == {
+        (kind, "a blank or refused reply"): 2 for kind in ("thumb", "choice", "better")
+    }
 
 
 @pytest.mark.parametrize("simulated", [False, True], ids=["a person", "a program"])

@@ -48,6 +48,7 @@ from gptlab.people.store.tasks import (
 
 KINDS = ("ranking", "demonstration")
 STATES = ("open", "paused", "closed")
+_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # all that str.strip() takes off
 _KEY: sa.BindParameter[str] = sa.bindparam("key")
 _CAMPAIGN = sa.select(campaigns).where(sa.or_(campaigns.c.id == _KEY, campaigns.c.name == _KEY))
 
@@ -204,7 +205,8 @@ class Campaigns:
     def pick(self, campaign: str, count: int, seed: int) -> list[Picked]:
         """Replies drawn at random from chats whose owners consent to training.
 
-        Those that the campaign already has are left out. Sample alternatives, then `queue_picked`.
+        Those that the campaign already has are left out, as are refusals and blank replies. Sample
+        alternatives, then `queue_picked`.
         """
         with self._database.read() as reader:
             found = find_campaign(reader, campaign)
@@ -218,6 +220,7 @@ class Campaigns:
                 .join(conversations, conversations.c.id == messages.c.conversation_id)
                 .where(messages.c.role == "assistant", messages.c.policy.is_not(None))
                 .where(messages.c.refusal.is_(None), ~queued.exists())
+                .where(sa.func.trim(messages.c.content, _SPACE) != "")
                 .where(conversations.c.person_id.in_(willing))
                 .order_by(messages.c.row)
             )
