@@ -39,7 +39,6 @@ from gptlab.people.store.settle import settle_campaign
 from gptlab.people.store.tasks import (
     Task,
     dense_ranks,
-    find_task,
     payload,
     place,
     rankable,
@@ -257,11 +256,6 @@ class Campaigns:
             query = sa.select(tasks.c.source, tasks.c.id, tasks.c.state)
             rows = reader.execute(query.where(tasks.c.campaign_id == found.id))
             return {row.source: (row.id, row.state) for row in rows}
-
-    def task(self, task: str) -> Task:
-        """Raises NotFound."""
-        with self._database.read() as reader:
-            return find_task(reader, task)
 
     def _queue(
         self, campaign: str, kind: str, rows: Iterable[dict[str, Any]], actor: str,
