@@ -79,7 +79,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """Who an API key belongs to. `requests_per_minute` None: the server's default."""
+    """An API key that asks, by a name of its own: its requests are counted apart from others'.
+
+    `requests_per_minute` None: the server's default.
+    """
 
     name: str
     requests_per_minute: int | None = None
