@@ -1,6 +1,6 @@
 """What answers: the one interface between those who ask (API, web app) and what generates text.
 
-Two parts implement `Backend`: `engine.py` (models in this process) and `upstream.py` (any server
+Two parts implement `Backend`: `embedded.py` (models in this process) and `upstream.py` (any server
 with OpenAI's API). `moderation.py` wraps either. Nobody else knows which of them is there.
 """
 
