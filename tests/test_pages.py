@@ -328,8 +328,8 @@ def test_ranking_by_mouse_with_a_tie_a_rating_and_a_flag(site, browser):
         page.locator("[data-reply='0'] .flag select:visible").select_option("1")
         page.click("#submit")
         page.locator("#progress:has-text('1 of 2')").wait_for()
-        (made,) = site.store.work.mine(campaign.id, person.id)
-        task = site.store.campaigns.task(made.task)
+        (made,) = campaigns.answers(site.store, campaign, person)
+        task = site.store.content().tasks[made.task]
         place = [shown.index(f"{c.content}\n") for c in task.candidates]
         assert made.ranks == tuple((2, 1, 1)[i] for i in place)
         assert made.ratings == tuple((3, None, None)[i] for i in place)
@@ -342,7 +342,7 @@ def test_ranking_by_mouse_with_a_tie_a_rating_and_a_flag(site, browser):
         page.fill("#skip-form [name=note]", "no idea")
         page.click("text=Skip the task")
         page.locator("text=There is no task for you now").wait_for()
-        made = site.store.work.mine(campaign.id, person.id)[0]
+        *_, made = campaigns.answers(site.store, campaign, person)
         assert (made.kind, made.note) == ("skip", "too_hard: no idea")
 
 
@@ -382,8 +382,8 @@ def test_ranking_by_keyboard_alone(site, browser):
         shown = page.locator(".reply .prose").all_text_contents()
         press("Control+Enter")
         page.locator("#progress:has-text('1 of 2')").wait_for()
-        (made,) = site.store.work.mine(campaign.id, person.id)
-        task = site.store.campaigns.task(made.task)
+        (made,) = campaigns.answers(site.store, campaign, person)
+        task = site.store.content().tasks[made.task]
         ranks = {f"{c.content}\n": rank for c, rank in zip(task.candidates, made.ranks)}
         assert [ranks[text] for text in shown] == [3, 2, 1]
         assert sorted(made.ratings, key=str) == [7, None, None]
@@ -417,7 +417,7 @@ def test_ranking_by_touch(site, browser):
             assert onto.locator(f"[data-chip='{chip}']").count() == 1
         page.tap("#submit")
         page.locator("#progress:has-text('1 of 2')").wait_for()
-        (made,) = site.store.work.mine(campaign.id, person.id)
+        (made,) = campaigns.answers(site.store, campaign, person)
         assert sorted(made.ranks) == [1, 2, 2]
 
 
@@ -448,7 +448,7 @@ def test_a_demonstration_with_a_suggestion_taken_and_one_edited(site, browser):
         page.click("text=Add the turn")
         page.click("#submit")
         page.locator("text=There is no task for you now").wait_for()
-        (made,) = site.store.work.mine(campaign.id, person.id)
+        (made,) = campaigns.answers(site.store, campaign, person)
         assert [turn.origin for turn in made.turns] == ["written", "taken", "written", "edited"]
         assert made.turns[1].policy and made.turns[3].message.content == "the sea was lovely."
 

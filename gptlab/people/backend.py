@@ -1,6 +1,6 @@
 """What answers: the one interface between those who ask (API, web app) and what generates text.
 
-Two parts implement `Backend`: `engine.py` (models in this process) and `upstream.py` (any server
+Two parts implement `Backend`: `embedded.py` (models in this process) and `upstream.py` (any server
 with OpenAI's API). `moderation.py` wraps either. Nobody else knows which of them is there.
 """
 
@@ -79,7 +79,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """Who an API key belongs to. `requests_per_minute` None: the server's default."""
+    """An API key that asks, by a name of its own: its requests are counted apart from others'.
+
+    `requests_per_minute` None: the server's default.
+    """
 
     name: str
     requests_per_minute: int | None = None

@@ -1,4 +1,7 @@
-"""Feedback in chats as records: better replies, choices, thumbs, flags."""
+"""Feedback in chats as records: better replies, choices, thumbs, flags.
+
+Nothing is compared with a reply that is blank, or that moderation refused.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from gptlab.people.store.content import Content
 from gptlab.people.store.conversations import Message as Stored
 from gptlab.people.store.feedback import Given
 
+_EMPTY = "a blank or refused reply"
 MAX_REPLIES = 4  # of a comparison: a reward model's batch is as wide as its widest comparison
 
 
@@ -44,11 +48,13 @@ def improved(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
             rows,
             simulated,
         )
-        if weight:
+        if weight and _says_something(content.messages[given.message]):
             yield _compared(
                 content, sieve, "better", given.id, given.person, about,
                 (better.id, given.message), (1, 2), weight, [_row(given)],
             )  # fmt: skip
+        elif weight:
+            sieve.leave_out("better", _EMPTY)
 
 
 def choices(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
@@ -56,12 +62,17 @@ def choices(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
         if given.kind != "choice" or given.other is None or not weight:
             continue
         about = _about(content, given.message)
-        if sieve.passes("choice", given.person, [about.owner]):
+        pair = (given.message, given.other)
+        if not sieve.passes("choice", given.person, [about.owner]):
+            continue
+        if all(_says_something(content.messages[reply]) for reply in pair):
             ranks = {1: (1, 2), 0: (1, 1), -1: (2, 1)}[given.value]
             yield _compared(
                 content, sieve, "choice", given.id, given.person, about,
-                (given.message, given.other), ranks, weight, [_row(given)],
+                pair, ranks, weight, [_row(given)],
             )  # fmt: skip
+        else:
+            sieve.leave_out("choice", _EMPTY)
 
 
 def thumbs(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
@@ -69,8 +80,11 @@ def thumbs(content: Content, sieve: Sieve, weight: float) -> Iterator[Item]:
     by_turn: dict[tuple[str, str], list[Given]] = {}
     for given in content.feedback:
         if given.kind == "thumb" and weight:
-            turn = content.messages[given.message].parent or ""
-            by_turn.setdefault((turn, given.person), []).append(given)
+            reply = content.messages[given.message]
+            if _says_something(reply):
+                by_turn.setdefault((reply.parent or "", given.person), []).append(given)
+            else:
+                sieve.leave_out("thumb", _EMPTY)
     for (turn, person), thumbs in by_turn.items():
         if len({given.value for given in thumbs}) < 2:
             for _ in thumbs:
@@ -95,10 +109,10 @@ def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[
     for given in content.feedback:
         if given.kind == "thumb" and given.value < 0:
             reply = content.messages[given.message]
-            down.setdefault(reply.parent or "", {""}).add(reply.content)
+            down.setdefault(reply.parent or "", set()).add(reply.content)
     replies: dict[str, list[Stored]] = {}
     for message in content.messages.values():
-        if message.role == "assistant" and message.refusal is None and message.parent is not None:
+        if message.role == "assistant" and message.parent is not None and _says_something(message):
             replies.setdefault(message.parent, []).append(message)
     for given in content.feedback:
         if given.kind != "thumb" or not given.severity:
@@ -107,13 +121,16 @@ def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[
         if not sieve.passes("flag", given.person, [about.owner]):
             continue
         rows = (*about.rows, _row(given))
-        kinds = ",".join(given.reasons)
-        yield safety_prompt(about.prompt, kinds, given.severity, rows, sieve, "")
-        turn = content.messages[given.message].parent or ""
+        kinds, judge = ",".join(given.reasons), content.people[given.person]
+        yield safety_prompt(about.prompt, kinds, given.severity, judge, rows, "")
+        flagged = content.messages[given.message]
+        turn = flagged.parent or ""
         others = [m.id for m in replies.get(turn, ()) if m.content not in down[turn]]
         others = others[-(MAX_REPLIES - 1) :]
         weight = weights[given.severity - 1]
-        if not others:
+        if not _says_something(flagged):
+            sieve.leave_out("flag", _EMPTY)
+        elif not others:
             sieve.leave_out("flag", "nothing to compare with")
         elif weight:
             yield _compared(
@@ -157,6 +174,10 @@ def _compared(
         weight=weight,
     )
     return Item(kind, "", comparison, (*about.rows, *shown, *rows), comparison.simulated)
+
+
+def _says_something(message: Stored) -> bool:
+    return message.refusal is None and bool(message.content.strip())
 
 
 def _candidate(message: Stored) -> Candidate:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -25,6 +25,8 @@ from gptlab.people.labellers import SimulatedLabeller
 from gptlab.run.errors import UserError
 
 _AGAIN = (429, 502, 503, 504)  # what a server says that can be asked later
+# What it says of a lease: its task's text was deleted, or the task is somebody else's by now.
+_GONE = (404, 409)
 _FIRST_WAIT, _LONGEST_WAIT = 0.05, 2.0  # seconds before a request is sent again
 _ERROR_CHARACTERS = 300
 
@@ -47,7 +49,11 @@ class Answer:
 
 @contextlib.contextmanager
 def join(url: str, token: str, name: str) -> Iterator[httpx.Client]:
-    """A client with a session, as a new person. Raises UserError: the link is not valid."""
+    """A client with a session, as a new person. Raises UserError: the link is not valid.
+
+    Unlike answers, joining counts each time: where the server's answer was lost, the invitation is
+    used once more, and a person stays behind who does nothing.
+    """
     with httpx.Client(base_url=url, timeout=60.0) as client:
         me, _ = send(client, "POST", "/api/join", {"token": token, "name": name})
         client.headers["X-CSRF-Token"] = me["csrf"]
@@ -77,8 +83,8 @@ def work(
         replies = tuple(reply["content"] for reply in task["replies"])
         ranks = _rank(labeller, task, replies)
         path, body = f"/api/leases/{task['lease']}/judge", {"ranks": ranks}
-        answered, seconds = send(client, "POST", path, body, patience_seconds, lost=409)
-        if answered is not None:  # else it took so long that somebody else has the task
+        answered, seconds = send(client, "POST", path, body, patience_seconds, lost=_GONE)
+        if answered is not None:
             yield Answer(
                 answered["judgement"], task["lease"], replies, tuple(ranks), lease_seconds, seconds
             )  # fmt: skip
@@ -90,11 +96,11 @@ def send(
     path: str,
     body: Mapping[str, Any] | None,
     patience_seconds: float = 60.0,
-    lost: int | None = None,
+    lost: Collection[int] = (),
 ) -> tuple[Any, float]:
     """(the answer's JSON, seconds that its request took), asked again while the server is away.
 
-    Returns None as JSON for the status `lost`. Raises UserError for any other refusal, or when
+    Returns None as JSON for a status in `lost`. Raises UserError for any other refusal, or when
     patience ends.
     """
     end, wait = time.monotonic() + patience_seconds, _FIRST_WAIT
@@ -104,7 +110,7 @@ def send(
             response = client.request(method, path, json=body)
             seconds = time.perf_counter() - start
             problem = f"{response.status_code} {response.text[:_ERROR_CHARACTERS]}"
-            if response.status_code == lost:
+            if response.status_code in lost:
                 return None, seconds
             if response.is_success:
                 return response.json(), seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from gptlab.data.records import Comparison, Conversation, Prompt
-from gptlab.people.sieve import Sieve
 from gptlab.people.store.person import Person
 
 Record = Conversation | Comparison | Prompt
@@ -37,9 +36,9 @@ def source(kind: str, simulated: bool) -> str:
 
 
 def safety_prompt(
-    prompt: Prompt, kinds: str, severity: int, rows: tuple[Row, ...], sieve: Sieve, split: str
+    prompt: Prompt, kinds: str, severity: int, judge: Person, rows: tuple[Row, ...], split: str
 ) -> Item:  # fmt: skip
-    simulated = sieve.simulated(rows[-1][2])
-    flagged = f"{source('flag', simulated)}:{kinds}:severity={severity}"
+    """The prompt of a reply that `judge` has flagged; whose chat it is out of doesn't matter."""
+    flagged = f"{source('flag', judge.simulated)}:{kinds}:severity={severity}"
     record = dataclasses.replace(prompt, source=flagged)
-    return Item(SAFETY_PROMPT, split, record, rows, simulated, severity)
+    return Item(SAFETY_PROMPT, split, record, rows, judge.simulated, severity)

@@ -109,14 +109,14 @@ def flags(content: Content, sieve: Sieve, weights: Sequence[float]) -> Iterator[
         for answer in used:
             worst = max(flag.severity for flag in answer.flags)
             rows, prompt = _rows_of(answer, task), task.prompt
+            person = content.people[answer.person]
             kinds = ",".join(sorted({flag.kind for flag in answer.flags}))
-            yield safety_prompt(prompt, kinds, worst, rows, sieve, task.split)
+            yield safety_prompt(prompt, kinds, worst, person, rows, task.split)
             flagged = {flag.reply for flag in answer.flags}
             ranks = tuple(2 if i in flagged else 1 for i in range(len(task.candidates)))
             if len(set(ranks)) < 2:
                 sieve.leave_out("flag", "nothing to compare with")
             elif weights[worst - 1]:
-                person = content.people[answer.person]
                 comparison = Comparison(
                     f"flag:{answer.id}", prompt, task.candidates, ranks, name_of(person),
                     person.simulated, None, weights[worst - 1] / len(used),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from gptlab.data.records import Candidate, CandidateSet, Message, Prompt
 from gptlab.people.store import Store
 from gptlab.people.store.campaigns import Campaign, Settings
+from gptlab.people.store.judgements import Judgement
 from gptlab.people.store.person import Person
 
 
@@ -57,6 +58,12 @@ def work_off(store: Store, where: Campaign, who: Person, judge=None) -> int:
         store.work.judge(lease.token, who.id, (judge or best_first)(lease))
         count += 1
     return count
+
+
+def answers(store: Store, where: Campaign, who: Person) -> list[Judgement]:
+    """What a person has answered in a campaign, oldest first."""
+    own = (where.id, who.id)
+    return [one for one in store.content().judgements if (one.campaign, one.person) == own]
 
 
 def plain(judgement):

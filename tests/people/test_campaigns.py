@@ -16,9 +16,11 @@ from gptlab.people.store.campaigns import Settings
 from gptlab.people.store.judgements import Flag, Turn
 from gptlab.people.store.schema import judgements, leases
 from tests.people.campaigns import (
+    answers,
     best_first,
     campaign,
     candidate_set,
+    chat,
     number,
     person,
     set_name,
@@ -45,6 +47,17 @@ def test_queueing_twice_queues_once(store):
         store.campaigns.queue("c", [candidate_set("x", 1)], "system")
     with pytest.raises(NotFound):
         store.campaigns.queue("other", sets, "system")
+
+
+def test_replies_that_say_nothing_are_not_picked(store):
+    made, ann = campaign(store, tasks=0), person(store, "Ann", "user")
+    blank = ("", " ", "\n\t\r\n", "\u00a0\u2003\u3000", "\x1c\x85")
+    _, turn, replies = chat(store, ann, replies=(*blank, "\u3000Hi. "))
+    store.conversations.reply(
+        ann.id, turn.id, "I can't.", "chat", "0123456789ab", True, refusal="moderation"
+    )
+    assert not any(text.strip() for text in blank)
+    assert [p.message for p in store.campaigns.pick(made.id, 9, seed=0)] == [replies[-1].id]
 
 
 def test_only_admins_run_campaigns(store):
@@ -91,7 +104,7 @@ def test_a_ranking_is_kept_in_the_candidates_own_order(store, clock):
     assert judgement.ranks == (1, 2, 3, 4) and judgement.ratings == (None, None, 1, None)
     assert judgement.flags == (Flag(3, "untrue", 1),)
     assert (judgement.seconds, judgement.note) == (30.0, "note")
-    assert store.work.mine(made.id, lee.id) == [judgement]
+    assert answers(store, made, lee) == [judgement]
 
 
 def test_a_request_that_is_sent_twice_counts_once(store):
@@ -181,7 +194,7 @@ def test_the_order_shown_is_drawn_for_each_lease(store):
         first[number(lease.replies[0])] += 1
         store.work.judge(lease.token, lee.id, best_first(lease))
     assert set(first) == {0, 1, 2} and max(first.values()) < 21
-    assert all(judgement.ranks == (1, 2, 3) for judgement in store.work.mine(made.id, lee.id))
+    assert all(judgement.ranks == (1, 2, 3) for judgement in answers(store, made, lee))
 
 
 @pytest.mark.parametrize(
@@ -274,18 +287,6 @@ def test_flags_and_skips_go_to_a_reviewer(store):
         store.review.drop(store.campaigns.tasks(campaign_open.id)[0].id, rae.id, "")
 
 
-def test_a_flag_that_was_corrected_does_not_count(store):
-    made, lee, rae = campaign(store, tasks=2), person(store), person(store, "Rae", "reviewer")
-    first, _ = (  # in the order of their places
-        store.work.judge(
-            store.work.lease(made.id, lee.id).token, lee.id, [1, 2, 3], flags=[Flag(0, "untrue", 3)]
-        )
-        for _ in range(2)
-    )
-    store.work.correct(first.id, lee.id, [1, 2, 3], flags=[Flag(0, "untrue", 2)])
-    assert [case.severity for case in store.review.queue(made.id, rae.id)] == [3, 2]
-
-
 def test_a_case_is_read_by_whoever_may_decide_it(store):
     made = campaign(store, tasks=2, max_skips=1)
     store.campaigns.create("other", "ranking", Settings(), "system")
@@ -306,20 +307,6 @@ def test_a_case_is_read_by_whoever_may_decide_it(store):
             store.review.case(campaign_, task, who.id)
     with pytest.raises(Forbidden):
         store.review.case(made.id, own.id, ann.id)
-
-
-def test_a_correction_is_a_new_judgement(store):
-    made, lee = campaign(store, tasks=1), person(store)
-    lease = store.work.lease(made.id, lee.id)
-    first = store.work.judge(lease.token, lee.id, best_first(lease))
-    second = store.work.correct(first.id, lee.id, [4 - rank for rank in best_first(lease)])
-    assert second.ranks == (3, 2, 1) and second.supersedes == first.id
-    assert store.work.mine(made.id, lee.id) == [second] and len(rows(store, judgements)) == 2
-    with pytest.raises(Invalid, match="corrected already"):
-        store.work.correct(first.id, lee.id, [1, 2, 3])
-    with pytest.raises(NotFound):
-        store.work.correct(second.id, person(store, "Bo").id, [1, 2, 3])
-    assert store.figures.progress(made.id).judged == 1
 
 
 def test_more_overlap_opens_tasks_again(store):
@@ -409,20 +396,17 @@ def test_statistics_are_computed_once_for_the_same_judgements(store, monkeypatch
 
     def judged(who, **kwargs):
         lease = store.work.lease(made.id, who.id)
-        return store.work.judge(lease.token, who.id, best_first(lease), **kwargs)
+        store.work.judge(lease.token, who.id, best_first(lease), **kwargs)
 
     assert asked().labellers == ()
-    first = judged(ann, ratings=[7, None, 1])
+    judged(ann, ratings=[7, None, 1])
     judged(bo)
     assert asked().ratings == {1: 1, 7: 1}
-    store.work.correct(first.id, ann.id, [1, 1, 1], ratings=[4, 4, 4])
-    statistics = asked()
-    assert (statistics.ratings, statistics.tie_rate) == ({4: 3}, 0.5)
     store.delete_person(bo.id, "system")
     assert [one.name for one in asked().labellers] == ["Ann"]
     judged(ann, flags=[Flag(0, "untrue", 1)])
     assert asked().flags == {"untrue": 1}
-    assert computed == [0, 2, 2, 1, 2]
+    assert computed == [0, 2, 1, 2]
 
 
 def test_a_campaign_without_answers_has_figures(store):

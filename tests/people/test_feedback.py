@@ -7,7 +7,7 @@ import math
 import pytest
 
 from configs import export as export_config
-from gptlab.data.records import Comparison, Conversation, Message, Prompt
+from gptlab.data.records import Candidate, Comparison, Conversation, Message, Prompt
 from gptlab.people import feedback
 from gptlab.people.feedback import Weights
 from gptlab.people.sieve import filters_of
@@ -261,7 +261,9 @@ def test_flags_compare_with_what_may_be_better(own_store):
         ann.id, turn.id, "I can't.", "chat", "0123456789ab", True, refusal="moderation"
     )
     store.feedback.thumb(ann.id, refused.id, False, ["biased"], severity=1)
-    assert not of_kind(harvest(store), "flag", Comparison)
+    unlike = harvest(store)
+    assert not of_kind(unlike, "flag", Comparison)
+    assert unlike.left_out[("flag", "a blank or refused reply")] == 1
     answer(store, ann, turn.id, "good")
     flags = of_kind(harvest(store), "flag", Comparison)
     assert sorted((order(i), i.record.weight) for i in flags if "bad" in order(i)) == [
@@ -270,6 +272,55 @@ def test_flags_compare_with_what_may_be_better(own_store):
     # One prompt, by its worst flag.
     (prompt,) = of_kind(harvest(store), "safety prompt", Prompt)
     assert prompt.severity == 2 and prompt.record.source.endswith("harmful:severity=2")
+
+
+def test_nothing_is_compared_with_a_blank_or_refused_reply(own_store):
+    store = own_store
+    ann = person(store, "Ann", "user")
+    _, turn, (good, bad, blank) = chat(store, ann, "Tea?", ("Green.", "Black.", " \n"))
+    refused = store.conversations.reply(
+        ann.id, turn.id, "I can't.", "chat", "0123456789ab", True, refusal="moderation"
+    )
+    for reply, up in ((good, True), (bad, False), (blank, False), (refused, True)):
+        store.feedback.thumb(ann.id, reply.id, up)
+    for other in (bad, blank, refused):
+        store.feedback.choose(ann.id, good.id, other.id, 1)
+    for reply in (bad, blank, refused):
+        store.feedback.improve(ann.id, reply.id, f"Better than {reply.content!r}.")
+    found = harvest(store)
+    compared = {i.kind: order(i) for i in found.items if isinstance(i.record, Comparison)}
+    assert compared == {
+        "thumb": {"Green.": 1, "Black.": 2}, "choice": {"Green.": 1, "Black.": 2},
+        "better": {"Better than 'Black.'.": 1, "Black.": 2},
+    }  # fmt: skip
+    kinds = collections.Counter((i.kind, type(i.record).__name__) for i in found.items)
+    assert kinds.pop(("better", "Conversation")) == 3  # what a person wrote is learnt all the same
+    assert set(kinds.values()) == {1}
+    assert found.left_out == {
+        (kind, "a blank or refused reply"): 2 for kind in ("thumb", "choice", "better")
+    }
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["a person", "a program"])
+def test_a_flag_is_of_who_flags_whosever_chat_it_is(own_store, simulated):
+    store = own_store
+    owner = person(store, "Ann", "user", simulated=not simulated)
+    judge = person(store, "Lee", simulated=simulated)
+    chat(store, owner, "Bad?", ("bad",))
+    made = campaign(store, tasks=0)
+    (picked,) = store.campaigns.pick(made.id, 1, seed=0)
+    other = Candidate("other", "good", "0123456789ab", True)
+    store.campaigns.queue_picked(made.id, picked, [other], "system")
+    lease = store.work.lease(made.id, judge.id)
+    flags = [Flag(lease.replies.index("bad"), "harmful", 1)]
+    store.work.judge(lease.token, judge.id, [1, 1], flags=flags)
+    found = harvest(store)
+    (compared,) = of_kind(found, "flag", Comparison)
+    (prompt,) = of_kind(found, "safety prompt", Prompt)
+    assert compared.record.simulated is compared.simulated is prompt.simulated is simulated
+    whose = "simulated" if simulated else "people"
+    assert prompt.record.source == f"{whose}:flag:harmful:severity=1"
+    assert {row[2] for row in prompt.rows} == {owner.id, judge.id}
 
 
 def test_a_turn_with_many_replies_makes_no_wider_comparison(own_store):

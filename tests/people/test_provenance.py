@@ -9,7 +9,15 @@ import sqlalchemy as sa
 
 from gptlab.people.store import Forbidden, LeaseLost, NotFound, leases
 from gptlab.people.store.schema import metadata, tasks
-from tests.people.campaigns import best_first, campaign, candidate_set, chat, person, work_off
+from tests.people.campaigns import (
+    answers,
+    best_first,
+    campaign,
+    candidate_set,
+    chat,
+    person,
+    work_off,
+)
 
 
 def sets_of(store, made, who):
@@ -76,11 +84,11 @@ def test_who_withdraws_takes_their_text_from_who_holds_it(used):
     with pytest.raises(LeaseLost):
         store.work.judge(lease.token, lee.id, [1, 2, 3])
     assert "secret" not in repr(store.work.lease(made.id, lee.id))
-    assert not {answer.task for answer in store.work.mine(made.id, lee.id)} & mine
+    assert not {answer.task for answer in answers(store, made, lee)} & mine
     # She may change her mind: nothing of the task was used up.
     store.accounts.consent(ann.id, "training", True, "v1")
     work_off(store, made, lee, lambda lease: [*range(1, len(lease.replies) + 1)])
-    assert mine <= {answer.task for answer in store.work.mine(made.id, lee.id)}
+    assert mine <= {answer.task for answer in answers(store, made, lee)}
 
 
 @pytest.mark.parametrize("all_of_it", [False, True], ids=["conversation", "person"])

@@ -76,3 +76,24 @@ def test_times_and_ratings_are_shown(site, admin):
     assert [cell.split("<")[0] for cell in table.split("<td>")[1:]] == list("0000020")
     for name in ("median", "mean"):
         assert re.search(rf"Time for a task, {name}</dt><dd>\d+\.\d s</dd>", text)
+
+
+def test_a_number_of_thousands_of_digits_is_none(site, admin):
+    store, digits = site.store, "1" * 5000
+    made = store.campaigns.create("digits", "ranking", Settings(max_skips=1), "system")
+    store.campaigns.queue(made.id, [candidate_set("d")], "system", "train")
+    path = f"/campaigns/{made.id}?said=queued-"
+    assert "12 new tasks queued." in admin.get(f"{path}12").text
+    answer = admin.get(path + digits)
+    assert answer.status_code == 200 and "queued." not in answer.text
+
+    lee = person(store, "Lee")
+    store.work.skip(store.work.lease(made.id, lee.id).token, lee.id, "unclear")
+    (task,) = store.campaigns.tasks(made.id, "review")
+    ranks = {"action": "decide", "rank-0": "1", "rank-1": "2"}
+    for wrong in (digits, "", "a", "0", "1001"):
+        answer = admin.post(f"/review/{made.id}/{task.id}", data={**ranks, "rank-2": wrong})
+        assert answer.status_code == 400 and "rank" in answer.text
+    answer = admin.post(f"/review/{made.id}/{task.id}", data={**ranks, "rank-2": "2"})
+    assert answer.status_code == 303
+    assert [t.state for t in store.campaigns.tasks(made.id)] == ["done"]

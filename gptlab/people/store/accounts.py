@@ -266,7 +266,7 @@ class Accounts:
     def check_api_key(self, token: str) -> Caller | None:
         """Who calls the API with this key; None: it is no valid key."""
         row = self._api_key(token)
-        return None if row is None else Caller(f"{row.person_id}/{row.key_name}", row.per_minute)
+        return None if row is None else Caller(row.key_id, row.per_minute)
 
     def api_person(self, token: str) -> Person | None:
         """Whose key it is: for clients that work on campaigns through the API."""
@@ -348,8 +348,7 @@ class Accounts:
 
     def _api_key(self, token: str) -> Any:
         query = (
-            sa.select(people, api_keys.c.person_id, api_keys.c.per_minute)
-            .add_columns(api_keys.c.name.label("key_name"))
+            sa.select(people, api_keys.c.per_minute, api_keys.c.id.label("key_id"))
             .join(people, people.c.id == api_keys.c.person_id)
             .where(
                 api_keys.c.token_hash == hashed(token),

@@ -39,7 +39,6 @@ from gptlab.people.store.settle import settle_campaign
 from gptlab.people.store.tasks import (
     Task,
     dense_ranks,
-    find_task,
     payload,
     place,
     rankable,
@@ -48,6 +47,7 @@ from gptlab.people.store.tasks import (
 
 KINDS = ("ranking", "demonstration")
 STATES = ("open", "paused", "closed")
+_SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # all that str.strip() takes off
 _KEY: sa.BindParameter[str] = sa.bindparam("key")
 _CAMPAIGN = sa.select(campaigns).where(sa.or_(campaigns.c.id == _KEY, campaigns.c.name == _KEY))
 
@@ -204,7 +204,8 @@ class Campaigns:
     def pick(self, campaign: str, count: int, seed: int) -> list[Picked]:
         """Replies drawn at random from chats whose owners consent to training.
 
-        Those that the campaign already has are left out. Sample alternatives, then `queue_picked`.
+        Those that the campaign already has are left out, as are refusals and blank replies. Sample
+        alternatives, then `queue_picked`.
         """
         with self._database.read() as reader:
             found = find_campaign(reader, campaign)
@@ -218,6 +219,7 @@ class Campaigns:
                 .join(conversations, conversations.c.id == messages.c.conversation_id)
                 .where(messages.c.role == "assistant", messages.c.policy.is_not(None))
                 .where(messages.c.refusal.is_(None), ~queued.exists())
+                .where(sa.func.trim(messages.c.content, _SPACE) != "")
                 .where(conversations.c.person_id.in_(willing))
                 .order_by(messages.c.row)
             )
@@ -254,11 +256,6 @@ class Campaigns:
             query = sa.select(tasks.c.source, tasks.c.id, tasks.c.state)
             rows = reader.execute(query.where(tasks.c.campaign_id == found.id))
             return {row.source: (row.id, row.state) for row in rows}
-
-    def task(self, task: str) -> Task:
-        """Raises NotFound."""
-        with self._database.read() as reader:
-            return find_task(reader, task)
 
     def _queue(
         self, campaign: str, kind: str, rows: Iterable[dict[str, Any]], actor: str,

@@ -94,20 +94,10 @@ def insert_judgement(writer: Writer, audit: Audit, made: Judgement, lease: str |
 
 
 def read_judgements(
-    reader: Reader,
-    where: sa.ColumnElement[bool],
-    values: Mapping[str, Any] | None = None,
-    newest: int | None = None,
+    reader: Reader, where: sa.ColumnElement[bool], values: Mapping[str, Any] | None = None
 ) -> list[Judgement]:
-    """Judgements in the order in which they came; or so many of them, newest first.
-
-    `values` are those of parameters in `where`.
-    """
-    query = sa.select(judgements).where(where)
-    if newest is None:
-        query = query.order_by(judgements.c.row)
-    else:
-        query = query.order_by(judgements.c.row.desc()).limit(newest)
+    """Judgements in the order in which they came; `values` are those of parameters in `where`."""
+    query = sa.select(judgements).where(where).order_by(judgements.c.row)
     rows = reader.execute(query, values).all()
     if not rows:
         return []

@@ -25,7 +25,7 @@ DECIDING = ("decision", "drop")
 
 
 def standing(until: int | None = None) -> sa.ColumnElement[bool]:
-    """Of judgements: no correction has superseded it (up to an audit row)."""
+    """Of judgements: no newer one has superseded it (up to an audit row)."""
     newer = judgements.alias("newer")
     later = sa.select(newer.c.id).where(newer.c.supersedes == judgements.c.id)
     if until is None:

@@ -20,7 +20,7 @@ from gptlab.people.store.audit import Audit
 from gptlab.people.store.campaigns import Campaign, find_campaign
 from gptlab.people.store.conversations import MAX_CHARACTERS
 from gptlab.people.store.database import Database, Reader, Writer, new_id, storable
-from gptlab.people.store.errors import Invalid, NotFound
+from gptlab.people.store.errors import Invalid
 from gptlab.people.store.judgements import (
     MAX_NOTE,
     RATINGS,
@@ -45,7 +45,7 @@ from gptlab.people.store.leases import (
 )
 from gptlab.people.store.person import require
 from gptlab.people.store.schema import judgements, leases, to_json
-from gptlab.people.store.settle import settle, standing
+from gptlab.people.store.settle import settle
 from gptlab.people.store.tasks import Task, dense_ranks, find_task
 
 SKIP_REASONS = ("unclear", "too_hard", "offensive", "broken", "other")
@@ -179,48 +179,6 @@ class Work:
             made = self._made(held, "skip", f"{reason}: {note}" if note else reason, None)
             return self._write(writer, made, held.id)
 
-    def correct(
-        self,
-        judgement: str,
-        person: str,
-        ranks: Sequence[int],
-        ratings: Sequence[int | None] | None = None,
-        flags: Sequence[Flag] = (),
-        note: str = "",
-    ) -> Judgement:
-        """A new judgement in place of an own earlier one, in the order that was shown then."""
-        with self._database.write() as writer:
-            own = sa.and_(judgements.c.id == judgement, judgements.c.person_id == person)
-            earlier = next(iter(read_judgements(writer, own)), None)
-            if earlier is None or earlier.kind != "ranking":
-                raise NotFound("there is no such ranking")
-            if not read_judgements(writer, sa.and_(own, standing())):
-                raise Invalid("this ranking was corrected already: correct the newer one")
-            query = sa.select(leases).where(
-                leases.c.task_id == earlier.task,
-                leases.c.person_id == person,
-                leases.c.state == "judged",
-            )
-            lease = writer.execute(query).one()
-            task = find_task(writer, earlier.task)
-            answer = _ranking(task, json.loads(lease.shown), ranks, ratings, flags)
-            made = self._made(lease, "ranking", note, earlier.seconds)
-            made = dataclasses.replace(
-                made, gold_right=earlier.gold_right, supersedes=earlier.id, **vars(answer)
-            )
-            return self._write(writer, made, None)
-
-    def mine(self, campaign: str, person: str, limit: int = 50) -> list[Judgement]:
-        """A person's judgements in a campaign that count, newest first."""
-        with self._database.read() as reader:
-            found = find_campaign(reader, campaign)
-            where = sa.and_(
-                judgements.c.campaign_id == found.id,
-                judgements.c.person_id == person,
-                standing(),
-            )
-            return read_judgements(reader, where, newest=limit)
-
     def _extend(self, writer: Writer, campaign: Campaign, held: Any, now: float) -> Lease:
         expires = now + campaign.settings.lease_seconds
         update = leases.update().where(leases.c.id == held.id)
@@ -238,10 +196,9 @@ class Work:
             storable(note, MAX_NOTE, "a note"), float(spent), None, None, now,
         )  # fmt: skip
 
-    def _write(self, writer: Writer, made: Judgement, lease: str | None) -> Judgement:
+    def _write(self, writer: Writer, made: Judgement, lease: str) -> Judgement:
         insert_judgement(writer, self._audit, made, lease)
-        if lease is not None:
-            close_lease(writer, lease, "skipped" if made.kind == "skip" else "judged")
+        close_lease(writer, lease, "skipped" if made.kind == "skip" else "judged")
         settle(writer, [made.task])
         return made
 

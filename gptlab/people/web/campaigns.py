@@ -215,7 +215,8 @@ def _key(text: str) -> str:
 def _said(code: str) -> str:
     """What a form's answer tells the page; not a text, which anybody could put into a link."""
     count = code.removeprefix("queued-")
-    if code.startswith("queued-") and count.isdecimal():
+    # (An int of thousands of digits would be an error of its own.)
+    if code.startswith("queued-") and count.isdecimal() and len(count) < 10:
         return f"{int(count):,} new {'task' if count == '1' else 'tasks'} queued."
     return {
         "saved": "Saved.",

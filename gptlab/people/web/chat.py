@@ -109,7 +109,7 @@ def conversations(
 
 @router.post("/api/conversations", tags=["chat"])
 def begin(body: Begin, site: SiteOf, visitor: SignedIn) -> dict[str, Any]:
-    """Begins a conversation; its title is the first line of the first turn."""
+    """Begins a conversation; its title is how the first turn begins, on one line."""
     if not body.content.strip():
         raise Invalid("a message can't be empty")
     first = " ".join(body.content.split())

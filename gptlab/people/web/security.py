@@ -133,7 +133,10 @@ def check_origin(request: Request) -> None:
     """Raises Denied if a browser says that the request comes from another site."""
     fetch_site = request.headers.get("sec-fetch-site", "same-origin")
     origin = request.headers.get("origin")
-    foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    try:
+        foreign = origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+    except ValueError:  # it is no address: no browser has sent it
+        foreign = True
     if foreign or fetch_site not in ("same-origin", "none"):
         raise Denied(403, "this request comes from another site")
 
