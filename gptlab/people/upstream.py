@@ -11,6 +11,7 @@ That server's models are asked for again and again: one that appears or goes the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -127,17 +128,16 @@ class Upstream:
         path, body = _request(ask, self._controls)
         policy = known[ask.model].policy
         known_by_policy = policy != ask.model  # else a fingerprint is of something else
-        tokens = 0
+        tokens, finish, usage = 0, None, None
         try:
             async with contextlib.AsyncExitStack() as stack:
-                left = httpx.Timeout(max(0.01, until - time.monotonic()), connect=_LIST_SECONDS)
-                response = await stack.enter_async_context(
-                    self._client.stream("POST", path, json=body, timeout=left)
-                )
-                if response.status_code != 200:
-                    raise _refusal(response, await response.aread())
-                finish, usage = None, None
-                async for event in _events(response):
+                async with _before(until):
+                    response = await stack.enter_async_context(
+                        self._client.stream("POST", path, json=body)
+                    )
+                    if response.status_code != 200:
+                        raise _refusal(response, await response.aread())
+                async for event in _events(response, until):
                     if "error" in event:
                         raise Unavailable(_words(event))
                     usage = event.get("usage") or usage
@@ -149,11 +149,8 @@ class Upstream:
                         finish = choice.get("finish_reason") or finish
                         if text or entries:
                             yield Piece(text, entries, policy=policy)
-                    if time.monotonic() > until:
-                        finish = "deadline"
-                        break
-        except httpx.TimeoutException:
-            finish, usage = "deadline", None
+        except TimeoutError:
+            finish = finish or "deadline"
         except httpx.HTTPError as error:
             raise Unavailable(f"the upstream server: {type(error).__name__}: {error}") from None
         if finish is None:
@@ -239,9 +236,21 @@ def _plain(text: str, controls: Sequence[str]) -> str:
     return text
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    """The JSON of server-sent events up to [DONE]."""
-    async for line in response.aiter_lines():
+def _before(until: float) -> asyncio.Timeout:
+    """Raises TimeoutError at `until`, of time.monotonic(), in what it stands around."""
+    return asyncio.timeout(until - time.monotonic())
+
+
+async def _events(response: httpx.Response, until: float) -> AsyncGenerator[dict[str, Any], None]:
+    """The JSON of server-sent events up to [DONE]. Raises TimeoutError at `until`."""
+    lines = response.aiter_lines()
+    while True:
+        # Around each line, as a server may send some without an event for ever, and not around the
+        # loop: what reads the events would be cancelled, too.
+        async with _before(until):
+            line = await anext(lines, None)
+        if line is None:
+            return
         if not line.startswith("data:"):
             continue
         data = line.removeprefix("data:").strip()

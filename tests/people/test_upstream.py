@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import json
 import threading
+import time
 
 import httpx
 import pytest
@@ -140,7 +141,10 @@ def test_a_server_that_goes_and_comes_back_with_another_model(backend, caplog):
 
 @contextlib.contextmanager
 def answering(status, body, headers=(), asked=None):
-    """A server with one model, whose replies are always these bytes; `asked` gets the requests."""
+    """A server with one model, whose replies are always these bytes; `asked` gets the requests.
+
+    In place of bytes, a function may send the body: it gets what writes some of it.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -156,6 +160,10 @@ def answering(status, body, headers=(), asked=None):
             self.send_response(status)
             for name, value in headers:
                 self.send_header(name, value)
+            if callable(content):
+                self.end_headers()
+                content(self.wfile.write)
+                return
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -206,6 +214,27 @@ def test_a_server_without_extras_is_enough():
         ((text, _, last),) = run(replies(Upstream(address, None, 60.0, None), Ask("odd", HELLO)))
     assert (text, last.finish_reason, last.policy) == ("hé", "stop", "odd")
     assert last.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("sent", [b"", b": ping\n\n", b":"])
+def test_a_reply_ends_at_its_deadline_whatever_the_server_does(sent):
+    """After a late token it is silent, or keeps the connection alive, in lines or in one."""
+    begin, left = time.monotonic(), threading.Event()
+
+    def stall(write):
+        left.wait(begin + 0.5 - time.monotonic())
+        write(event(choices=[{"delta": {"content": "late"}}]))
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while time.monotonic() < begin + 3 and not left.wait(0.02):
+                write(sent)
+
+    with answering(200, stall) as address:
+        upstream, begin = Upstream(address, None, 1.0, None), time.monotonic()
+        ((text, _, last),) = run(replies(upstream, Ask("odd", HELLO)))
+        took = time.monotonic() - begin
+        left.set()
+    assert (text, last.finish_reason) == ("late", "deadline")
+    assert took < 1.4
 
 
 def test_text_spells_no_control_token_for_another_server():
