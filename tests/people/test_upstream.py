@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from gptlab.data.records import Message
-from gptlab.people.backend import Ask, Busy, Invalid, Unavailable, UnknownModel
+from gptlab.people.backend import Ask, Busy, Invalid, TokenLogprob, Unavailable, UnknownModel
 from gptlab.people.upstream import Upstream
 from gptlab.run.errors import UserError
 from tests import serving
@@ -180,6 +180,9 @@ def answering(status, body, headers=(), asked=None):
         server.server_close()
 
 
+DONE = {"text": "a", "finish_reason": "stop"}
+
+
 def event(**body):
     return b"data: " + json.dumps(body).encode() + b"\n\n"
 
@@ -194,6 +197,13 @@ def event(**body):
         (200, b"data: {no json\n\n", Unavailable),
         (200, event(choices=[]), Unavailable),
         (200, event(error={"message": "out of memory"}), Unavailable),
+        (200, b"data: " + b"[" * 100_000 + b"\n\n", Unavailable),
+        (200, event(choices=3), Unavailable),
+        (200, event(choices=["a"]), Unavailable),
+        (200, event(choices=[{"delta": "a"}]), Unavailable),
+        (200, event(choices=[{"text": "a", "logprobs": {"content": [{}]}}]), Unavailable),
+        (200, event(choices=[DONE], usage={"prompt_tokens": "many"}), Unavailable),
+        (200, event(choices=[DONE], usage={"prompt_tokens": float("inf")}), Unavailable),
         (422, b'{"detail": "wrong"}', Invalid),
     ],
 )
@@ -205,14 +215,25 @@ def test_odd_servers(status, body, kind):
         assert found.value.retry_after == 7
 
 
+@pytest.mark.parametrize(("said", "seconds"), [("9" * 400, 3600), ("\u00b2", 1), ("soon", 1)])
+def test_odd_times_to_wait(said, seconds):
+    with answering(429, b"later", [("Retry-After", said)]) as address:
+        with pytest.raises(Busy) as found:
+            run(replies(Upstream(address, None, 60.0, None), Ask("odd", "a")))
+    assert found.value.retry_after == seconds
+
+
 def test_a_server_without_extras_is_enough():
-    """No usage, no policy, a finish_reason of its own."""
-    body = event(choices=[{"delta": {"content": "hé"}}]) + event(
-        choices=[{"delta": {}, "finish_reason": "eos"}]
-    )
+    """No usage of the prompt, no policy, no alternatives, a finish_reason of its own."""
+    token = {"token": "hé", "logprob": -1}
+    body = event(choices=[{"delta": {"content": "hé"}, "logprobs": {"content": [token]}}])
+    body += event(choices=[{"delta": {"content": "\ud800"}, "finish_reason": "eos"}], error=None)
+    body += event(choices=None, usage={"completion_tokens": 1})
     with answering(200, body + b"data: [DONE]\n\n") as address:
-        ((text, _, last),) = run(replies(Upstream(address, None, 60.0, None), Ask("odd", HELLO)))
-    assert (text, last.finish_reason, last.policy) == ("hé", "stop", "odd")
+        found = run(replies(Upstream(address, None, 60.0, None), Ask("odd", HELLO)))
+    ((text, tokens, last),) = found
+    assert (text, last.finish_reason, last.policy) == ("hé\ufffd", "stop", "odd")
+    assert tokens == [TokenLogprob("hé".encode(), -1.0, ())]
     assert last.usage.completion_tokens == 1
 
 
