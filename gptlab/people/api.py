@@ -13,8 +13,8 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
@@ -23,10 +23,10 @@ from starlette.concurrency import run_in_threadpool
 from gptlab.data.records import Message
 from gptlab.people import openai_schema as schema
 from gptlab.people.backend import Ask, Backend, Caller, Invalid, Model, Piece, TokenLogprob, Usage
+from gptlab.people.disconnect import unless_gone
 from gptlab.people.limits import RateLimit
 from gptlab.people.openai_errors import ApiError, explain
 
-T = TypeVar("T")
 ANONYMOUS = Caller("anonymous")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody} for status in (400, 401, 404, 408, 413, 429, 502, 503)
@@ -194,9 +194,9 @@ async def _answer(
 ) -> Any:
     pieces = merged(backend, asks)
     if not asked.stream:
-        return await _unless_gone(request, _whole(pieces, len(asks), asked.n or 1, form))
+        return await unless_gone(request, _whole(pieces, len(asks), asked.n or 1, form))
     # What can't be answered is known with the first piece, while an error can have its own status.
-    first = await _unless_gone(request, anext(pieces))
+    first = await unless_gone(request, anext(pieces))
     options = asked.stream_options
     usage = bool(options is not None and options.include_usage)
     return StreamingResponse(
@@ -239,26 +239,6 @@ async def merged(backend: Backend, asks: Sequence[Ask]) -> AsyncGenerator[tuple[
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; it is cancelled when the client is gone."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ApiError(499, "the client is gone", code="client_closed_request")
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _whole(

@@ -82,7 +82,7 @@ class Embedded:
         self._options, self._dtype, self._mesh = options, dtype, mesh
         self._deadline, self._draining, self._load = deadline_seconds, False, load
         self._served = {name: self._serve(workdir) for name, workdir in workdirs.items()}
-        self._retiring: dict[threading.Thread, Engine] = {}
+        self._retiring: set[Engine] = set()
         self._closed = threading.Event()
         self._changing = threading.Lock()  # no engine is put in place after `close` has looked
         self._watcher = threading.Thread(target=self._watch, args=(watch_seconds,), daemon=True)
@@ -139,7 +139,7 @@ class Embedded:
         self._draining = True
         with self._changing:
             self._closed.set()
-            engines = [one.engine for one in self._served.values()] + [*self._retiring.values()]
+            engines = [one.engine for one in self._served.values()] + [*self._retiring]
         await asyncio.gather(*(asyncio.to_thread(e.stop, drain_seconds) for e in engines))
         if self._watcher.is_alive():  # it stops what it is compiling
             await asyncio.to_thread(self._watcher.join, drain_seconds)
@@ -160,32 +160,40 @@ class Embedded:
         """Looks for promoted policies until the end; what goes wrong is told of once."""
         passed_over: dict[str, epath.Path | None] = {}
         while not self._closed.wait(seconds):
-            for name, one in list(self._served.items()):
-                path = None
-                try:
-                    path = policies.find(one.workdir)
-                    if path in (one.path, passed_over.get(name)):
-                        continue
-                    newer = self._serve(one.workdir)
-                except Exception as error:  # whatever it is, the old one goes on
-                    if name not in passed_over or passed_over[name] != path:
-                        _say(f"{name} stays at {one.path}: {error}")
-                    passed_over[name] = path
-                    continue
-                with self._changing:
-                    if self._closed.is_set():
-                        newer.engine.stop(0)
-                        return
-                    self._served[name] = newer
-                    self._retire(one.engine)
-                _say(f"{name} is now {newer.path}")
+            for name in self._served:
+                self._follow(name, passed_over)
+
+    def _follow(self, name: str, passed_over: dict[str, epath.Path | None]) -> None:
+        """Puts the promoted policy in place of an older one. (Its variables die with the call.)"""
+        one, path = self._served[name], None
+        try:
+            path = policies.find(one.workdir)
+            if path in (one.path, passed_over.get(name)) or self._closed.is_set():
+                return
+            newer = self._serve(one.workdir)
+        except Exception as error:  # whatever it is, the old one goes on
+            if name not in passed_over or passed_over[name] != path:
+                _say(f"{name} stays at {one.path}: {error}")
+            passed_over[name] = path
+            return
+        with self._changing:
+            if self._closed.is_set():
+                newer.engine.stop(0)
+                return
+            self._served[name] = newer
+            self._retire(one.engine)
+        _say(f"{name} is now {newer.path}")
 
     def _retire(self, engine: Engine) -> None:
-        """Ends an engine when its last request has: each ends by a deadline of its own."""
-        stop = threading.Thread(target=engine.stop, args=(threading.TIMEOUT_MAX,), daemon=True)
-        stop.start()
-        left = {thread: old for thread, old in self._retiring.items() if thread.is_alive()}
-        self._retiring = {**left, stop: engine}
+        """Ends an engine when its last request has, each by its own deadline, and forgets it."""
+
+        def stop() -> None:
+            engine.stop(threading.TIMEOUT_MAX)
+            with self._changing:
+                self._retiring.remove(engine)
+
+        self._retiring.add(engine)
+        threading.Thread(target=stop, daemon=True).start()
 
 
 def _say(line: str) -> None:

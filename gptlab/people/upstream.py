@@ -11,7 +11,9 @@ That server's models are asked for again and again: one that appears or goes the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import threading
@@ -22,6 +24,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from gptlab.data.tokenizer import valid_text
 from gptlab.people.backend import (
     FINISH_REASONS,
     Ask,
@@ -38,6 +41,7 @@ from gptlab.run.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 _LIST_SECONDS = 10.0
+_MOST_SECONDS = 3600.0  # that a client is asked to wait
 _ERROR_CHARS = 300
 _JOINER = "\u2060"  # U+2060 WORD JOINER: no width, no line break
 
@@ -127,40 +131,35 @@ class Upstream:
         path, body = _request(ask, self._controls)
         policy = known[ask.model].policy
         known_by_policy = policy != ask.model  # else a fingerprint is of something else
-        tokens = 0
+        tokens, finish, usage = 0, None, None
         try:
             async with contextlib.AsyncExitStack() as stack:
-                left = httpx.Timeout(max(0.01, until - time.monotonic()), connect=_LIST_SECONDS)
-                response = await stack.enter_async_context(
-                    self._client.stream("POST", path, json=body, timeout=left)
-                )
-                if response.status_code != 200:
-                    raise _refusal(response, await response.aread())
-                finish, usage = None, None
-                async for event in _events(response):
-                    if "error" in event:
+                async with _before(until):
+                    response = await stack.enter_async_context(
+                        self._client.stream("POST", path, json=body)
+                    )
+                    if response.status_code != 200:
+                        raise _refusal(response, await response.aread())
+                async for event in _events(response, until):
+                    if event.get("error"):
                         raise Unavailable(_words(event))
-                    usage = event.get("usage") or usage
                     if known_by_policy:  # which may be newer than the list
                         policy = str(event.get("system_fingerprint") or policy)
-                    for choice in event.get("choices", []):
-                        text, entries = _text(choice), _tokens(choice)
+                    choices, counted = _read(event)
+                    usage = counted or usage
+                    for text, entries, reason in choices:
                         tokens += len(entries) or bool(text)
-                        finish = choice.get("finish_reason") or finish
+                        finish = reason or finish
                         if text or entries:
                             yield Piece(text, entries, policy=policy)
-                    if time.monotonic() > until:
-                        finish = "deadline"
-                        break
-        except httpx.TimeoutException:
-            finish, usage = "deadline", None
+        except TimeoutError:
+            finish = finish or "deadline"
         except httpx.HTTPError as error:
             raise Unavailable(f"the upstream server: {type(error).__name__}: {error}") from None
         if finish is None:
             raise Unavailable("the upstream server ended its reply without a finish_reason")
-        counted = Usage(0, tokens) if not usage else _usage(usage)
         reason = finish if finish in FINISH_REASONS else "stop"
-        yield Piece("", (), reason, counted, policy)
+        yield Piece("", (), reason, usage or Usage(0, tokens), policy)
 
     def _watch(self, seconds: float) -> None:
         """Asks for the models until the end; the log says when that fails, and when no more."""
@@ -239,9 +238,21 @@ def _plain(text: str, controls: Sequence[str]) -> str:
     return text
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    """The JSON of server-sent events up to [DONE]."""
-    async for line in response.aiter_lines():
+def _before(until: float) -> asyncio.Timeout:
+    """Raises TimeoutError at `until`, of time.monotonic(), in what it stands around."""
+    return asyncio.timeout(until - time.monotonic())
+
+
+async def _events(response: httpx.Response, until: float) -> AsyncGenerator[dict[str, Any], None]:
+    """The JSON of server-sent events up to [DONE]. Raises TimeoutError at `until`."""
+    lines = response.aiter_lines()
+    while True:
+        # Around each line, as a server may send some without an event for ever, and not around the
+        # loop: what reads the events would be cancelled, too.
+        async with _before(until):
+            line = await anext(lines, None)
+        if line is None:
+            return
         if not line.startswith("data:"):
             continue
         data = line.removeprefix("data:").strip()
@@ -249,15 +260,35 @@ async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], No
             return
         try:
             event = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unavailable("the upstream server sent what is no JSON") from None
         if isinstance(event, dict):
             yield event
 
 
+_Choice = tuple[str, tuple[TokenLogprob, ...], str | None]  # text, tokens, finish_reason
+
+
+def _read(event: Mapping[str, Any]) -> tuple[list[_Choice], Usage | None]:
+    """What an event says. Raises Unavailable for a form that isn't OpenAI's."""
+    try:
+        choices = [
+            (_text(choice), _tokens(choice), choice.get("finish_reason"))
+            for choice in event.get("choices") or ()
+        ]
+        usage = event.get("usage")
+        return choices, _usage(usage) if usage else None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise Unavailable(
+            f"the upstream server sent an event of another form than OpenAI's "
+            f"({type(error).__name__}: {error})"[:_ERROR_CHARS]
+        ) from None
+
+
 def _text(choice: Mapping[str, Any]) -> str:
     delta = choice.get("delta")
-    return str((choice.get("text") if delta is None else delta.get("content")) or "")
+    text = choice.get("text") if delta is None else delta.get("content")
+    return valid_text(str(text or ""))
 
 
 def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
@@ -265,18 +296,24 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     if content := logprobs.get("content"):
         return tuple(
             TokenLogprob(
-                _bytes(t), t["logprob"], tuple((_bytes(o), o["logprob"]) for o in t["top_logprobs"])
+                _bytes(t),
+                float(t["logprob"]),
+                tuple((_bytes(o), float(o["logprob"])) for o in t.get("top_logprobs") or ()),
             )
             for t in content
         )
     entries = zip(
         logprobs.get("tokens") or (),
         logprobs.get("token_logprobs") or (),
-        logprobs.get("top_logprobs") or (),
+        logprobs.get("top_logprobs") or itertools.repeat({}),
         strict=False,
     )
     return tuple(
-        TokenLogprob(token.encode(), value, tuple((k.encode(), v) for k, v in (top or {}).items()))
+        TokenLogprob(
+            token.encode(),
+            float(value),
+            tuple((other.encode(), float(v)) for other, v in (top or {}).items()),
+        )
         for token, value, top in entries
     )
 
@@ -288,7 +325,8 @@ def _bytes(entry: Mapping[str, Any]) -> bytes:
 def _usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
     cached = details.get("cached_tokens") or 0
-    return Usage(usage["prompt_tokens"], usage.get("completion_tokens") or 0, cached)
+    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    return Usage(int(prompt), int(completion), int(cached))
 
 
 def _words(body: Any) -> str:
@@ -301,12 +339,12 @@ def _refusal(response: httpx.Response, content: bytes) -> Exception:
     """What an answer other than 200 means."""
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = content.decode("utf-8", "replace")
     status, words = response.status_code, _words(body)
     if status in (429, 503):
         seconds = response.headers.get("retry-after", "")
-        return Busy(float(seconds) if seconds.isdigit() else 1.0)
+        return Busy(min(float(seconds), _MOST_SECONDS) if seconds.isdecimal() else 1.0)
     if status in (400, 404, 413, 422):
         error = body.get("error") if isinstance(body, dict) else None
         return Invalid(words, error.get("param") if isinstance(error, dict) else None)

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from gptlab.people.store import NotFound, Store, database
 from gptlab.people.store.schema import people
+from gptlab.run.errors import UserError
 from tests.people.campaigns import chat, person
 
 
@@ -44,6 +45,37 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(store_url):
             writer.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
     with Store.open(store_url) as store:
         assert store.exports.all() == [before] and store.accounts.people() == [ann]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://ann:SECRET@127.0.0.1:9/db",
+        "postgresql+psycopg:///db?host=127.0.0.1:9&password=SECRET",
+        "postgresql+psycopg://127.0.0.1:9/db?sslmode=prefer&sslpassword=SECRET",
+    ],
+)
+def test_a_password_is_in_no_config_and_in_no_message(url, monkeypatch):
+    pytest.importorskip("psycopg", reason="PostgreSQL needs psycopg: the extra 'postgres'")
+    with pytest.raises(UserError, match="has a password") as refused:
+        database.resolve_url(url)
+    monkeypatch.setenv("GPTLAB_STORE", url)
+    assert database.resolve_url(None) == url
+    with pytest.raises(UserError, match="the store postgresql.*127.0.0.1") as gone:
+        Store.open(url)
+    _, _, rest = url.partition("?")
+    for wrong in (
+        url.replace("psycopg", "other"),
+        f"postgresql+psycopg://a:SECRET@h:nine/db?{rest}",
+    ):
+        with pytest.raises(UserError, match="the store's URL is") as odd:
+            Store.open(wrong)
+        assert "SECRET" not in f"{refused.value} {gone.value} {odd.value}"
+
+
+def test_a_store_is_named_by_its_place_alone(tmp_path):
+    with Store.open(f"sqlite:///{tmp_path}/store.sqlite?cached_statements=9") as store:
+        assert store.database.where == f"sqlite:///{tmp_path}/store.sqlite"
 
 
 def test_a_log_that_cannot_forget_yet_is_told_and_forgets_later(tmp_path, monkeypatch, caplog):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_promoted_policy_takes_over_without_a_lost_request(
     newer = serving.write_model(tmp_path / "newer", tiny_model, tiny_vocabulary, seed=5)
     directory = rounds(tmp_path / "rounds", workdir)
     backend = serving.embedded(directory, watch_seconds=0.02)
-    old = backend.models()[0].policy
+    old, engine = backend.models()[0].policy, weakref.ref(backend._served["tiny"].engine)
     asked = ask("how was the film?", max_tokens=60)
 
     async def talk():
@@ -151,6 +152,7 @@ def test_a_promoted_policy_takes_over_without_a_lost_request(
     texts = {last.policy: text for text, last in answers}
     assert texts[old] == expected[old][0] != texts[new]
     assert all(text == texts[last.policy] for text, last in answers)
+    serving.wait_for(lambda: engine() is None, 10)  # its memory is free
     run(backend.close(5))
     with pytest.raises(Exception, match="shutting down"):
         run(reply(backend, asked))

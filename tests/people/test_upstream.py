@@ -5,12 +5,13 @@ import dataclasses
 import http.server
 import json
 import threading
+import time
 
 import httpx
 import pytest
 
 from gptlab.data.records import Message
-from gptlab.people.backend import Ask, Busy, Invalid, Unavailable, UnknownModel
+from gptlab.people.backend import Ask, Busy, Invalid, TokenLogprob, Unavailable, UnknownModel
 from gptlab.people.upstream import Upstream
 from gptlab.run.errors import UserError
 from tests import serving
@@ -140,7 +141,10 @@ def test_a_server_that_goes_and_comes_back_with_another_model(backend, caplog):
 
 @contextlib.contextmanager
 def answering(status, body, headers=(), asked=None):
-    """A server with one model, whose replies are always these bytes; `asked` gets the requests."""
+    """A server with one model, whose replies are always these bytes; `asked` gets the requests.
+
+    In place of bytes, a function may send the body: it gets what writes some of it.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -156,6 +160,10 @@ def answering(status, body, headers=(), asked=None):
             self.send_response(status)
             for name, value in headers:
                 self.send_header(name, value)
+            if callable(content):
+                self.end_headers()
+                content(self.wfile.write)
+                return
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -172,6 +180,9 @@ def answering(status, body, headers=(), asked=None):
         server.server_close()
 
 
+DONE = {"text": "a", "finish_reason": "stop"}
+
+
 def event(**body):
     return b"data: " + json.dumps(body).encode() + b"\n\n"
 
@@ -186,6 +197,13 @@ def event(**body):
         (200, b"data: {no json\n\n", Unavailable),
         (200, event(choices=[]), Unavailable),
         (200, event(error={"message": "out of memory"}), Unavailable),
+        (200, b"data: " + b"[" * 100_000 + b"\n\n", Unavailable),
+        (200, event(choices=3), Unavailable),
+        (200, event(choices=["a"]), Unavailable),
+        (200, event(choices=[{"delta": "a"}]), Unavailable),
+        (200, event(choices=[{"text": "a", "logprobs": {"content": [{}]}}]), Unavailable),
+        (200, event(choices=[DONE], usage={"prompt_tokens": "many"}), Unavailable),
+        (200, event(choices=[DONE], usage={"prompt_tokens": float("inf")}), Unavailable),
         (422, b'{"detail": "wrong"}', Invalid),
     ],
 )
@@ -197,15 +215,47 @@ def test_odd_servers(status, body, kind):
         assert found.value.retry_after == 7
 
 
+@pytest.mark.parametrize(("said", "seconds"), [("9" * 400, 3600), ("\u00b2", 1), ("soon", 1)])
+def test_odd_times_to_wait(said, seconds):
+    with answering(429, b"later", [("Retry-After", said)]) as address:
+        with pytest.raises(Busy) as found:
+            run(replies(Upstream(address, None, 60.0, None), Ask("odd", "a")))
+    assert found.value.retry_after == seconds
+
+
 def test_a_server_without_extras_is_enough():
-    """No usage, no policy, a finish_reason of its own."""
-    body = event(choices=[{"delta": {"content": "hé"}}]) + event(
-        choices=[{"delta": {}, "finish_reason": "eos"}]
-    )
+    """No usage of the prompt, no policy, no alternatives, a finish_reason of its own."""
+    token = {"token": "hé", "logprob": -1}
+    body = event(choices=[{"delta": {"content": "hé"}, "logprobs": {"content": [token]}}])
+    body += event(choices=[{"delta": {"content": "\ud800"}, "finish_reason": "eos"}], error=None)
+    body += event(choices=None, usage={"completion_tokens": 1})
     with answering(200, body + b"data: [DONE]\n\n") as address:
-        ((text, _, last),) = run(replies(Upstream(address, None, 60.0, None), Ask("odd", HELLO)))
-    assert (text, last.finish_reason, last.policy) == ("hé", "stop", "odd")
+        found = run(replies(Upstream(address, None, 60.0, None), Ask("odd", HELLO)))
+    ((text, tokens, last),) = found
+    assert (text, last.finish_reason, last.policy) == ("hé\ufffd", "stop", "odd")
+    assert tokens == [TokenLogprob("hé".encode(), -1.0, ())]
     assert last.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("sent", [b"", b": ping\n\n", b":"])
+def test_a_reply_ends_at_its_deadline_whatever_the_server_does(sent):
+    """After a late token it is silent, or keeps the connection alive, in lines or in one."""
+    begin, left = time.monotonic(), threading.Event()
+
+    def stall(write):
+        left.wait(begin + 0.5 - time.monotonic())
+        write(event(choices=[{"delta": {"content": "late"}}]))
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while time.monotonic() < begin + 3 and not left.wait(0.02):
+                write(sent)
+
+    with answering(200, stall) as address:
+        upstream, begin = Upstream(address, None, 1.0, None), time.monotonic()
+        ((text, _, last),) = run(replies(upstream, Ask("odd", HELLO)))
+        took = time.monotonic() - begin
+        left.set()
+    assert (text, last.finish_reason) == ("late", "deadline")
+    assert took < 1.4
 
 
 def test_text_spells_no_control_token_for_another_server():

@@ -1,5 +1,7 @@
 """Whatever is sent to the web app's routes, it answers, and never with an error of its own."""
 
+import re
+
 import httpx
 import pytest
 import schemathesis
@@ -94,15 +96,16 @@ def test_every_form_with_every_bad_value(site, client):
 def test_every_path_with_bad_names(client):
     for route in LEAST:
         method, path = route.split()
-        for bad in ("%00", "..%2f..", "%ff", "a" * 5000, "%F0%9F%8F%B3", "'"):
-            for name in path.split("{")[1:]:
-                path = path.replace("{" + name.split("}")[0] + "}", bad)
-            if path not in ("/signout", "/you/delete"):
-                answer = client.request(method, path, json={} if "/api/" in path else None)
-                assert answer.status_code < 500, (method, path)
+        names = ("%00", "..%2f..", "%ff", "a" * 5000, "%F0%9F%8F%B3", "'")
+        sent = {re.sub(r"{\w+}", bad, path) for bad in names}
+        assert len(sent) == (len(names) if "{" in path else 1)
+        for bad in sorted(sent - {"/signout", "/you/delete"}):
+            answer = client.request(method, bad, json={} if "/api/" in path else None)
+            assert answer.status_code < 500, (method, bad)
         for query in ("?after=nan", "?after=-1", "?after=" + "9" * 30, "?before=nan", "?check=2"):
             if method == "GET":
-                assert client.get(path + query).status_code < 500, path + query
+                asked = re.sub(r"{\w+}", "nothing", path) + query
+                assert client.get(asked).status_code < 500, asked
 
 
 OPERATIONS = [route.split() for route in LEAST if "/api/" in route]

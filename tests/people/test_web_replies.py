@@ -31,6 +31,8 @@ class Told:
             raise Unavailable("the model can't be reached: it is gone")
         if what == "break at once":
             raise ValueError(f"broken by {what!r}")
+        if what == "wait":
+            await asyncio.sleep(30)
         yield Piece("One ")
         if what == "refuse the reply":
             yield Piece("", finish_reason="content_filter")
@@ -171,6 +173,14 @@ def test_what_came_is_kept_when_the_browser_goes_away(site, client):
     serving.wait_for(lambda: not site.app.state.site.running)
     (reply,) = kept(client, conversation)
     assert "more" in reply["content"] and not reply["finished"]
+
+
+def test_a_browser_that_leaves_while_its_reply_waits_gives_up_its_place(site, client):
+    conversation, turn = begin(client, "wait")
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(f"/api/messages/{turn}/reply", json={}, timeout=0.3)
+    serving.wait_for(lambda: not site.app.state.site.running, 10)
+    assert kept(client, conversation) == []
 
 
 def test_one_person_has_so_many_replies_at_once(site, client):

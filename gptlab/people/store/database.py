@@ -34,6 +34,9 @@ _LOG = logging.getLogger(__name__)
 _BUSY_SECONDS = 30.0
 _WRITES = "gptlab_writes"
 _URL_VARIABLE = "GPTLAB_STORE"
+# What libpq takes from a URL's query: what is secret of it, and what names a place.
+_SECRET = frozenset({"password", "sslpassword", "oauth_client_secret"})
+_PLACE = ("host", "port")
 # hide_parameters: what people write is not told by an error, which a server may log.
 _ENGINE: Mapping[str, Any] = {"pool_size": 10, "max_overflow": 30, "hide_parameters": True}
 # secure_delete: what is deleted is overwritten.
@@ -69,8 +72,8 @@ class Database:
 
     @property
     def where(self) -> str:
-        """The URL without its password, for messages."""
-        return self._engine.url.render_as_string(hide_password=True)
+        """The URL without a password, for messages."""
+        return _shown(self._engine.url)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
@@ -142,7 +145,7 @@ def resolve_url(url: str | None) -> str:
                 f"config.store.url is not set: give sqlite:///PATH or postgresql+psycopg://"
                 f"HOST/NAME, or set ${_URL_VARIABLE}"
             )
-    elif _parse(url).password is not None:
+    elif (parsed := _parse(url)).password is not None or not _SECRET.isdisjoint(parsed.query):
         raise UserError(
             f"config.store.url has a password, which would be kept in config.json: put the URL "
             f"into ${_URL_VARIABLE} instead, or the password into $PGPASSWORD"
@@ -165,12 +168,12 @@ def storable(text: str, limit: int, what: str) -> str:
 def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: of a port
         parsed = None
     drivers = ("sqlite", "postgresql+psycopg")
     if parsed is None or parsed.drivername not in drivers or not parsed.database:
-        shown = repr(url if parsed is None else parsed.render_as_string(hide_password=True))
-        if parsed is None and "@" in url:  # there may be a password before it
+        shown = repr(url if parsed is None else _shown(parsed))
+        if parsed is None and ("@" in url or "?" in url):  # there may be a password in it
             shown = "what was given"
         raise UserError(
             f"the store's URL is sqlite:///PATH or postgresql+psycopg://HOST/NAME, not {shown}"
@@ -178,6 +181,12 @@ def _parse(url: str) -> sa.URL:
     if parsed.database == ":memory:":
         raise UserError("a store in memory would be lost: give sqlite:///PATH")
     return parsed
+
+
+def _shown(url: sa.URL) -> str:
+    """The URL without a password; its query may hold one, too, so of that only the place."""
+    place = {key: value for key, value in url.query.items() if key in _PLACE}
+    return url.set(query=place).render_as_string(hide_password=True)
 
 
 def _check_file(url: sa.URL, create: bool) -> None:
@@ -252,7 +261,7 @@ def _migrate(engine: sa.Engine, now: float) -> None:
         if current == script.get_current_head():
             return
         known = {revision.revision for revision in script.walk_revisions()}
-        where = engine.url.render_as_string(hide_password=True)
+        where = _shown(engine.url)
         if current is not None and current not in known:
             raise UserError(
                 f"the store {where} has schema {current}, this gptlab knows up to "
@@ -268,7 +277,7 @@ def _migrate(engine: sa.Engine, now: float) -> None:
 @contextlib.contextmanager
 def _explained(url: sa.URL) -> Iterator[None]:
     """Turns what a database says into one line; what is wrong with our own SQL stays a defect."""
-    where = url.render_as_string(hide_password=True)
+    where = _shown(url)
     try:
         yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from gptlab.people.backend import Ask, Busy, Unavailable
+from gptlab.people.disconnect import unless_gone
 from gptlab.people.store import Invalid, NotFound
 from gptlab.people.store.conversations import MAX_CHARACTERS, Conversation, Message
 from gptlab.people.store.database import storable
@@ -162,7 +163,9 @@ def say(conversation: str, body: Say, site: SiteOf, visitor: SignedIn) -> dict[s
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}},
 )
-async def reply(message: str, body: AskReply, site: SiteOf, visitor: SignedIn) -> Response:
+async def reply(
+    request: Request, message: str, body: AskReply, site: SiteOf, visitor: SignedIn
+) -> Response:
     """A reply to a turn, as server-sent events (`replies.Running.events` says which)."""
     person, settings = visitor.person.id, site.settings
     path = await run_in_threadpool(site.store.conversations.path, person, message)
@@ -186,7 +189,7 @@ async def reply(message: str, body: AskReply, site: SiteOf, visitor: SignedIn) -
             )
         )  # fmt: skip
 
-    return await stream(site, ask, person, keep)
+    return await stream(request, site, ask, person, keep)
 
 
 @router.post("/api/replies/{token}/stop", tags=["chat"], status_code=204)
@@ -234,14 +237,18 @@ def find_model(site: Site, name: str | None) -> Any:
     raise NotFound("there is no such model (any more): reload the page")
 
 
-async def stream(site: Site, ask: Ask, person: str, keep: Any) -> Response:
+async def stream(request: Request, site: Site, ask: Ask, person: str, keep: Any) -> Response:
     """Starts a reply and answers with its events; what can't begin is an error of its own."""
     if sum(r.person == person for r in site.running.values()) >= site.settings.replies_at_once:
         raise Busy(2.0)
     running = replies.begin(
         site.running, site.backend, ask, site.settings.reply_seconds, person, keep
     )
-    await running.begun()
+    try:
+        await unless_gone(request, running.begun())
+    except BaseException:
+        running.stop()
+        raise
     return StreamingResponse(
         running.events(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
     )

@@ -183,7 +183,9 @@ def renew(lease: str, site: SiteOf, visitor: Labeller) -> Leased:
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}},
 )
-async def suggest(lease: str, body: SuggestIn, site: SiteOf, visitor: Labeller) -> Response:
+async def suggest(
+    request: Request, lease: str, body: SuggestIn, site: SiteOf, visitor: Labeller
+) -> Response:
     """A model's suggestion for the next reply of a demonstration, as server-sent events.
 
     The last one, 'done', has it as {content, html, policy}.
@@ -206,7 +208,7 @@ async def suggest(lease: str, body: SuggestIn, site: SiteOf, visitor: Labeller) 
             "finished": finished,
         }
 
-    return await stream(site, ask, person, keep)
+    return await stream(request, site, ask, person, keep)
 
 
 @router.get("/label", include_in_schema=False)

@@ -53,9 +53,7 @@ class Running:
 
     async def begun(self) -> None:
         """Waits for the first piece. Raises what asking for it raised."""
-        changed = asyncio.create_task(self._changed.wait())
-        await asyncio.wait([changed, self._task], return_when=asyncio.FIRST_COMPLETED)
-        changed.cancel()
+        await self._change()
         if self._task.done():
             self._task.result()
 
@@ -70,7 +68,8 @@ class Running:
         try:
             yield _event("start", {"token": self.token})
             while not self._task.done():
-                await self._next_change()
+                await self._change()
+                self._changed.clear()
                 pause = _PAUSE
                 if self._sent < len(self._text):
                     text, self._sent = self._text[self._sent :], len(self._text)
@@ -89,11 +88,13 @@ class Running:
         finally:
             self.stop()
 
-    async def _next_change(self) -> None:
+    async def _change(self) -> None:
+        """Waits until something has come, or the end."""
         changed = asyncio.create_task(self._changed.wait())
-        await asyncio.wait([changed, self._task], return_when=asyncio.FIRST_COMPLETED)
-        changed.cancel()
-        self._changed.clear()
+        try:
+            await asyncio.wait([changed, self._task], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
 
     async def _run(self) -> None:
         finished, refusal, policy = False, None, None
