@@ -48,6 +48,7 @@ def row(name: str, plan: Plan | None) -> str:
     if len(plan.phases) > 1:
         need += f" ({worst.name})"
     flops = sum(phase.calls * phase.flops for phase in plan.phases) / 1e15
+    rounded = f"{float(f'{flops:.3g}'):,g}"
     again = sum(phase.calls * phase.repeated_flops for phase in plan.phases) / 1e15
     equal = all(phase.as_counted for phase in plan.phases)
     seconds, time, rate = plan.seconds, "", ""
@@ -60,7 +61,7 @@ def row(name: str, plan: Plan | None) -> str:
     counted += "" if equal else ", not as counted"
     commit = (plan.commit or "")[:7]
     return (
-        f"| `{name}` | {plan.target} | {mesh} | {fits} | {flops:,.3g}{counted} | {time} | {rate} | "
+        f"| `{name}` | {plan.target} | {mesh} | {fits} | {rounded}{counted} | {time} | {rate} | "
         f"{commit} |"
     )
 

@@ -458,6 +458,23 @@ def test_a_shipped_config_fits_what_it_names_and_multiplies_what_was_counted(nam
     assert times == REPEATED.get(name, []) and text.count("DIFFERENT") == len(times)
 
 
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.timeout(4000)
+def test_llama_8b_needs_no_more_than_elsewhere(tmp_path):
+    """MaxText's own compile of this model, batch and slice needs 9.39 GiB a chip."""
+    compile_for_tpu(
+        "-m", "gptlab.plan", "--config=configs/pretrain.py:llama3_8b", "--topology=v5e:4x4",
+        "--config.model.vocab_size=128256", "--config.batch_size=16", "--config.data.seq_len=2048",
+        "--config.compute.remat=full", "--config.compute.loss_chunk=8192",
+        "--config.compute.attention=splash", "--noknobs", f"--workdir={tmp_path}", timeout=3600,
+    )  # fmt: skip
+    (path,) = tmp_path.glob("*.json")
+    found = plan_report.from_json(path.read_text())
+    check_products(found)
+    assert found.needed_bytes <= 9.39 * GIB and found.chips == 16
+
+
 LORA = {"lora.rank": 4, "lora.targets": ("query", "value", "up", "down")}
 
 
