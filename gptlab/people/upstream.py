@@ -259,7 +259,7 @@ async def _events(response: httpx.Response, until: float) -> AsyncGenerator[dict
         if data == "[DONE]":
             return
         try:
-            event = json.loads(data)
+            event = json.loads(data, parse_constant=_refuse)
         except (ValueError, RecursionError):
             raise Unavailable("the upstream server sent what is no JSON") from None
         if isinstance(event, dict):
@@ -283,6 +283,11 @@ def _read(event: Mapping[str, Any]) -> tuple[list[_Choice], Usage | None]:
             f"the upstream server sent an event of another form than OpenAI's "
             f"({type(error).__name__}: {error})"[:_ERROR_CHARS]
         ) from None
+
+
+def _refuse(constant: str) -> Any:
+    """NaN and infinities are no JSON, and could not be passed on as such."""
+    raise ValueError(constant)
 
 
 def _text(choice: Mapping[str, Any]) -> str:

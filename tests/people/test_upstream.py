@@ -195,6 +195,7 @@ def event(**body):
         (500, b"<html>oops</html>", Unavailable),
         (401, b'{"error": "no key"}', Unavailable),
         (200, b"data: {no json\n\n", Unavailable),
+        (200, b'data: {"choices": [{"logprobs": {"token_logprobs": [NaN]}}]}\n\n', Unavailable),
         (200, event(choices=[]), Unavailable),
         (200, event(error={"message": "out of memory"}), Unavailable),
         (200, b"data: " + b"[" * 100_000 + b"\n\n", Unavailable),
