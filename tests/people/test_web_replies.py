@@ -202,6 +202,40 @@ def test_one_person_has_so_many_replies_at_once(site, client):
     serving.wait_for(lambda: not site.app.state.site.running)
 
 
+@pytest.mark.parametrize("looked", [False, True], ids=["before the first", "after the first"])
+def test_a_reply_that_ends_while_nobody_looks_is_streamed_to_its_end(looked):
+    """A busy server follows a short reply only when it is over."""
+
+    async def follow():
+        go = asyncio.Event()
+        reply = replies.begin({}, Paused(go), ask, 60.0, "ann", lambda *_: {})
+        told = []
+        if not looked:
+            go.set()
+            await reply.ended()
+        async with contextlib.aclosing(reply.events()) as stream:
+            async for event in stream:
+                told.append(event)
+                if "One" in event:
+                    go.set()
+                    await reply.ended()
+        return told
+
+    class Paused(Told):
+        def __init__(self, go):
+            self.go = go
+
+        async def reply(self, ask, deadline=None):
+            yield Piece("One ")
+            await self.go.wait()
+            yield Piece("*two*.", finish_reason="stop")
+
+    ask = Ask("m", (Message("user", "hello"),))
+    told = events(httpx.Response(200, text="".join(asyncio.run(follow()))))
+    assert "".join(data["text"] for name, data in told if name == "text") == "One *two*."
+    assert told[-1][0] == "done"
+
+
 def test_a_reply_that_takes_long_to_render_leaves_time_for_others(monkeypatch):
     spent = []
 

@@ -60,14 +60,14 @@ class Running:
     async def events(self) -> AsyncIterator[str]:
         """The reply as server-sent events; the last one is 'done', or 'failed'.
 
-        'start': {token}, to stop it by. 'text': {text, settled, tail}: more text; HTML of blocks
-        that are complete, to be added, and of the last block, to be shown in place of the one
-        before. 'done': {message, notice}.
+        'start': {token}, to stop it by. 'text': {text, settled, tail}: more text, all of it by the
+        end; HTML of blocks that are complete, to be added, and of the last block, to be shown in
+        place of the one before. 'done': {message, notice}.
         """
         html = Streamed()
         try:
             yield _event("start", {"token": self.token})
-            while not self._task.done():
+            while self._sent < len(self._text) or not self._task.done():
                 await self._change()
                 self._changed.clear()
                 pause = _PAUSE
