@@ -438,12 +438,6 @@ def test_a_tpu_topology_multiplies_what_was_counted(stage, changes):
     assert found.fits and found.limit_bytes == 15.75 * GIB
 
 
-# How often libtpu 0.0.42.1 has a phase multiply what was counted, where it isn't once.
-REPEATED = {
-    "ppo_llama3.py:8b_lora": ["1.001"],  # an adapter's x A in the rollout, on each chip of `tensor`
-}
-
-
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.timeout(10_000)
@@ -454,8 +448,7 @@ def test_a_shipped_config_fits_what_it_names_and_multiplies_what_was_counted(nam
     command = ["-m", "gptlab.plan", f"--config=configs/{name}", "--noknobs"]
     text = compile_for_tpu(*command, f"--workdir={workdir}", timeout=9000)
     assert "\nFITS: " in text and "DOES NOT FIT" not in text
-    times = re.findall(r"the program multiplies ([\d.]+) times what was counted", text)
-    assert times == REPEATED.get(name, []) and text.count("DIFFERENT") == len(times)
+    assert "DIFFERENT" not in text
 
 
 @needs_libtpu

@@ -233,6 +233,8 @@ class Dense(nn.Module):
         narrow = checkpoint_name(product(x, a, self.dtype), "product")  # [..., r]
         # By rank over `tensor`, or each of its devices would do all of this.
         narrow = constrain(narrow, "batch", "length", "act_rank")
+        if self.axes[1] == "embed":  # nor is B split over `tensor` then: by rank, as `narrow` is
+            b = constrain(b, "act_rank", "act_embed")
         return scale * product(narrow, b, self.dtype)
 
 
