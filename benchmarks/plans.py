@@ -13,13 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gptlab.plan import hardware
 from gptlab.train import plan_report
 from gptlab.train.chips import GIB
 from gptlab.train.plan_report import Plan
 
 LLAMA = ("8b", "70b", "8b_lora", "70b_lora")
 CONFIGS = (
-    *(f"pretrain.py:{size}" for size in ("gpt2_124m", "gpt2_1.5b")),
+    *(f"pretrain.py:{arg}" for arg in ("gpt2_124m", "gpt2_1.5b", "init")),
     *(
         f"{stage}_instructgpt.py:{size}"
         for stage in ("pretrain", "sft", "reward", "ppo")
@@ -30,11 +31,13 @@ CONFIGS = (
 
 
 def newest(workdir: Path) -> dict[str, Plan]:
-    """The last plan of each config that is in `workdir`, by the config's name."""
+    """The last plan in `workdir` of each shipped config, as it is and for what it names."""
     found: dict[str, Plan] = {}
+    shipped = {f"configs/{name}" for name in CONFIGS}
     for path in sorted(workdir.glob("*.json"), key=lambda path: path.stat().st_mtime):
         plan = plan_report.from_json(path.read_text())
-        found[plan.config] = plan
+        if plan.config in shipped and plan.target == hardware(plan.config)["topology"]:
+            found[plan.config] = plan
     return found
 
 

@@ -25,7 +25,7 @@ import hashlib
 import json
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -76,11 +76,11 @@ class Job:
     config: ConfigDict
     model: ModelConfig  # of the policy, or what is trained
     paid_by: ModelConfig  # of the reward model and the critic; only PPO has them
-    changes: str = ""  # of what --config says, as flags
+    changes: str = ""  # of what the config's file says, as flags
 
     @property
     def name(self) -> str:
-        """Of the config: FILE.py:argument, with its changes."""
+        """Of the config: FILE.py:argument, and what differs from it."""
         return f"{program.config_path()} {self.changes}".rstrip()
 
 
@@ -106,7 +106,7 @@ def run(
     target = make_target(topology, devices, named)
     if target.chip is not None:  # what is compiled for others can't be read back
         jax.config.update("jax_enable_compilation_cache", False)
-    job = make_job(config, model, named)
+    job = dataclasses.replace(make_job(config, model, named), changes=given(config, model))
     if search:
         print(plan_report.search_table(searched(job, target, workdir)))
         return
@@ -114,6 +114,13 @@ def run(
     print(plan_report.describe(plan))
     if knobs and not plan.fits:
         print(plan_report.knob_table(plan, turned(job, target, workdir)))
+
+
+def given(config: ConfigDict, preset: str | None) -> str:
+    """What the command line says beside --config=FILE and a target, and the file doesn't."""
+    plain = program.load_config(program.config_path())
+    flags = as_flags(differing(plain, config, program.given_keys()))
+    return f"{flags} --model={preset}".lstrip() if preset else flags
 
 
 def hardware(path: str) -> Mapping[str, Any]:
@@ -413,13 +420,19 @@ def replan(
 ) -> Plan | UserError:
     """The plan with some keys of the config changed, or why there can be none."""
     config = changed(job.config, **changes)
-    differ = {k: v for k, v in changes.items() if operator.attrgetter(k)(job.config) != v}
+    flags = f"{job.changes} {as_flags(differing(job.config, config, changes))}".strip()
     compute = config.compute.to_dict()
     model, paid_by = (dataclasses.replace(m, **compute) for m in (job.model, job.paid_by))
     try:
-        return kept_plan(Job(job.stage, config, model, paid_by, as_flags(differ)), target, workdir)
+        return kept_plan(Job(job.stage, config, model, paid_by, flags), target, workdir)
     except UserError as error:
         return error
+
+
+def differing(before: ConfigDict, after: ConfigDict, keys: Iterable[str]) -> dict[str, Any]:
+    """Those of the keys, 'a.b' for b in a, that have another value after: with it."""
+    values = {key: operator.attrgetter(key) for key in keys}
+    return {key: get(after) for key, get in values.items() if get(before) != get(after)}
 
 
 def as_flags(changes: Mapping[str, Any]) -> str:

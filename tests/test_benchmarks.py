@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plans
+from gptlab.train import plan_report
+from gptlab.train.compiled import Phase
+from gptlab.train.plan_report import Plan
 from tests import compiling, serving
 from tests.data import hf_vocabularies
 from tests.rl import artifacts
@@ -68,6 +71,19 @@ def test_a_plan_that_failed_is_in_the_exit_code(monkeypatch, tmp_path, capsys):
     assert len(planned) == 3 and capsys.readouterr().out.count("not planned yet") == 4
     sys.argv[-1] = "--only=sft.py:a"
     plans.main()
+
+
+def test_the_table_of_plans_is_of_what_is_shipped(tmp_path):
+    """Not of what somebody tried since: another batch size, another slice."""
+    name, changed = "configs/sft_llama3.py:8b", " --config.batch_size=8"
+    tried = [(name, "v5e:4x4"), (name, "v5e:4x8"), (name + changed, "v5e:4x4")]
+    step = Phase("step", 1, 1, 1, 0, "", 0, 0, 0, 0, {}, None, 0.0)
+    for i, (config, target) in enumerate(tried):
+        plan = Plan(2, config, target, 16, {}, 1, 1, 1.0, {}, [step], None, None, None, None)
+        path = tmp_path / f"{i}.json"
+        path.write_text(plan_report.to_json(plan))
+        os.utime(path, (i, i))
+    assert [(plan.config, plan.target) for plan in plans.newest(tmp_path).values()] == tried[:1]
 
 
 @pytest.mark.slow

@@ -354,6 +354,8 @@ def test_the_command_prints_a_plan_and_keeps_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "FITS" in done.stdout and "equal" in done.stdout and "DIFFERENT" not in done.stdout
     (kept,) = tmp_path.glob("sft-cpu-8-*.json")
+    named = plan_report.from_json(kept.read_text()).config
+    assert named == "configs/sft.py --config.data.seq_len=64 --model=tiny"
     before = kept.stat().st_mtime_ns
     again = start(*arguments)
     assert again.stdout == done.stdout and kept.stat().st_mtime_ns == before

@@ -101,7 +101,7 @@ def describe(plan: Plan) -> str:
     for phase in plan.phases:
         lines.append(
             f"  peak of {phase.name:18}{phase.needed_bytes / GIB:9.2f}  = arguments "
-            f"{phase.argument_bytes / GIB:.2f} + temporaries "
+            f"{phase.argument_bytes / GIB:.2f} + activations and other temporaries "
             f"{(phase.peak_bytes - phase.argument_bytes) / GIB:.2f} + beside it "
             f"{phase.beside_bytes / GIB:.2f}"
         )
@@ -170,7 +170,10 @@ def _time(plan: Plan) -> list[str]:
         lines.insert(1, "of it: " + ", ".join(_share(phase) for phase in plan.phases))
         lines.append("assumed: every reply is as long as it may be")
     if any(kind.endswith("scoring only") for kind in plan.memory):
-        lines.append("assumed: bringing frozen models from the host's memory takes no time")
+        lines.append(
+            "assumed: bringing frozen models, the critic and its optimizer from the host's memory "
+            "and back takes no time"
+        )
     if plan.useful_flops is not None:
         mfu = [
             plan.useful_flops / s / plan.chips / plan.chip.flops
