@@ -25,10 +25,11 @@ from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rewards
-from gptlab.run import artifact
+from gptlab.run import artifact, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
 from tests.data import hf_vocabularies
 from tests.model.test_hf import largest_difference
 from tests.rl import artifacts
@@ -123,6 +124,17 @@ def test_a_stop_leaves_nothing_that_passes_for_a_model(tmp_path, monkeypatch):
     monkeypatch.undo()
     run_import(FIXTURES / "qwen2", tmp_path / "run")
     assert artifact.read_manifest(tmp_path / "run")["status"] == "done"
+
+
+def test_freed_memory_is_given_back_after_each_tensor_and_before_the_digest(tmp_path, monkeypatch):
+    """Else the peak grows with the model: benchmarks/convert.py measures it."""
+    saved = tmp_path / "run" / "checkpoints" / "0"
+    seen, digest = [], state_lib.digest
+    monkeypatch.setattr(program, "give_back_freed_memory", lambda: seen.append(saved.exists()))
+    monkeypatch.setattr(state_lib, "digest", lambda params: seen.append("digest") or digest(params))
+    run_import(FIXTURES / "qwen2", tmp_path / "run")
+    tensors = safetensors.numpy.load_file(FIXTURES / "qwen2" / "model.safetensors")
+    assert seen == [*[False] * len(tensors), True, "digest"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])
