@@ -254,6 +254,45 @@ def test_an_exported_reward_model_does_not_pad_with_what_ends_a_reply(tmp_path):
     assert special[pad] == ids["pad_token_id"]
 
 
+def test_a_classifier_whose_vocabulary_has_nothing_to_pad_with_goes_out_without(tmp_path, capsys):
+    """GPT-2's: its only special token is what ends a reply."""
+    made = gguf_tokenizer_files(hf_vocabularies.gpt2_fields())
+    stated = {"pad_token_id": 0, "eos_token_id": 0}
+    made["generation_config.json"] = json.dumps(stated).encode()
+    vocabulary = hf_vocabularies.write(tmp_path, made)
+    written, ids = convert.read_vocabulary(str(vocabulary), is_reward=True)
+    assert ids == {"bos_token_id": 0, "eos_token_id": [0]}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "all its special tokens end a reply" in line and "one row at a time" in line
+    assert written == made  # without a chat template, too: a classifier says nothing
+    _, ids = convert.read_vocabulary(str(vocabulary), is_reward=False)
+    assert ids["pad_token_id"] == 0  # whoever only writes may pad with it
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no special token"),
+        ("{% for m in messages %}{{ m.content }}", "template is broken"),
+        ("{{ raise_exception('never') }}", "refuses a conversation"),
+    ],
+)
+@pytest.mark.parametrize("is_reward", [False, True])
+def test_a_vocabulary_that_cannot_chat_goes_out_with_its_own_ends(
+    tmp_path, capsys, template, why, is_reward
+):
+    made = hf_vocabularies.files("llama3")
+    made["chat_template.jinja"] = template.encode()
+    made["generation_config.json"] = json.dumps({"eos_token_id": [6, 2]}).encode()
+    vocabulary = hf_vocabularies.write(tmp_path, made)
+    written, ids = convert.read_vocabulary(str(vocabulary), is_reward)
+    # The document's end, the eos_token, and what generation_config.json adds.
+    assert ids["eos_token_id"] == [0, 6, 2] and ids["bos_token_id"] == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert why in line and line.startswith(f"{vocabulary}: eos_token_id is what its files say")
+    assert written["chat_template.jinja"] == template.encode()
+
+
 def test_a_language_model_is_no_reward_model(llama):
     with pytest.raises(UserError, match="holds a run of convert, not a reward model"):
         rewards.load_reward_model(llama, mesh(), COMPUTE)
