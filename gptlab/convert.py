@@ -14,7 +14,7 @@ checkpoint is written (benchmarks/convert.py measures it).
 
 'export' writes WORKDIR/hf, which transformers' from_pretrained loads and which gives the same
 logits: float32, config.json, safetensors, and the tokenizer's files where the vocabulary is Hugging
-Face's. Importing it gives
+Face's; where this has no chat template, with the one that training took instead. Importing it gives
 back the same parameters, bit for bit, as the same digest says. A reward model becomes a sequence
 classifier with one label, its normalisation within: gain times weight is the classifier's, and the
 constant, for which it has no place, is `reward_offset` in config.json, to be added to the logit.
@@ -231,9 +231,15 @@ def read_vocabulary(
     contents = dict(own.files)
     stops = own.end_ids
     try:
-        stops = TemplateFormat(own).stop_ids
+        chat_format = TemplateFormat(own)
     except UserError as error:  # nothing learnt to chat with it, but a model may go out
         tell(f"{workdir}: eos_token_id is what its files say; no chat format can be made: {error}")
+    else:
+        stops = chat_format.stop_ids
+        if own.chat_template is None and not is_reward:
+            # Not chat_template.jinja: older versions of transformers don't read that.
+            set_key(contents, CONFIG_FILE, "chat_template", chat_format.source)
+            tell(f"{workdir}: no chat template; {CONFIG_FILE} gets the one that training takes")
     ends = list(dict.fromkeys((own.eos_id, *stops)))
     named = {f"{name}_id": own.special.get(text) for name, text in own.names.items()}
     ids = {**named, **stated_generation(own.files), "eos_token_id": ends}

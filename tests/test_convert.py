@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,7 +23,11 @@ from ml_collections import ConfigDict
 from configs import common
 from configs import convert as convert_config
 from gptlab import chat, convert
+from gptlab.data import chat as chat_format
+from gptlab.data import chat_template
 from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
+from gptlab.data.hf_tokenizer import HFTokenizer
+from gptlab.data.records import Message
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rewards
@@ -159,8 +165,13 @@ def test_import_of_an_export_is_the_same_bit_for_bit(tmp_path, name):
 
 def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     folder = run_export(llama, tmp_path / "exported", llama)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer.json", "special_tokens_map.json"):
         assert filecmp.cmp(folder / name, llama / "tokenizer" / name, shallow=False)
+    own, written = (
+        json.loads((place / "tokenizer_config.json").read_text())
+        for place in (llama / "tokenizer", folder)
+    )
+    assert written == {**own, "chat_template": chat_template.CHATML}
     # The document's end, and the end of a turn as sft writes it, which the files don't name.
     ids = {"bos_token_id": 3, "eos_token_id": [0, 2], "pad_token_id": 7}
     config = json.loads((folder / "config.json").read_text())
@@ -170,6 +181,13 @@ def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     assert generation == {**ids, "temperature": 0.6}
     bare = run_export(llama, tmp_path / "bare")
     assert sorted(p.name for p in bare.iterdir()) == ["config.json", "model.safetensors"]
+    # What comes back goes out as it is, template and all.
+    again = run_import(folder, tmp_path / "again")
+    digests = {artifact.read_manifest(w)["digest"] for w in (llama, again)}
+    second = run_export(again, tmp_path / "second", again)
+    names = sorted(p.name for p in folder.iterdir())
+    assert filecmp.cmpfiles(folder, second, names, shallow=False) == (names, [], [])
+    assert len(digests) == 1 and names == sorted(p.name for p in second.iterdir())
 
 
 @pytest.mark.skipif(
@@ -291,6 +309,50 @@ def test_a_vocabulary_that_cannot_chat_goes_out_with_its_own_ends(
     (line,) = capsys.readouterr().out.splitlines()
     assert why in line and line.startswith(f"{vocabulary}: eos_token_id is what its files say")
     assert written["chat_template.jinja"] == template.encode()
+
+
+@pytest.mark.parametrize("kind", ["chatml", "plain", "nameless", "sentencepiece"])
+def test_a_base_models_export_has_the_template_that_it_was_trained_with(tmp_path, kind):
+    fields = {
+        "chatml": lambda: hf_vocabularies.bpe_fields("smollm"),
+        "sentencepiece": hf_vocabularies.llama_fields,
+    }
+    made = gguf_tokenizer_files(fields.get(kind, hf_vocabularies.gpt2_fields)())
+    if kind == "nameless":  # as GPT-2's files are; transformers' class then has names of its own
+        made["tokenizer_config.json"] = b"{}"
+    own = HFTokenizer(made)
+    assert own.chat_template is None
+    vocabulary = hf_vocabularies.write(tmp_path, made)
+    written, _ = convert.read_vocabulary(str(vocabulary), is_reward=False)
+    assert written.keys() == made.keys() and written["tokenizer.json"] == made["tokenizer.json"]
+    imported = HFTokenizer(written)
+    messages = [
+        Message("system", "you are good"), Message("user", "how was the film?"),
+        Message("assistant", "the film\nwas good"), Message("user", "are you there?"),
+        Message("assistant", "Hello"),
+    ]  # fmt: skip
+    for a, b in zip(
+        chat_format.encode_conversation(own, messages),
+        chat_format.encode_conversation(imported, messages),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    # Jinja alone, as transformers sets it up, with its names for a GPT-2 that names none.
+    config = json.loads(written["tokenizer_config.json"])
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(config["chat_template"])
+    shown = [{"role": m.role, "content": m.content} for m in messages]
+    text = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | {
+        name: config[name] for name in ("bos_token", "eos_token") if name in config
+    }
+    whole, _ = chat_format.encode_conversation(own, messages)
+    asked = chat_format.encode_prompt(own, messages[:-1], 1000)
+    for ids, said, prompted in ((whole, shown, False), (asked, shown[:-1], True)):
+        spelled = "".join(map(own.piece, ids))
+        if kind == "sentencepiece":  # the blank that its files put where text begins
+            spelled = re.sub("(</?s>) ", r"\1", spelled)
+        rendered = template.render(messages=said, add_generation_prompt=prompted, **text)
+        assert spelled == rendered
 
 
 def test_a_language_model_is_no_reward_model(llama):
