@@ -14,10 +14,10 @@ checkpoint is written (benchmarks/convert.py measures it).
 
 'export' writes WORKDIR/hf, which transformers' from_pretrained loads and which gives the same
 logits: float32, config.json, safetensors, and the tokenizer's files where the vocabulary is Hugging
-Face's. Importing it gives back the same parameters, bit for bit, as the same digest says. A reward
-model becomes a sequence classifier with one label, its normalisation within: gain times weight is
-the classifier's, and the constant, for which it has no place, is `reward_offset` in config.json, to
-be added to the logit.
+Face's; where this has no chat template, with the one that training took instead. Importing it gives
+back the same parameters, bit for bit, as the same digest says. A reward model becomes a sequence
+classifier with one label, its normalisation within: gain times weight is the classifier's, and the
+constant, for which it has no place, is `reward_offset` in config.json, to be added to the logit.
 """
 
 import functools
@@ -32,7 +32,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from gptlab.data import chat
-from gptlab.data.hf_tokenizer import GENERATION_FILE, HFTokenizer
+from gptlab.data.chat_template import TemplateFormat
+from gptlab.data.hf_tokenizer import CONFIG_FILE, GENERATION_FILE, HFTokenizer
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.model import gguf, hf, hf_config, safetensors, weights
 from gptlab.model.heads import ScalarModel
@@ -48,7 +49,7 @@ from gptlab.train import state as state_lib
 from gptlab.train.checkpoint import Checkpoints
 
 TOKENIZER, EXPORTED = "tokenizer", "hf"  # folders of the workdir
-PAD_NAMED_IN = ("tokenizer_config.json", "special_tokens_map.json")
+PAD_NAMED_IN = (CONFIG_FILE, "special_tokens_map.json")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Nothing is computed here, only shapes are asked for.
 _COMPUTE = {"dtype": "float32", "remat": "none", "unroll": 1, "dropout": 0.0, "attention": "xla"}
@@ -116,8 +117,8 @@ def run_import(config: ConfigDict, workdir: str) -> None:
 
         # (4) The tokenizer, and results.
         write_files(run.workdir / TOKENIZER, tokenizer)
-        if "tokenizer.json" not in tokenizer and processes.is_first():
-            print(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
+        if "tokenizer.json" not in tokenizer:
+            tell(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
         results: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
         if source.is_reward:  # which says that this is a reward model, too
             results["normalisation"] = {"kind": "none", "gain": 1.0, "bias": 0.0}
@@ -219,31 +220,68 @@ def read_vocabulary(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """A vocabulary's files, if it is Hugging Face's, and the ids of its special tokens.
 
-    eos_token_id is all that ends a document or, by the chat format that training wrote, a reply. A
-    classifier scores a row's last token that isn't pad_token_id: if that is what ends a reply, as
-    in SmolLM2, it would read the one before. A reward model then pads with another special token.
+    eos_token_id is all that ends a document or, by the chat format that training wrote, a reply.
     """
     if not workdir:
         return {}, {}
     own = Tokenizer.load(workdir)
-    ends = list(dict.fromkeys((own.eos_id, *chat.stop_tokens(own))))
     if not isinstance(own, HFTokenizer):
+        ends = list(dict.fromkeys((own.eos_id, *chat.stop_tokens(own))))
         return {}, dict(zip(_IDS, (own.bos_id, ends, own.pad_id), strict=True))
+    contents = dict(own.files)
+    stops = own.end_ids
+    try:
+        chat_format = TemplateFormat(own)
+    except UserError as error:  # nothing learnt to chat with it, but a model may go out
+        tell(f"{workdir}: eos_token_id is what its files say; no chat format can be made: {error}")
+    else:
+        stops = chat_format.stop_ids
+        if own.chat_template is None and not is_reward:
+            # Not chat_template.jinja: older versions of transformers don't read that.
+            set_key(contents, CONFIG_FILE, "chat_template", chat_format.source)
+            tell(f"{workdir}: no chat template; {CONFIG_FILE} gets the one that training takes")
+    ends = list(dict.fromkeys((own.eos_id, *stops)))
     named = {f"{name}_id": own.special.get(text) for name, text in own.names.items()}
     ids = {**named, **stated_generation(own.files), "eos_token_id": ends}
-    contents = dict(own.files)
-    if is_reward and ids.get("pad_token_id") in (None, *ends):
-        pads = [(text, i) for text, i in own.special.items() if i not in ends]
-        if not pads:
-            raise UserError(
-                f"{workdir} has no special token but those that end a reply: an exported reward "
-                "model could not be given rows that are padded"
-            )
-        text, ids["pad_token_id"] = pads[0]
-        for name in PAD_NAMED_IN:
-            if name in contents:
-                contents[name] = to_json({**json.loads(contents[name]), "pad_token": text})
+    if is_reward:
+        pad_apart(contents, ids, own.special, workdir)
     return contents, {key: ids[key] for key in _IDS if ids.get(key) is not None}
+
+
+def pad_apart(
+    contents: dict[str, bytes], ids: dict[str, Any], special: Mapping[str, int], workdir: str
+) -> None:
+    """Changes a reward model's pad_token_id, in files and ids, if it is what ends a reply.
+
+    A classifier scores a row's last token that isn't pad_token_id, so where that ends a reply, as
+    in SmolLM2, it would read the one before. Without any it takes one row at a time.
+    """
+    ends = ids["eos_token_id"]
+    if ids.get("pad_token_id") not in (None, *ends):
+        return
+    pads = [(text, i) for text, i in special.items() if i not in ends]
+    if not pads:
+        ids["pad_token_id"] = None
+        tell(
+            f"{workdir}: all its special tokens end a reply, so {hf.CONFIG} names no pad_token_id: "
+            "score one row at a time, or set it to an id that no row ends with"
+        )
+        return
+    text, ids["pad_token_id"] = pads[0]
+    for name in PAD_NAMED_IN:
+        if name in contents:
+            set_key(contents, name, "pad_token", text)
+
+
+def set_key(contents: dict[str, bytes], name: str, key: str, value: str) -> None:
+    """Sets a key of the JSON file `name`, which need not be there yet."""
+    contents[name] = to_json({**json.loads(contents.get(name, b"{}")), key: value})
+
+
+def tell(line: str) -> None:
+    """Prints a line once, however many processes there are."""
+    if processes.is_first():
+        print(line)
 
 
 def stated_generation(tokenizer: Mapping[str, bytes]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,14 +23,19 @@ from ml_collections import ConfigDict
 from configs import common
 from configs import convert as convert_config
 from gptlab import chat, convert
+from gptlab.data import chat as chat_format
+from gptlab.data import chat_template
 from gptlab.data.gguf_tokenizer import gguf_tokenizer_files
+from gptlab.data.hf_tokenizer import HFTokenizer
+from gptlab.data.records import Message
 from gptlab.model.heads import ScalarModel
 from gptlab.model.transformer import LanguageModel, ModelConfig, init_params
 from gptlab.rl import rewards
-from gptlab.run import artifact
+from gptlab.run import artifact, program
 from gptlab.run.errors import Interrupted, UserError
 from gptlab.train import checkpoint
 from gptlab.train import mesh as mesh_lib
+from gptlab.train import state as state_lib
 from tests.data import hf_vocabularies
 from tests.model.test_hf import largest_difference
 from tests.rl import artifacts
@@ -125,6 +132,17 @@ def test_a_stop_leaves_nothing_that_passes_for_a_model(tmp_path, monkeypatch):
     assert artifact.read_manifest(tmp_path / "run")["status"] == "done"
 
 
+def test_freed_memory_is_given_back_after_each_tensor_and_before_the_digest(tmp_path, monkeypatch):
+    """Else the peak grows with the model: benchmarks/convert.py measures it."""
+    saved = tmp_path / "run" / "checkpoints" / "0"
+    seen, digest = [], state_lib.digest
+    monkeypatch.setattr(program, "give_back_freed_memory", lambda: seen.append(saved.exists()))
+    monkeypatch.setattr(state_lib, "digest", lambda params: seen.append("digest") or digest(params))
+    run_import(FIXTURES / "qwen2", tmp_path / "run")
+    tensors = safetensors.numpy.load_file(FIXTURES / "qwen2" / "model.safetensors")
+    assert seen == [*[False] * len(tensors), True, "digest"]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])
 def test_import_of_an_export_is_the_same_bit_for_bit(tmp_path, name):
     first = run_import(FIXTURES / name, tmp_path / "first")
@@ -147,8 +165,13 @@ def test_import_of_an_export_is_the_same_bit_for_bit(tmp_path, name):
 
 def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     folder = run_export(llama, tmp_path / "exported", llama)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer.json", "special_tokens_map.json"):
         assert filecmp.cmp(folder / name, llama / "tokenizer" / name, shallow=False)
+    own, written = (
+        json.loads((place / "tokenizer_config.json").read_text())
+        for place in (llama / "tokenizer", folder)
+    )
+    assert written == {**own, "chat_template": chat_template.CHATML}
     # The document's end, and the end of a turn as sft writes it, which the files don't name.
     ids = {"bos_token_id": 3, "eos_token_id": [0, 2], "pad_token_id": 7}
     config = json.loads((folder / "config.json").read_text())
@@ -158,6 +181,13 @@ def test_the_tokenizer_goes_along_with_an_export(llama, tmp_path):
     assert generation == {**ids, "temperature": 0.6}
     bare = run_export(llama, tmp_path / "bare")
     assert sorted(p.name for p in bare.iterdir()) == ["config.json", "model.safetensors"]
+    # What comes back goes out as it is, template and all.
+    again = run_import(folder, tmp_path / "again")
+    digests = {artifact.read_manifest(w)["digest"] for w in (llama, again)}
+    second = run_export(again, tmp_path / "second", again)
+    names = sorted(p.name for p in folder.iterdir())
+    assert filecmp.cmpfiles(folder, second, names, shallow=False) == (names, [], [])
+    assert len(digests) == 1 and names == sorted(p.name for p in second.iterdir())
 
 
 @pytest.mark.skipif(
@@ -240,6 +270,89 @@ def test_an_exported_reward_model_does_not_pad_with_what_ends_a_reply(tmp_path):
     pad = json.loads(made["tokenizer_config.json"])["pad_token"]
     special = hf_vocabularies.tokenizer("chatml").special
     assert special[pad] == ids["pad_token_id"]
+
+
+def test_a_classifier_whose_vocabulary_has_nothing_to_pad_with_goes_out_without(tmp_path, capsys):
+    """GPT-2's: its only special token is what ends a reply."""
+    made = gguf_tokenizer_files(hf_vocabularies.gpt2_fields())
+    stated = {"pad_token_id": 0, "eos_token_id": 0}
+    made["generation_config.json"] = json.dumps(stated).encode()
+    vocabulary = hf_vocabularies.write(tmp_path, made)
+    written, ids = convert.read_vocabulary(str(vocabulary), is_reward=True)
+    assert ids == {"bos_token_id": 0, "eos_token_id": [0]}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "all its special tokens end a reply" in line and "one row at a time" in line
+    assert written == made  # without a chat template, too: a classifier says nothing
+    _, ids = convert.read_vocabulary(str(vocabulary), is_reward=False)
+    assert ids["pad_token_id"] == 0  # whoever only writes may pad with it
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no special token"),
+        ("{% for m in messages %}{{ m.content }}", "template is broken"),
+        ("{{ raise_exception('never') }}", "refuses a conversation"),
+    ],
+)
+@pytest.mark.parametrize("is_reward", [False, True])
+def test_a_vocabulary_that_cannot_chat_goes_out_with_its_own_ends(
+    tmp_path, capsys, template, why, is_reward
+):
+    made = hf_vocabularies.files("llama3")
+    made["chat_template.jinja"] = template.encode()
+    made["generation_config.json"] = json.dumps({"eos_token_id": [6, 2]}).encode()
+    vocabulary = hf_vocabularies.write(tmp_path, made)
+    written, ids = convert.read_vocabulary(str(vocabulary), is_reward)
+    # The document's end, the eos_token, and what generation_config.json adds.
+    assert ids["eos_token_id"] == [0, 6, 2] and ids["bos_token_id"] == 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert why in line and line.startswith(f"{vocabulary}: eos_token_id is what its files say")
+    assert written["chat_template.jinja"] == template.encode()
+
+
+@pytest.mark.parametrize("kind", ["chatml", "plain", "nameless", "sentencepiece"])
+def test_a_base_models_export_has_the_template_that_it_was_trained_with(tmp_path, kind):
+    fields = {
+        "chatml": lambda: hf_vocabularies.bpe_fields("smollm"),
+        "sentencepiece": hf_vocabularies.llama_fields,
+    }
+    made = gguf_tokenizer_files(fields.get(kind, hf_vocabularies.gpt2_fields)())
+    if kind == "nameless":  # as GPT-2's files are; transformers' class then has names of its own
+        made["tokenizer_config.json"] = b"{}"
+    own = HFTokenizer(made)
+    assert own.chat_template is None
+    vocabulary = hf_vocabularies.write(tmp_path, made)
+    written, _ = convert.read_vocabulary(str(vocabulary), is_reward=False)
+    assert written.keys() == made.keys() and written["tokenizer.json"] == made["tokenizer.json"]
+    imported = HFTokenizer(written)
+    messages = [
+        Message("system", "you are good"), Message("user", "how was the film?"),
+        Message("assistant", "the film\nwas good"), Message("user", "are you there?"),
+        Message("assistant", "Hello"),
+    ]  # fmt: skip
+    for a, b in zip(
+        chat_format.encode_conversation(own, messages),
+        chat_format.encode_conversation(imported, messages),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    # Jinja alone, as transformers sets it up, with its names for a GPT-2 that names none.
+    config = json.loads(written["tokenizer_config.json"])
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(config["chat_template"])
+    shown = [{"role": m.role, "content": m.content} for m in messages]
+    text = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | {
+        name: config[name] for name in ("bos_token", "eos_token") if name in config
+    }
+    whole, _ = chat_format.encode_conversation(own, messages)
+    asked = chat_format.encode_prompt(own, messages[:-1], 1000)
+    for ids, said, prompted in ((whole, shown, False), (asked, shown[:-1], True)):
+        spelled = "".join(map(own.piece, ids))
+        if kind == "sentencepiece":  # the blank that its files put where text begins
+            spelled = re.sub("(</?s>) ", r"\1", spelled)
+        rendered = template.render(messages=said, add_generation_prompt=prompted, **text)
+        assert spelled == rendered
 
 
 def test_a_language_model_is_no_reward_model(llama):

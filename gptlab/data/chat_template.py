@@ -136,6 +136,7 @@ class TemplateFormat:
     """The chat format of a Hugging Face vocabulary.
 
     Attributes:
+      source: the template: the vocabulary's own, or what stands in for one.
       end_id: the special token that ends the assistant's turn.
       stop_ids: all that end a reply, end_id first.
       before: blanks that the template puts before a reply; the model writes them.
@@ -146,12 +147,10 @@ class TemplateFormat:
         a model could not learn to stop.
         """
         self._tokenizer = tokenizer
-        source = tokenizer.chat_template
-        if source is None:
-            chatml = {"<|im_start|>", "<|im_end|>"} <= tokenizer.special.keys()
-            source = CHATML if chatml else PLAIN
         names = {"eos_token": tokenizer.piece(tokenizer.eos_id), **tokenizer.names}
-        self._template = ChatTemplate(source, names)
+        own = tokenizer.chat_template
+        self.source = _stand_in(tokenizer, names) if own is None else own
+        self._template = ChatTemplate(self.source, names)
         longest_first = sorted(tokenizer.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
         runs, starts = self._runs((Message("user", "a"), Message("assistant", "\0")))
@@ -305,6 +304,19 @@ class TemplateFormat:
                 ]
             )
         return {i: len(parts[i - 1][0]) - len(bare[i - 1][0]) for i in range(1, len(parts))}
+
+
+def _stand_in(tokenizer: HFTokenizer, names: Mapping[str, str]) -> str:
+    """The template of a vocabulary that brings none. It names no token by its role: an exported
+    one is rendered with names that transformers' class gives them (GPT-2's has a bos_token).
+    """
+    if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special.keys():
+        return CHATML
+
+    def text(name: re.Match[str]) -> str:
+        return json.dumps(names.get(name[0], ""), ensure_ascii=False)
+
+    return re.sub("bos_token|eos_token", text, PLAIN)
 
 
 def _placeholder(messages: Sequence[Message]) -> tuple[str, str]:

@@ -50,6 +50,13 @@ def bpe_fields(pre: str = "gpt-2", **fields: Any) -> dict[str, Any]:
     }
 
 
+def gpt2_fields() -> dict[str, Any]:
+    """As GPT-2 has it: no chat template, and the only special token ends documents."""
+    fields = bpe_fields(bos_token_id=0)
+    fields["tokenizer.ggml.token_type"][1 : len(SPECIAL)] = [NORMAL] * (len(SPECIAL) - 1)
+    return fields
+
+
 def llama_fields(**fields: Any) -> dict[str, Any]:
     """GGUF metadata of SentencePiece's BPE with byte fallback, as Llama 2 and Mistral have it."""
     made: list[str] = []

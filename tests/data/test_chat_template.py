@@ -39,9 +39,7 @@ def make(name):
     if name == "default_chatml":
         return HFTokenizer(gguf_tokenizer_files(hf.bpe_fields("smollm", eos_token_id=2)))
     if name == "default_plain":
-        fields = hf.bpe_fields(bos_token_id=0)
-        fields["tokenizer.ggml.token_type"][1:8] = [hf.NORMAL] * 7
-        return HFTokenizer(gguf_tokenizer_files(fields))
+        return HFTokenizer(gguf_tokenizer_files(hf.gpt2_fields()))
     return hf.tokenizer(name)
 
 
