@@ -64,7 +64,8 @@ class Upstream:
           key: of its API, or None.
           deadline_seconds: of requests without one of their own.
           watch_seconds: how often to ask for the models again; None: never.
-          controls: how its control tokens are spelt, or begin; at least two characters each.
+          controls: how its control tokens are spelt, or begin; at least two characters each, and
+            no U+2060.
 
         Raises:
           UserError: there is no such server, or it has no models.
@@ -81,9 +82,10 @@ class Upstream:
             )
         if parts.scheme not in ("http", "https"):
             raise UserError(f"config.upstream={url} is no URL: http://HOST:PORT")
-        if any(len(spelling) < 2 for spelling in controls):
+        if any(len(spelling) < 2 or _JOINER in spelling for spelling in controls):
             raise UserError(
-                f"config.upstream_controls={tuple(controls)} must be of two characters or more each"
+                f"config.upstream_controls={tuple(controls)} must be of two characters or more "
+                "each, none of them U+2060"
             )
         self._controls = tuple(controls)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -234,7 +236,9 @@ def _request(ask: Ask, controls: Sequence[str]) -> tuple[str, dict[str, Any]]:
 def _plain(text: str, controls: Sequence[str]) -> str:
     """`text`, in which no control token is spelt out any more."""
     for spelling in controls:
-        text = text.replace(spelling, spelling[0] + _JOINER + spelling[1:])
+        # Again, as in "aaa" one "aa" overlaps the next. It ends: no spelling has a joiner.
+        while spelling in text:
+            text = text.replace(spelling, spelling[0] + _JOINER + spelling[1:])
     return text
 
 
