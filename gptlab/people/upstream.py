@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -42,6 +43,7 @@ from gptlab.run.errors import UserError
 _LOG = logging.getLogger(__name__)
 _LIST_SECONDS = 10.0
 _MOST_SECONDS = 3600.0  # that a client is asked to wait
+_MOST_TOKENS = 2**53  # floats count so far
 _ERROR_CHARS = 300
 _JOINER = "\u2060"  # U+2060 WORD JOINER: no width, no line break
 
@@ -306,8 +308,8 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
         return tuple(
             TokenLogprob(
                 _bytes(t),
-                float(t["logprob"]),
-                tuple((_bytes(o), float(o["logprob"])) for o in t.get("top_logprobs") or ()),
+                _finite(t["logprob"]),
+                tuple((_bytes(o), _finite(o["logprob"])) for o in t.get("top_logprobs") or ()),
             )
             for t in content
         )
@@ -320,11 +322,18 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(
             token.encode(),
-            float(value),
-            tuple((other.encode(), float(v)) for other, v in (top or {}).items()),
+            _finite(value),
+            tuple((other.encode(), _finite(v)) for other, v in (top or {}).items()),
         )
         for token, value, top in entries
     )
+
+
+def _finite(value: Any) -> float:
+    """A log-probability. 1e999 is JSON, but is read as an infinity."""
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"a log-probability is {number}")
+    return number
 
 
 def _bytes(entry: Mapping[str, Any]) -> bytes:
@@ -333,9 +342,19 @@ def _bytes(entry: Mapping[str, Any]) -> bytes:
 
 def _usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or 0
-    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    return Usage(int(prompt), int(completion), int(cached))
+    return Usage(
+        _count(usage, "prompt_tokens"),
+        _count(usage, "completion_tokens"),
+        _count(details, "cached_tokens"),
+    )
+
+
+def _count(usage: Mapping[str, Any], name: str) -> int:
+    """One of the numbers, 0 if it isn't there. Metrics count up, in floats."""
+    number = int(usage.get(name) or 0)
+    if not 0 <= number < _MOST_TOKENS:
+        raise ValueError(f"{name} is no number of tokens")
+    return number
 
 
 def _words(body: Any) -> str:

@@ -216,6 +216,51 @@ def test_odd_servers(status, body, kind):
         assert found.value.retry_after == 7
 
 
+HUGE = "1" + "0" * 400
+COUNTS = [
+    '{"prompt_tokens": %s}',
+    '{"completion_tokens": %s}',
+    '{"prompt_tokens_details": {"cached_tokens": %s}}',
+]
+LOGPROBS = [
+    '{"content": [{"token": "a", "logprob": %s}]}',
+    '{"content": [{"token": "a", "logprob": -1, "top_logprobs": [{"token": "b", "logprob": %s}]}]}',
+    '{"tokens": ["a"], "token_logprobs": [%s]}',
+    '{"tokens": ["a"], "token_logprobs": [-1], "top_logprobs": [{"b": %s}]}',
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "forms", "good", "bad"),
+    [
+        ('"usage": %s', COUNTS, "9007199254740991", ("9007199254740992", "-1", "1e999", HUGE)),
+        ('"logprobs": %s', LOGPROBS, "-1e308", ("1e999", "-1e999", HUGE)),
+    ],
+    ids=["usage", "logprobs"],
+)
+def test_numbers_that_could_not_be_counted_or_passed_on(form, forms, good, bad):
+    """JSON has numbers as large as one likes, which Python reads as infinities or counts."""
+
+    def said(number):
+        for one in forms:
+            odd = form % (one % number)  # of the choice, of the event: each is read in one place
+            choice = f'{{"text": "a", "finish_reason": "stop", {odd}}}'
+            yield f'data: {{"choices": [{choice}], {odd}}}\n\n'.encode()
+
+    async def read(address):
+        upstream = Upstream(address, None, 60.0, None)
+        for _ in forms:
+            await replies(upstream, Ask("odd", "a"))
+        for _ in range(len(forms) * len(bad)):
+            with pytest.raises(Unavailable, match="another form"):
+                await replies(upstream, Ask("odd", "a"))
+
+    bodies = (body for number in (good, *bad) for body in said(number))
+    with answering(200, lambda write: write(next(bodies))) as address:
+        run(read(address))
+    assert next(bodies, None) is None
+
+
 @pytest.mark.parametrize(("said", "seconds"), [("9" * 400, 3600), ("\u00b2", 1), ("soon", 1)])
 def test_odd_times_to_wait(said, seconds):
     with answering(429, b"later", [("Retry-After", said)]) as address:
