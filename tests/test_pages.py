@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import re
+import threading
 
 import pytest
 
@@ -36,12 +37,15 @@ def browser():
 class Paced:
     """A backend under two names, `pause` seconds between two pieces: time to press a key.
 
+    While `go` is not set, no reply begins, as when all slots are taken.
     Its replies to a prompt, the first, the second and so on, are the same in every run: what a
     random model says may be blank.
     """
 
     def __init__(self, backend):
         self.backend, self.close, self.pause, self.asked = backend, backend.close, 0.0, []
+        self.go = threading.Event()
+        self.go.set()
 
     def models(self):
         (model,) = self.backend.models()
@@ -50,6 +54,8 @@ class Paced:
     async def reply(self, ask, deadline=None):
         seed = [prompt for _, prompt in self.asked].count(ask.prompt)
         self.asked.append((ask.model, ask.prompt))
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
         ask = dataclasses.replace(ask, model=self.backend.models()[0].name, seed=seed)
         async with contextlib.aclosing(self.backend.reply(ask, deadline)) as pieces:
             async for piece in pieces:
@@ -193,11 +199,12 @@ def test_stop_keeps_what_came(site, backend, browser):
         page.goto("/chat")
         for number in range(10):  # a reply may be over before the key is pressed
             ask(page, f"tell me about day {number}.")
-            page.locator(".turn.assistant[aria-busy] .prose:has-text(' ')").wait_for()
+            reply = page.locator(".turn.assistant").nth(number)
+            reply.locator(".prose > div:not(:empty), .actions").first.wait_for(state="attached")
             if number:
                 page.keyboard.press("Escape")
             else:
-                page.click("#stop")
+                page.locator("#stop").dispatch_event("click")
             page.locator("#send").wait_for()
             page.locator(".turn.assistant[aria-busy]").wait_for(state="detached")
             _, messages = conversation_of(site, person)
@@ -206,6 +213,35 @@ def test_stop_keeps_what_came(site, backend, browser):
         assert messages[-1].role == "assistant" and not messages[-1].finished
         assert messages[-1].content
         page.locator("text=Stopped or cut off here").last.wait_for()
+
+
+def test_what_waits_for_its_first_piece_is_stopped(site, backend, browser):
+    """By its button, by a key, and by whoever opens another chat."""
+    running = site.app.state.site.running
+    with pages.visit(browser, site) as (page, person):
+        page.goto("/chat")
+        backend.go.clear()
+        try:
+            ask(page, "how was the film?")
+            for stop in (
+                lambda: page.click("#stop"),
+                lambda: page.keyboard.press("Escape"),
+                lambda: page.keyboard.press("Alt+n"),
+            ):
+                serving.wait_for(lambda: running)
+                stop()
+                serving.wait_for(lambda: not running)
+                page.locator("#send:visible").wait_for()
+                if page.locator(".bubble").count():
+                    page.locator(".note:has-text('No reply was written')").wait_for()
+                    page.click("text=Try again")
+        finally:
+            backend.go.set()
+        assert [m.role for m in conversation_of(site, person)[1]] == ["user"]
+        page.locator("text=What can I help with?").wait_for()
+        ask(page, "how was the tea?")
+        wait_for_replies(page, 1)
+        assert page.text_content(".bubble") == "how was the tea?"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -42,6 +43,7 @@ from gptlab.run.errors import UserError
 _LOG = logging.getLogger(__name__)
 _LIST_SECONDS = 10.0
 _MOST_SECONDS = 3600.0  # that a client is asked to wait
+_MOST_TOKENS = 2**53  # floats count so far
 _ERROR_CHARS = 300
 _JOINER = "\u2060"  # U+2060 WORD JOINER: no width, no line break
 
@@ -64,7 +66,8 @@ class Upstream:
           key: of its API, or None.
           deadline_seconds: of requests without one of their own.
           watch_seconds: how often to ask for the models again; None: never.
-          controls: how its control tokens are spelt, or begin; at least two characters each.
+          controls: how its control tokens are spelt, or begin; at least two characters each, and
+            no U+2060.
 
         Raises:
           UserError: there is no such server, or it has no models.
@@ -81,9 +84,10 @@ class Upstream:
             )
         if parts.scheme not in ("http", "https"):
             raise UserError(f"config.upstream={url} is no URL: http://HOST:PORT")
-        if any(len(spelling) < 2 for spelling in controls):
+        if any(len(spelling) < 2 or _JOINER in spelling for spelling in controls):
             raise UserError(
-                f"config.upstream_controls={tuple(controls)} must be of two characters or more each"
+                f"config.upstream_controls={tuple(controls)} must be of two characters or more "
+                "each, none of them U+2060"
             )
         self._controls = tuple(controls)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -234,7 +238,9 @@ def _request(ask: Ask, controls: Sequence[str]) -> tuple[str, dict[str, Any]]:
 def _plain(text: str, controls: Sequence[str]) -> str:
     """`text`, in which no control token is spelt out any more."""
     for spelling in controls:
-        text = text.replace(spelling, spelling[0] + _JOINER + spelling[1:])
+        # Again, as in "aaa" one "aa" overlaps the next. It ends: no spelling has a joiner.
+        while spelling in text:
+            text = text.replace(spelling, spelling[0] + _JOINER + spelling[1:])
     return text
 
 
@@ -302,8 +308,8 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
         return tuple(
             TokenLogprob(
                 _bytes(t),
-                float(t["logprob"]),
-                tuple((_bytes(o), float(o["logprob"])) for o in t.get("top_logprobs") or ()),
+                _finite(t["logprob"]),
+                tuple((_bytes(o), _finite(o["logprob"])) for o in t.get("top_logprobs") or ()),
             )
             for t in content
         )
@@ -316,11 +322,18 @@ def _tokens(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(
             token.encode(),
-            float(value),
-            tuple((other.encode(), float(v)) for other, v in (top or {}).items()),
+            _finite(value),
+            tuple((other.encode(), _finite(v)) for other, v in (top or {}).items()),
         )
         for token, value, top in entries
     )
+
+
+def _finite(value: Any) -> float:
+    """A log-probability. 1e999 is JSON, but is read as an infinity."""
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"a log-probability is {number}")
+    return number
 
 
 def _bytes(entry: Mapping[str, Any]) -> bytes:
@@ -329,9 +342,19 @@ def _bytes(entry: Mapping[str, Any]) -> bytes:
 
 def _usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") or 0
-    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    return Usage(int(prompt), int(completion), int(cached))
+    return Usage(
+        _count(usage, "prompt_tokens"),
+        _count(usage, "completion_tokens"),
+        _count(details, "cached_tokens"),
+    )
+
+
+def _count(usage: Mapping[str, Any], name: str) -> int:
+    """One of the numbers, 0 if it isn't there. Metrics count up, in floats."""
+    number = int(usage.get(name) or 0)
+    if not 0 <= number < _MOST_TOKENS:
+        raise ValueError(f"{name} is no number of tokens")
+    return number
 
 
 def _words(body: Any) -> str:

@@ -2,7 +2,8 @@
 
 import asyncio
 import copy
-import time
+import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -42,18 +43,6 @@ def endless(policy):
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """Steps that take their time."""
-    step = device.step
-
-    def slowly(*arguments):
-        time.sleep(0.005)
-        return step(*arguments)
-
-    monkeypatch.setattr(device, "step", slowly)
-
-
-@pytest.fixture
 def make(policy):
     """Makes engines, and stops them."""
     engines = []
@@ -67,6 +56,28 @@ def make(policy):
         engine.stop(0)
 
 
+@pytest.fixture
+def held(make, endless, monkeypatch):
+    """Makes an engine whose replies don't end, and the gate that lets its steps through.
+
+    With two steps the first tokens come. However slow a test, the engine is not ahead of it.
+    """
+    gate, step = threading.Semaphore(0), device.step
+
+    def gated(*arguments):
+        assert gate.acquire(timeout=60)
+        return step(*arguments)
+
+    def build(options=OPTIONS):
+        engine = make(options, endless)
+        monkeypatch.setattr(device, "step", gated)
+        return engine, gate
+
+    yield build
+    gate.release(FREELY)  # before `make` stops the engine
+
+
+FREELY = 1_000_000  # steps
 ONE = Options(slots=1, chunk=8, max_len=None, queue=2)
 # The cache is read in steps that don't divide the window of 128; else all at once.
 BLOCKS = Options(slots=4, chunk=8, max_len=None, queue=4, block=12)
@@ -180,70 +191,83 @@ def test_several_replies_share_their_prompt(make):
     assert [a[4] for a in found] == [0] + [(len(ids) - 1) // 8 * 8] * 3  # from a slot in use
 
 
-def test_a_long_prompt_does_not_stop_the_others(make, endless):
-    engine = make(of=endless)
+def test_a_long_prompt_does_not_stop_the_others(held):
+    engine, gate = held()
 
     async def race():
         first = engine.submit(request([20, 30], max_tokens=100))
-        assert isinstance(await first.events.get(), Token)
         second = engine.submit(request([40] * 100, max_tokens=1))
+        second.events = first.events  # one queue: whose come first?
+        gate.release(FREELY)
         seen = 0
-        while second.events.empty():
-            event = await first.events.get()
-            assert isinstance(event, Token)
+        while isinstance(event := await first.events.get(), Token):
             seen += 1
         engine.cancel(first)
-        return seen
+        return seen, event
 
-    assert run(race()) >= 100 // 8  # a step between any two chunks
+    seen, event = run(race())
+    assert event == "length" and 100 // 8 < seen < 100  # a step between any two chunks
 
 
-def test_cancelling_makes_room(make, endless, slow):
-    engine = make(ONE, endless)
+def test_cancelling_makes_room(make, endless, held):
+    engine, gate = held(ONE)
 
     async def scene():
         running = engine.submit(request([20], max_tokens=120))
         waiting = engine.submit(request([21], max_tokens=120))
+        gate.release(2)
         await running.events.get()
         third = asyncio.create_task(answer(engine, request([22], max_tokens=2)))
         await asyncio.sleep(0)
         assert engine.stats().waiting == 2
         for ticket in (waiting, running, running):
             engine.cancel(ticket)
+        gate.release(FREELY)
         await third
         return running.events.qsize(), engine.stats()
 
     left, stats = run(scene())
-    assert left < 60 and (stats.running, stats.waiting) == (0, 0)
+    assert left < 5 and (stats.running, stats.waiting) == (0, 0)
     expected = run(answer(make(of=endless), request([22], max_tokens=2)))
     assert run(answer(engine, request([22], max_tokens=2)))[:4] == expected[:4]
 
 
-def test_a_deadline_cuts_off_what_runs_and_what_waits(make, endless, slow):
-    engine = make(ONE, endless)
+def test_a_deadline_cuts_off_what_runs_and_what_waits(held, monkeypatch):
+    engine, gate = held(ONE)
+    now = 0.0
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("gptlab.people.engine.time", clock)
 
     async def scene():
-        soon = time.monotonic() + 0.1
-        asked = (request([20], max_tokens=120, deadline=soon), request([21], deadline=soon))
-        return await asyncio.gather(*(answer(engine, one) for one in asked))
+        nonlocal now
+        asked = (request([20], max_tokens=120, deadline=1.0), request([21], deadline=1.0))
+        answers = asyncio.gather(*(answer(engine, one) for one in asked))
+        await asyncio.sleep(0)
+        gate.release(2)
+        serving.wait_for(lambda: engine.stats().steps == 2)
+        now = 1.0
+        gate.release(FREELY)
+        return await answers
 
     first, second = run(scene())
-    assert first[3] == "deadline" and 0 < len(first[0]) < 60
+    assert first[3] == "deadline" and 0 < len(first[0]) < 5
     assert second[3] == "deadline" and second[0] == []
     assert run(answer(engine, request([22], max_tokens=2)))[3] == "length"
 
 
-def test_a_full_queue_refuses(make, endless, slow):
-    engine = make(ONE, endless)
+def test_a_full_queue_refuses(held):
+    engine, gate = held(ONE)
 
     async def scene():
         tickets = [engine.submit(request([20], max_tokens=120))]
+        gate.release(2)
         await tickets[0].events.get()
         tickets += [engine.submit(request([21])) for _ in range(2)]
         with pytest.raises(Busy) as refused:
             engine.submit(request([22]))
         for ticket in tickets:
             engine.cancel(ticket)
+        gate.release(FREELY)
         serving.wait_for(lambda: engine.stats().waiting == 0)
         return refused.value, await answer(engine, request([22], max_tokens=2))
 
@@ -251,15 +275,17 @@ def test_a_full_queue_refuses(make, endless, slow):
     assert refused.retry_after >= 1 and not refused.draining and later[0]
 
 
-def test_the_end_waits_for_what_runs_and_refuses_the_rest(make, endless, slow):
-    engine = make(of=endless)
+def test_the_end_waits_for_what_runs_and_refuses_the_rest(held):
+    engine, gate = held()
 
     async def scene():
         tickets = [engine.submit(request([i + 20], max_tokens=20)) for i in range(6)]
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 60))
-        await asyncio.sleep(0.02)
+        while not engine._stopping:
+            await asyncio.sleep(0.001)
         with pytest.raises(Busy) as refused:
             engine.submit(request([22]))
+        gate.release(FREELY)
         await stopping
         return refused.value, [[t.events.get_nowait() for _ in range(t.events.qsize())]
                                for t in tickets]  # fmt: skip
@@ -269,29 +295,36 @@ def test_the_end_waits_for_what_runs_and_refuses_the_rest(make, endless, slow):
     assert [(len(row), row[-1]) for row in events] == [(21, "length")] * 6
 
 
-def test_the_end_does_not_wait_for_ever(make, endless, slow):
-    engine = make(of=endless)
+def test_the_end_does_not_wait_for_ever(held):
+    engine, gate = held()
 
     async def scene():
         ticket = engine.submit(request([20], max_tokens=120))
+        gate.release(2)
         await ticket.events.get()
-        await asyncio.to_thread(engine.stop, 0)
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 0))
+        while not engine._cut:
+            await asyncio.sleep(0.001)
+        gate.release(FREELY)
+        await stopping
         return [ticket.events.get_nowait() for _ in range(ticket.events.qsize())]
 
     assert run(scene())[-1] == "deadline"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failed_engine_says_so_to_everyone(make, endless, slow, monkeypatch):
-    engine = make(of=endless)
+def test_a_failed_engine_says_so_to_everyone(held, monkeypatch):
+    engine, gate = held()
 
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
     async def scene():
         ticket = engine.submit(request([20], max_tokens=120))
+        gate.release(2)
         await ticket.events.get()
         monkeypatch.setattr(device, "step", fail)
+        gate.release(FREELY)
         while isinstance(event := await ticket.events.get(), Token):
             pass
         with pytest.raises(Unavailable):

@@ -28,7 +28,7 @@ def backend(tmp_path_factory, tiny_model, tiny_vocabulary):
 
 @pytest.fixture(scope="module")
 def url(backend):
-    with serving.serving(serving.Kept(backend), body_seconds=0.5) as address:
+    with serving.serving(serving.Kept(backend)) as address:
         yield address
 
 
@@ -116,15 +116,22 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_slow_and_idle_connections_keep_nobody_out(url, many_files):
-    host, port = url.removeprefix("http://").split(":")
+@pytest.fixture
+def impatient(backend):
+    """The URL of a server that waits 2 s for a body."""
+    with serving.serving(serving.Kept(backend), body_seconds=2.0) as address:
+        yield address
+
+
+def test_slow_and_idle_connections_keep_nobody_out(impatient, many_files):
+    host, port = impatient.removeprefix("http://").split(":")
     lines = [socket.create_connection((host, int(port)), timeout=30) for _ in range(1000)]
     try:
         head = f"POST {ROUTES[0]} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n"
         for line in lines[:20]:
             line.sendall(head.encode())  # and never the body
         start = time.monotonic()
-        assert httpx.post(url + ROUTES[0], json=HELLO, timeout=60).status_code == 200
+        assert httpx.post(impatient + ROUTES[0], json=HELLO, timeout=60).status_code == 200
         assert time.monotonic() - start < 20
         for line in lines[:20]:
             assert line.recv(100).split()[1] == b"408"

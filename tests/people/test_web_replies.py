@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
+import threading
 import time
 
 import httpx
@@ -13,12 +15,16 @@ from hypothesis import strategies as st
 
 from gptlab.data.records import Message
 from gptlab.people.backend import Ask, Model, Piece, Refused, Unavailable
+from gptlab.people.moderation import Moderated
 from gptlab.people.web import markdown, replies
 from tests import pages, serving
 
 
 class Told:
-    """A backend that does what the prompt's last message says."""
+    """A backend that does what the prompt's last message says; some of it once `go` is set."""
+
+    def __init__(self):
+        self.go = threading.Event()
 
     def models(self):
         return [Model("m", "policy", 0, None)]
@@ -40,7 +46,7 @@ class Told:
         if what == "fail later":
             raise Unavailable("gone")
         if what == "break later":
-            await asyncio.sleep(0.2)  # until the first piece is sent
+            await asyncio.to_thread(self.go.wait, 60)
             raise ValueError(f"broken by {what!r}")
         if what == "go on":
             while True:
@@ -53,8 +59,13 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    with pages.served(tmp_path_factory.mktemp("replies"), Told()) as made:
+def told():
+    return Told()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, told):
+    with pages.served(tmp_path_factory.mktemp("replies"), told) as made:
         yield made
 
 
@@ -139,7 +150,7 @@ def test_a_failure_is_told_and_leaves_no_empty_reply(client):
     assert (reply["content"], reply["finished"]) == ("One ", False)
 
 
-def test_a_defect_is_logged_by_its_type_and_place_without_a_text(site, client, caplog):
+def test_a_defect_is_logged_by_its_type_and_place_without_a_text(told, client, caplog):
     logged = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(handler.format(record))
@@ -147,7 +158,13 @@ def test_a_defect_is_logged_by_its_type_and_place_without_a_text(site, client, c
     servers.addHandler(handler)
     try:
         _, turn = begin(client, "break later")
-        (*_, (name, data)) = events(client.post(f"/api/messages/{turn}/reply", json={}))
+        with client.stream("POST", f"/api/messages/{turn}/reply", json={}) as answer:
+            text = ""
+            for line in answer.iter_lines():
+                text += f"{line}\n"
+                if line == "event: start":
+                    told.go.set()
+        (*_, (name, data)) = events(httpx.Response(200, text=text))
         assert (name, data["message"]) == ("failed", "something went wrong with this reply")
         _, turn = begin(client, "break at once")
         assert client.post(f"/api/messages/{turn}/reply", json={}).status_code == 500
@@ -177,9 +194,13 @@ def test_what_came_is_kept_when_the_browser_goes_away(site, client):
 
 def test_a_browser_that_leaves_while_its_reply_waits_gives_up_its_place(site, client):
     conversation, turn = begin(client, "wait")
-    with pytest.raises(httpx.ReadTimeout):
-        client.post(f"/api/messages/{turn}/reply", json={}, timeout=0.3)
-    serving.wait_for(lambda: not site.app.state.site.running, 10)
+    running = site.app.state.site.running
+    with socket.create_connection(httpx.URL(site.url).netloc.decode().split(":")) as line:
+        request = client.build_request("POST", f"/api/messages/{turn}/reply", json={})
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        line.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        serving.wait_for(lambda: running)
+    serving.wait_for(lambda: not running, 20)  # alone it would wait for 30 s
     assert kept(client, conversation) == []
 
 
@@ -200,6 +221,28 @@ def test_one_person_has_so_many_replies_at_once(site, client):
         assert client.post(f"/api/replies/{token}/stop").status_code == 204
         serving.wait_for(lambda: token not in site.app.state.site.running)
     serving.wait_for(lambda: not site.app.state.site.running)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_nothing_is_kept_that_moderation_should_have_read(read):
+    """A reply that is held back is stopped, or its browser is gone."""
+
+    class Begun(Told):
+        async def reply(self, ask, deadline=None):
+            yield Piece("unread")
+            came.set()
+            await asyncio.sleep(30)
+
+    async def stopped():
+        moderated = Moderated(Begun(), None, 0.0, False, read, None)
+        reply = replies.begin({}, moderated, ask, 60.0, "ann", lambda *given: stored.append(given))
+        await came.wait()
+        reply.stop()
+        await reply.ended()
+
+    came, stored, ask = asyncio.Event(), [], Ask("m", (Message("user", "hello"),))
+    asyncio.run(stopped())
+    assert stored == ([] if read else [("unread", False, None, None)])
 
 
 @pytest.mark.parametrize("looked", [False, True], ids=["before the first", "after the first"])
@@ -250,15 +293,16 @@ def test_a_reply_that_takes_long_to_render_leaves_time_for_others(monkeypatch):
     async def follow():
         reply = replies.begin({}, Told(), ask, 60.0, "ann", lambda *_: {})
         begin = time.monotonic()
-        async with contextlib.aclosing(reply.events()) as told:
-            async for _ in told:
+        async with contextlib.aclosing(reply.events()) as stream:
+            async for _ in stream:
                 if len(spent) == 4:
                     break
         return time.monotonic() - begin
 
     monkeypatch.setattr(replies, "Streamed", Slow)
     ask = Ask("m", (Message("user", "go on"),))
-    assert asyncio.run(follow()) > 5 * sum(spent)
+    # Of each but the last, after which nothing is waited for.
+    assert asyncio.run(follow()) > 5 * sum(spent[:-1])
 
 
 LINES = st.sampled_from(

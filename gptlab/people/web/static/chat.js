@@ -10,7 +10,7 @@ const state = {
   messages: new Map(), // by id, in order
   chosen: new Map(), // parent id or "" -> the child that is shown
   feedback: [],
-  running: null, // {token, stopped}
+  running: null, // {token, gone}: until the reply begins, it has no token to stop it by
   view: 0, // counts what was opened: a stream that ends after another one was opened shows nothing
 };
 const list = conversationList({ open, renamed, deleted });
@@ -89,13 +89,13 @@ function add(message) {
   state.chosen.set(message.parent ?? "", message.id);
 }
 
-// One reply, streamed into `place`. Returns the message that was kept, or null.
+// One reply, streamed into `place`. Returns the message that was kept, or null, as when it is stopped before it begins.
 async function stream(parent, place) {
   const settled = element("div");
   const tail = element("div");
   const waiting = element("p.waiting", { "aria-label": "The reply is being written" }, element("span"), element("span"), element("span"));
   place.replaceChildren(waiting, settled, tail);
-  const running = { token: null, stopped: false };
+  const running = { token: null, gone: new AbortController() };
   state.running = running;
   busy(true);
   let kept = null;
@@ -105,7 +105,6 @@ async function stream(parent, place) {
       const near = atEnd();
       if (name === "start") {
         running.token = data.token;
-        if (running.stopped) stop();
       } else if (name === "text") {
         waiting.remove();
         if (data.settled) settled.insertAdjacentHTML("beforeend", data.settled);
@@ -117,8 +116,10 @@ async function stream(parent, place) {
         failure = new Failure(data.message);
       }
       if (near) toEnd();
-    });
+    }, running.gone.signal);
     if (failure) throw failure;
+  } catch (error) {
+    if (error.name !== "AbortError") throw error;
   } finally {
     state.running = null;
     busy(false);
@@ -146,6 +147,7 @@ async function reply(parent, place = null) {
       announce(message.finished ? `Reply: ${message.content.slice(0, 400)}` : "The reply was stopped");
     }
     show();
+    if (!message) offer(parent, "No reply was written.", "p.note");
     list.refresh(state.conversation?.id);
   } catch (error) {
     if (view !== state.view) return;
@@ -156,15 +158,20 @@ async function reply(parent, place = null) {
 
 function retry(parent, error) {
   complain(error);
+  offer(parent, error.message, "p.note.bad");
+}
+
+function offer(parent, why, what) {
+  announce(why);
   if (childrenOf(parent.id).length) return;
-  $("thread").append(element("p.note.bad", {}, error.message, " ", element("button.button.small", { type: "button", onclick: (event) => reply(parent, event.target.closest("p")) }, "Try again")));
+  $("thread").append(element(what, {}, why, " ", element("button.button.small", { type: "button", onclick: (event) => reply(parent, event.target.closest("p")) }, "Try again")));
 }
 
 function stop() {
   const { running } = state;
   if (!running) return;
-  running.stopped = true;
   if (running.token) call("POST", `/api/replies/${running.token}/stop`).catch(complain);
+  else running.gone.abort();
 }
 
 function busy(on) {

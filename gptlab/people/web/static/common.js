@@ -10,13 +10,14 @@ export class Failure extends Error {
   }
 }
 
-async function send(path, method, body) {
+async function send(path, method, body, signal) {
   const headers = { "X-CSRF-Token": csrf };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let response;
   try {
-    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
-  } catch {
+    response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal });
+  } catch (error) {
+    if (signal?.aborted) throw error;
     throw new Failure("The server can't be reached. Is the connection up?");
   }
   if (response.ok) return response;
@@ -34,9 +35,9 @@ export async function call(method, path, body) {
   return response.status === 204 ? null : response.json();
 }
 
-// Server-sent events of a POST: onEvent(name, data) for each.
-export async function follow(path, body, onEvent) {
-  const response = await send(path, "POST", body);
+// Server-sent events of a POST: onEvent(name, data) for each. Throws an AbortError when `signal` ends it.
+export async function follow(path, body, onEvent, signal) {
+  const response = await send(path, "POST", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
