@@ -147,7 +147,10 @@ async function reply(parent, place = null) {
       announce(message.finished ? `Reply: ${message.content.slice(0, 400)}` : "The reply was stopped");
     }
     show();
-    if (!message) offer(parent, "No reply was written.", "p.note");
+    if (!message) {
+      announce("No reply was written");
+      offer(parent, "No reply was written.", "p.note");
+    }
     list.refresh(state.conversation?.id);
   } catch (error) {
     if (view !== state.view) return;
@@ -162,7 +165,6 @@ function retry(parent, error) {
 }
 
 function offer(parent, why, what) {
-  announce(why);
   if (childrenOf(parent.id).length) return;
   $("thread").append(element(what, {}, why, " ", element("button.button.small", { type: "button", onclick: (event) => reply(parent, event.target.closest("p")) }, "Try again")));
 }
