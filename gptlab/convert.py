@@ -118,7 +118,9 @@ def run_import(config: ConfigDict, workdir: str) -> None:
         # (4) The tokenizer, and results.
         write_files(run.workdir / TOKENIZER, tokenizer)
         if "tokenizer.json" not in tokenizer:
-            tell(f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary")
+            processes.say(
+                f"{workdir}: the source has no tokenizer.json; give another inputs.vocabulary"
+            )
         results: dict[str, Any] = {"parameters": sum(x.size for x in jax.tree.leaves(params))}
         if source.is_reward:  # which says that this is a reward model, too
             results["normalisation"] = {"kind": "none", "gain": 1.0, "bias": 0.0}
@@ -233,13 +235,17 @@ def read_vocabulary(
     try:
         chat_format = TemplateFormat(own)
     except UserError as error:  # nothing learnt to chat with it, but a model may go out
-        tell(f"{workdir}: eos_token_id is what its files say; no chat format can be made: {error}")
+        processes.say(
+            f"{workdir}: eos_token_id is what its files say; no chat format can be made: {error}"
+        )
     else:
         stops = chat_format.stop_ids
         if own.chat_template is None and not is_reward:
             # Not chat_template.jinja: older versions of transformers don't read that.
             set_key(contents, CONFIG_FILE, "chat_template", chat_format.source)
-            tell(f"{workdir}: no chat template; {CONFIG_FILE} gets the one that training takes")
+            processes.say(
+                f"{workdir}: no chat template; {CONFIG_FILE} gets the one that training takes"
+            )
     ends = list(dict.fromkeys((own.eos_id, *stops)))
     named = {f"{name}_id": own.special.get(text) for name, text in own.names.items()}
     ids = {**named, **stated_generation(own.files), "eos_token_id": ends}
@@ -262,7 +268,7 @@ def pad_apart(
     pads = [(text, i) for text, i in special.items() if i not in ends]
     if not pads:
         ids["pad_token_id"] = None
-        tell(
+        processes.say(
             f"{workdir}: all its special tokens end a reply, so {hf.CONFIG} names no pad_token_id: "
             "score one row at a time, or set it to an id that no row ends with"
         )
@@ -276,12 +282,6 @@ def pad_apart(
 def set_key(contents: dict[str, bytes], name: str, key: str, value: str) -> None:
     """Sets a key of the JSON file `name`, which need not be there yet."""
     contents[name] = to_json({**json.loads(contents.get(name, b"{}")), key: value})
-
-
-def tell(line: str) -> None:
-    """Prints a line once, however many processes there are."""
-    if processes.is_first():
-        print(line)
 
 
 def stated_generation(tokenizer: Mapping[str, bytes]) -> dict[str, Any]:

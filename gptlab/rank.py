@@ -88,12 +88,11 @@ def _rank_by_labeller(run: artifact.Run, sets: Mapping[str, list[CandidateSet]])
         comparisons = _compare(run, labeller, own, split)
         figures = _figures(comparisons, labeller)
         _write(run, split, comparisons, figures)
-        if processes.is_first():
-            print(
-                f"rank: {split}: {len(own)} sets ranked by {labeller.name}; "
-                f"accuracy at best {figures['ceiling/accuracy']:.3f}, "
-                f"two labellers agree {figures['agreement']:.3f}"
-            )
+        processes.say(
+            f"rank: {split}: {len(own)} sets ranked by {labeller.name}; "
+            f"accuracy at best {figures['ceiling/accuracy']:.3f}, "
+            f"two labellers agree {figures['agreement']:.3f}"
+        )
 
 
 def _rank_by_people(run: artifact.Run, sets: Mapping[str, list[CandidateSet]]) -> None:

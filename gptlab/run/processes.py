@@ -106,6 +106,12 @@ def is_first() -> bool:
     return index() == 0
 
 
+def say(line: str) -> None:
+    """Prints a line for the user once, however many processes there are."""
+    if is_first():
+        print(line, flush=True)
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here. `name` must be the same in all of them."""
     if count() > 1:

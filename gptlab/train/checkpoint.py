@@ -283,7 +283,7 @@ class Checkpoints:
 
     def _set_all_aside(self, damaged: Mapping[int, str]) -> None:
         for step, why in damaged.items():
-            _say(f"checkpoint {step} of {self._workdir} cannot be read ({why})")
+            processes.say(f"checkpoint {step} of {self._workdir} cannot be read ({why})")
             self._set_aside(step)
 
     def _set_aside(self, step: int) -> None:
@@ -519,9 +519,3 @@ def _is_damage(error: Exception) -> bool:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
-
-
-def _say(line: str) -> None:
-    """A line for the user, not for a debugging log."""
-    if processes.is_first():
-        print(line, flush=True)
