@@ -91,7 +91,7 @@ def test_a_number_of_thousands_of_digits_is_none(site, admin):
     store.work.skip(store.work.lease(made.id, lee.id).token, lee.id, "unclear")
     (task,) = store.campaigns.tasks(made.id, "review")
     ranks = {"action": "decide", "rank-0": "1", "rank-1": "2"}
-    for wrong in (digits, "", "a", "0", "1001"):
+    for wrong in (digits, "", "a", "0", "1001", "+2", " 2", "1_0"):
         answer = admin.post(f"/review/{made.id}/{task.id}", data={**ranks, "rank-2": wrong})
         assert answer.status_code == 400 and "rank" in answer.text
     answer = admin.post(f"/review/{made.id}/{task.id}", data={**ranks, "rank-2": "2"})

@@ -58,14 +58,16 @@ def _decide(site: Site, campaign: str, task: str, visitor: Visitor, form: FormDa
         site.store.review.drop(found.id, visitor.person.id, note)
         return
     count = range(len(found.candidates))
-    try:
-        ranks = [int(str(form.get(f"rank-{i}", ""))) for i in count]
-    except ValueError:  # no number, or one of thousands of digits
-        raise Invalid("give every reply a rank") from None
+    ranks = [str(form.get(f"rank-{i}", "")) for i in count]
+    # (An int of thousands of digits would be an error of its own.)
+    if not all(rank.isdecimal() and len(rank) < 10 for rank in ranks):
+        raise Invalid("give every reply a rank")
     flags = [
         Flag(i, kind, int(severity))
         for i in count
         for kind in FLAGS
         if (severity := str(form.get(f"flag-{i}-{kind}", "0"))) in ("1", "2", "3")
     ]
-    site.store.review.decide(found.id, visitor.person.id, ranks, flags, note)
+    site.store.review.decide(
+        found.id, visitor.person.id, [int(rank) for rank in ranks], flags, note
+    )
