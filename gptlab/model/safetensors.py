@@ -154,11 +154,8 @@ def write_folder(
     of = len(parts)
     names = [SINGLE] if of == 1 else [f"model-{i:05d}-of-{of:05d}.safetensors" for i in _count(of)]
     for file, part in zip(names, parts, strict=True):
-        if write and storage.in_bucket(place):
-            with storage.written_locally(place / file) as local:
-                _write_file(local, part, values)
-        elif write:
-            _write_file(Path(place / file), part, values)
+        if write:
+            _write_file(place / file, part, values)
         else:
             for _ in part:
                 next(values)
@@ -174,8 +171,12 @@ def _count(of: int) -> range:
 
 
 def _write_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterator[np.ndarray]
+    path: epath.Path, shapes: Mapping[str, tuple[int, ...]], values: Iterator[np.ndarray]
 ) -> None:
+    if storage.in_bucket(path):
+        with storage.written_locally(path) as local:
+            _write_file(epath.Path(local), shapes, values)
+        return
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
     end = 0
     for name, shape in shapes.items():
@@ -183,7 +184,7 @@ def _write_file(
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with files.disk_errors(path):
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
