@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
+import sqlalchemy as sa
+
 from gptlab.data.records import Candidate, CandidateSet, Message, Prompt
 from gptlab.people.store import Store
 from gptlab.people.store.campaigns import Campaign, Settings
 from gptlab.people.store.judgements import Judgement
 from gptlab.people.store.person import Person
+from gptlab.people.store.schema import metadata
 
 
 def candidate_set(name: str, replies: int = 3) -> CandidateSet:
@@ -81,3 +84,13 @@ def chat(store: Store, who: Person, text: str = "Hello?", replies: Sequence[str]
 def answer(store: Store, who: Person, turn: str, text: str):
     """A model's reply."""
     return store.conversations.reply(who.id, turn, text, "chat", "0123456789ab", True, {"seed": 1})
+
+
+def dump(store: Store) -> str:
+    """Every value of every table."""
+    with store.database.read() as reader:
+        return "\n".join(
+            repr(tuple(row))
+            for table in metadata.sorted_tables
+            for row in reader.execute(sa.select(table))
+        )

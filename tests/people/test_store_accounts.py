@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from gptlab.people.store import Forbidden, Invalid, NotFound, Store
 from gptlab.people.store.campaigns import Settings
-from gptlab.people.store.schema import metadata
+from tests.people.campaigns import dump
 
 
 def raw(store: Store, statement: str) -> list:
@@ -17,16 +17,6 @@ def raw(store: Store, statement: str) -> list:
     with store.database.write() as writer:
         result = writer.execute(sa.text(statement))
         return result.all() if result.returns_rows else []
-
-
-def dump(store: Store) -> str:
-    """Every value of every table."""
-    with store.database.read() as reader:
-        return "\n".join(
-            repr(tuple(row))
-            for table in metadata.sorted_tables
-            for row in reader.execute(sa.select(table))
-        )
 
 
 def test_an_invitation_makes_as_many_people_as_it_says(store, clock):

@@ -17,19 +17,10 @@ from tests.people.campaigns import (
     campaign,
     candidate_set,
     chat,
+    dump,
     person,
     work_off,
 )
-
-
-def dump(store):
-    """Every value of every table."""
-    with store.database.read() as reader:
-        return "\n".join(
-            repr(tuple(row))
-            for table in metadata.sorted_tables
-            for row in reader.execute(sa.select(table))
-        )
 
 
 def test_a_conversation_is_a_tree(store, clock):
