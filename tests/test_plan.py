@@ -18,8 +18,7 @@ from gptlab.run import program
 from gptlab.run.errors import UserError
 from gptlab.train import chips, compiled, estimate, flops, plan_report
 from gptlab.train.chips import CHIPS, GIB
-from tests.train.test_estimate import needs_libtpu
-from tests.train.test_estimate import run as compile_for_tpu
+from tests.tpu import compile_for_tpu, needs_libtpu
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["plan", "--config=configs/tiny.py"]
@@ -389,22 +388,14 @@ def test_results_are_kept_by_what_they_depend_on():
     assert len({key(), key(model="tiny_qwen3"), key(batch_size=64), key("reward")}) == 4
 
 
-TPU_COMPILER = Path(sys.prefix) / "tpu"  # where launch/test.sh puts it
-
-
-@pytest.mark.skipif(not TPU_COMPILER.is_dir(), reason="bash launch/test.sh installs libtpu")
+@needs_libtpu
 def test_a_small_topology_is_planned_from_the_command_line(tmp_path):
-    command = [
-        sys.executable, "-m", "gptlab.plan", "--config=configs/ppo.py", "--model=tiny",
-        "--topology=v5e:2x2", "--config.compute.dtype=bfloat16", "--config.compute.unroll=1",
-        "--config.lora.rank=4", f"--workdir={tmp_path}",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(TPU_COMPILER), "XLA_FLAGS": ""},
-        capture_output=True, text=True, timeout=280,
+    text = compile_for_tpu(
+        "-m", "gptlab.plan", "--config=configs/ppo.py", "--model=tiny", "--topology=v5e:2x2",
+        "--config.compute.dtype=bfloat16", "--config.compute.unroll=1", "--config.lora.rank=4",
+        f"--workdir={tmp_path}", timeout=280,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "FITS" in done.stdout and "DIFFERENT" not in done.stdout
+    assert "FITS" in text and "DIFFERENT" not in text
     (path,) = tmp_path.glob("ppo-v5e-2x2-*.json")
     found = plan_report.from_json(path.read_text())
     check_products(found)

@@ -2,24 +2,18 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
-from gptlab.train import chips, estimate, hlo, plan_report
+from gptlab.train import estimate, hlo, plan_report
 from gptlab.train.chips import CHIPS
+from tests.tpu import compile_for_tpu, needs_libtpu
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "tests" / "golden" / "plans" / "llama3.1_8b_v6e8.json"
-TPU_COMPILER = Path(sys.prefix) / "tpu"  # where launch/test.sh puts libtpu
-needs_libtpu = pytest.mark.skipif(
-    not TPU_COMPILER.is_dir() and chips.libtpu_version() is None,
-    reason="bash launch/test.sh installs libtpu",
-)
 # Llama-3.1-8B, 8 chips of v6e, fsdp 8, 24 rows of 8,192 tokens: MaxText's step 14, as published in
 # github.com/AI-Hypercomputer/tpu-recipes at 10ca5b9, training/trillium/Llama3.1-8B-MaxText/v6e-8.
 # Queries, keys, values and attention's output are kept in the host's memory there, and products are
@@ -38,21 +32,6 @@ CONFIG = (
 def check_bracket(seconds):
     """As far from a published step as estimates may be: -7% to +20%."""
     assert 0.93 < seconds.floor / PUBLISHED_SECONDS < 1 < seconds.mixed / PUBLISHED_SECONDS < 1.2
-
-
-def environment(**extra):
-    """Of a process that compiles for TPUs."""
-    path = {} if chips.libtpu_version() else {"PYTHONPATH": str(TPU_COMPILER)}
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **path, **extra}
-
-
-def run(*command, timeout, **extra):
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment(**extra),
-        capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_estimates_bracket_and_add_up():
@@ -138,7 +117,7 @@ print((op.flops / chip.flops) / (op.cycles / chip.clock))
     ],
 )
 def test_a_large_product_reaches_the_share_of_the_peak_that_is_written_down(topology):
-    rate = float(run("-c", PRODUCT, topology, timeout=280))
+    rate = float(compile_for_tpu("-c", PRODUCT, topology, timeout=280))
     assert rate == pytest.approx(CHIPS[topology.partition(":")[0]].product_share, abs=0.01)
 
 
@@ -163,7 +142,7 @@ def test_the_plan_of_a_published_step_holds_it(tmp_path):
     )
     seen = tmp_path / "recorded.json"
     command = [*CONFIG, f"--workdir={tmp_path}/plans"]
-    run("-c", code, str(seen), *command, timeout=9000, LIBTPU_INIT_ARGS=FLAGS)
+    compile_for_tpu("-c", code, str(seen), *command, timeout=9000, LIBTPU_INIT_ARGS=FLAGS)
     (path,) = (tmp_path / "plans").glob("pretrain-v6e-2x4-*.json")
     (phase,) = plan_report.from_json(path.read_text()).phases
     assert phase.flops == phase.counted_flops
